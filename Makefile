@@ -1,0 +1,54 @@
+# Every target works from a fresh clone: what it needs is set up first, once.
+SHELL := bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+
+BIN := .venv/bin
+READY := .venv/.installed
+NPROC ?= 8
+SIZE_GIB ?= 1
+BENCH_JSON ?= build/save_latency.json
+
+# One thread per rank: many ranks share the cores, and results repeat.
+demo test bench crash: export OMP_NUM_THREADS := 1
+
+.PHONY: help setup demo test lint bench crash clean
+
+help: ## show this list
+	@sed -nE 's/^([a-z]+):[^#]*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
+
+setup: $(READY) ## make .venv and install everything into it
+
+$(READY): pyproject.toml constraints.txt
+	@for python in python3.11 python3; do \
+	  if $$python -c "import sys; sys.exit(sys.version_info < (3, 11))" 2>/dev/null; then break; fi; \
+	  python=; \
+	done; \
+	if [ -z "$$python" ]; then echo "Python 3.11 or newer is needed: install it and repeat" >&2; exit 1; fi; \
+	$$python -m venv .venv
+	@echo "installing into .venv (torch is large: this takes minutes, once)"
+	@$(BIN)/python -m pip install --quiet --quiet --constraint constraints.txt --editable ".[s3,dev]"
+	@touch $@
+
+demo: $(READY) ## train, kill, resume on another number of ranks
+	$(BIN)/python launch/demo.py
+
+test: lint ## lint, types and all tests but the long ones
+	$(BIN)/python -m pytest -m "not slow and not crash"
+
+lint: $(READY) ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(READY) ## measure saves and loads (NPROC, SIZE_GIB, BENCH_JSON)
+	@mkdir -p $(dir $(BENCH_JSON))
+	$(BIN)/torchrun --standalone --nproc_per_node $(NPROC) benchmarks/save_latency.py \
+	  --size-gib $(SIZE_GIB) --json $(BENCH_JSON)
+
+crash: $(READY) ## the long crash tests
+	$(BIN)/python -m pytest -m crash
+
+clean: ## remove caches and build outputs; .venv and runs stay
+	rm -rf build dist ./*.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find . -path ./.venv -prune -o -name __pycache__ -type d -print0 | xargs -0 rm -rf

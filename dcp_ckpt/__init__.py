@@ -1,0 +1,98 @@
+"""Sharded, asynchronous, verified checkpoints for PyTorch training, on torch.distributed.checkpoint.
+
+Names are imported when they are first used, so that the command line and the writer process start without torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dcp_ckpt.checkpointer import Checkpointer, load_checkpoint
+    from dcp_ckpt.config import CheckpointConfig
+    from dcp_ckpt.errors import CheckpointError
+    from dcp_ckpt.lifecycle.runs import Run, list_runs
+    from dcp_ckpt.load.report import LoadReport
+    from dcp_ckpt.ops.checkpoint import Checkpoint, open_checkpoint
+    from dcp_ckpt.ops.verify import VerifyReport, verify
+    from dcp_ckpt.policies import (
+        AnyOf,
+        AtSteps,
+        BestN,
+        EveryNSeconds,
+        EveryNSteps,
+        EverySeconds,
+        EverySteps,
+        LatestN,
+    )
+    from dcp_ckpt.runs import open_run
+    from dcp_ckpt.save.handle import CheckpointInfo, SaveHandle
+    from dcp_ckpt.state.data import ElasticSampler
+    from dcp_ckpt.state.train_state import TrainState
+
+_HOMES = {
+    "AnyOf": "policies",
+    "AtSteps": "policies",
+    "BestN": "policies",
+    "Checkpoint": "ops.checkpoint",
+    "CheckpointConfig": "config",
+    "CheckpointError": "errors",
+    "CheckpointInfo": "save.handle",
+    "Checkpointer": "checkpointer",
+    "ElasticSampler": "state.data",
+    "EveryNSeconds": "policies",
+    "EveryNSteps": "policies",
+    "EverySeconds": "policies",
+    "EverySteps": "policies",
+    "LatestN": "policies",
+    "LoadReport": "load.report",
+    "Run": "lifecycle.runs",
+    "SaveHandle": "save.handle",
+    "TrainState": "state.train_state",
+    "VerifyReport": "ops.verify",
+    "list_runs": "lifecycle.runs",
+    "load_checkpoint": "checkpointer",
+    "open_checkpoint": "ops.checkpoint",
+    "open_run": "runs",
+    "verify": "ops.verify",
+}
+
+__all__ = [
+    "AnyOf",
+    "AtSteps",
+    "BestN",
+    "Checkpoint",
+    "CheckpointConfig",
+    "CheckpointError",
+    "CheckpointInfo",
+    "Checkpointer",
+    "ElasticSampler",
+    "EveryNSeconds",
+    "EveryNSteps",
+    "EverySeconds",
+    "EverySteps",
+    "LatestN",
+    "LoadReport",
+    "Run",
+    "SaveHandle",
+    "TrainState",
+    "VerifyReport",
+    "list_runs",
+    "load_checkpoint",
+    "open_checkpoint",
+    "open_run",
+    "verify",
+]
+
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

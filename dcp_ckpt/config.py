@@ -1,0 +1,102 @@
+"""The settings of a checkpointer, as one validated value.
+
+Owns the fields, their defaults and what is refused. Knows nothing of how they are used. Built by users and
+by `launch/`; read by the checkpointer, `save` and `load`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from dcp_ckpt.errors import ConfigError
+from dcp_ckpt.policies import KeepPolicy, LatestN, SavePolicy, is_keep_policy, is_save_policy
+
+__all__ = ["CheckpointConfig"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """How a run is saved, kept and resumed. Equal on all ranks.
+
+    Args:
+        save_when: when `should_save` says yes; None leaves it to the caller's own rule.
+        keep: what retention keeps besides what it never touches; None keeps everything.
+        overlap: "off": `save()` returns once this rank's bytes are copied. "step" is not built yet.
+        when_busy: a save that comes while the one before is still being written waits for it, or is skipped.
+        on_failure: a failed save is logged and training goes on, or it raises at the next call, on all ranks.
+        verify: check the digests of everything that a load reads.
+        timeout_seconds: deadline of every wait for other ranks and for a save to become durable.
+        grace_seconds: how long the files of an un-committed checkpoint stay, for readers that have it open.
+        recover_wait_seconds: how long a start waits for writers of the last one that still live.
+        max_bandwidth_bytes: bytes per second that all writers of a host may use. Not built yet.
+        dcp_metadata: derive `.metadata` for stock DCP readers: up to 100,000 chunks, always, or never.
+        allow_pickle: store and load objects that only pickle can hold. Not built yet.
+
+    Raises:
+        ConfigError: a value is not allowed; the message holds it.
+    """
+
+    save_when: SavePolicy | None = None
+    keep: KeepPolicy | None = LatestN(2)
+    overlap: Literal["off", "step"] = "off"
+    when_busy: Literal["wait", "skip"] = "wait"
+    on_failure: Literal["warn", "raise"] = "warn"
+    verify: bool = True
+    timeout_seconds: float = 600.0
+    grace_seconds: float = 5.0
+    recover_wait_seconds: float = 60.0
+    max_bandwidth_bytes: int | None = None
+    dcp_metadata: Literal["auto", "always", "never"] = "auto"
+    allow_pickle: bool = False
+
+    def __post_init__(self) -> None:
+        self._check_policies()
+        self._check_choice("overlap", ("off", "step"))
+        self._check_choice("when_busy", ("wait", "skip"))
+        self._check_choice("on_failure", ("warn", "raise"))
+        self._check_choice("dcp_metadata", ("auto", "always", "never"))
+        self._check_choice("verify", (True, False))
+        self._check_choice("allow_pickle", (True, False))
+        self._check_seconds("timeout_seconds", zero_allowed=False)
+        self._check_seconds("grace_seconds", zero_allowed=True)
+        self._check_seconds("recover_wait_seconds", zero_allowed=True)
+        self._refuse_unbuilt()
+
+    def _check_policies(self) -> None:
+        if self.save_when is not None and not is_save_policy(self.save_when):
+            raise ConfigError(
+                "save_when must be a save policy (EverySteps, EverySeconds, AtSteps, AnyOf) or None, "
+                f"not {self.save_when!r}"
+            )
+        if self.keep is not None and not is_keep_policy(self.keep):
+            raise ConfigError(
+                "keep must be a keep policy (LatestN, EveryNSteps, EveryNSeconds, BestN, AnyOf) or None, "
+                f"not {self.keep!r}"
+            )
+
+    def _check_choice(self, name: str, allowed: tuple[object, ...]) -> None:
+        value = getattr(self, name)
+        if not any(type(value) is type(choice) and value == choice for choice in allowed):
+            raise ConfigError(f"{name} must be {' or '.join(map(repr, allowed))}, not {value!r}")
+
+    def _check_seconds(self, name: str, *, zero_allowed: bool) -> None:
+        value = getattr(self, name)
+        number = type(value) in (int, float) and math.isfinite(value)
+        if not number or value < 0 or (value == 0 and not zero_allowed):
+            wanted = "zero or more" if zero_allowed else "more than zero"
+            raise ConfigError(f"{name} must be a finite number of seconds, {wanted}, not {value!r}")
+
+    def _refuse_unbuilt(self) -> None:
+        # Accepting a setting without effect would be a promise that nobody keeps.
+        if self.overlap == "step":
+            raise ConfigError("overlap='step' is not built yet; use overlap='off'")
+        if self.max_bandwidth_bytes is not None:
+            raise ConfigError(
+                f"max_bandwidth_bytes={self.max_bandwidth_bytes!r} is not built yet; leave it at None"
+            )
+        if self.allow_pickle:
+            raise ConfigError(
+                "allow_pickle=True is not built yet; save plain Python values, numpy arrays or tensors"
+            )

@@ -1,0 +1,337 @@
+"""How ranks talk about checkpoints: a key-value store of our own, deadlines, and one verdict for all ranks.
+
+Owns the store, which rank 0 hosts for the life of one Checkpointer, so nothing here runs a collective on the user's process
+groups off the main thread and a rank that stays silent can be named. Knows nothing of storage or state.
+Messages are JSON, never pickle.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import time
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from typing import Any, Protocol, TypeVar
+
+import msgspec
+import torch.distributed as dist
+
+from dcp_ckpt import errors
+from dcp_ckpt.errors import CheckpointError, ConfigError, CoordinationError
+
+__all__ = [
+    "Channel",
+    "SoloChannel",
+    "StoreChannel",
+    "agree",
+    "broadcast",
+    "connect",
+    "error_fields",
+    "error_from_fields",
+    "gather",
+    "raise_first",
+]
+
+_Result = TypeVar("_Result")
+
+_POLL_SECONDS = 0.2
+
+
+class Channel(Protocol):
+    """A shared map of keys to JSON messages. Every method may be called from any thread."""
+
+    @property
+    def rank(self) -> int: ...
+
+    @property
+    def world_size(self) -> int: ...
+
+    def put(self, key: str, message: Any) -> None:
+        """Publish a message under a key that is used once."""
+        ...
+
+    def get(self, key: str, *, timeout_seconds: float) -> Any:
+        """Wait for a message.
+
+        Raises:
+            TimeoutError: nobody published it in time.
+            CoordinationError: the store is gone: rank 0's process ended.
+        """
+        ...
+
+    def forget(self, keys: Sequence[str]) -> None:
+        """Free messages that nobody will ask for any more."""
+        ...
+
+    def clone(self) -> Channel:
+        """The same channel over a connection of its own: a connection serialises its calls, so each thread has one."""
+        ...
+
+    def close(self) -> None:
+        """Leave. Rank 0 waits for the others first, because its process hosts the store. Idempotent."""
+        ...
+
+
+class SoloChannel:
+    """The channel of a single process without a process group."""
+
+    rank = 0
+    world_size = 1
+
+    def __init__(self) -> None:
+        self._messages: dict[str, Any] = {}
+
+    def put(self, key: str, message: Any) -> None:
+        self._messages[key] = message
+
+    def get(self, key: str, *, timeout_seconds: float) -> Any:
+        if key not in self._messages:
+            raise TimeoutError(key)
+        return self._messages[key]
+
+    def forget(self, keys: Sequence[str]) -> None:
+        for key in keys:
+            self._messages.pop(key, None)
+
+    def clone(self) -> SoloChannel:
+        return self
+
+    def close(self) -> None:
+        self._messages.clear()
+
+
+class StoreChannel:
+    """The channel of a world of several ranks, over a TCPStore hosted by rank 0."""
+
+    def __init__(
+        self, store: dist.Store, rank: int, world_size: int, *, close_seconds: float, is_clone: bool = False
+    ) -> None:
+        self._store: dist.Store | None = store
+        self.rank = rank
+        self.world_size = world_size
+        self._close_seconds = close_seconds
+        self._is_clone = is_clone
+
+    def put(self, key: str, message: Any) -> None:
+        with _store_errors(self.rank):
+            self._alive().set(key, msgspec.json.encode(message))
+
+    def get(self, key: str, *, timeout_seconds: float) -> Any:
+        store = self._alive()
+        with _store_errors(self.rank):
+            try:
+                store.wait([key], timedelta(seconds=max(timeout_seconds, 0.001)))
+            except dist.DistStoreError as error:
+                raise TimeoutError(key) from error
+            return msgspec.json.decode(store.get(key))
+
+    def forget(self, keys: Sequence[str]) -> None:
+        with _store_errors(self.rank):
+            for key in keys:
+                self._alive().delete_key(key)
+
+    def clone(self) -> StoreChannel:
+        with _store_errors(self.rank):
+            return StoreChannel(
+                self._alive().clone(),
+                self.rank,
+                self.world_size,
+                close_seconds=self._close_seconds,
+                is_clone=True,
+            )
+
+    def close(self) -> None:
+        if self._store is None:
+            return
+        try:
+            if not self._is_clone:
+                self.put(f"bye/{self.rank}", None)
+                deadline = time.monotonic() + self._close_seconds
+                for rank in range(1, self.world_size) if self.rank == 0 else ():
+                    self.get(f"bye/{rank}", timeout_seconds=deadline - time.monotonic())
+        except (TimeoutError, CoordinationError):
+            pass  # a peer died or is stuck; it is told by its own deadlines
+        finally:
+            self._store = None
+
+    def _alive(self) -> dist.Store:
+        if self._store is None:
+            raise CoordinationError("the channel is closed", rank=self.rank)
+        return self._store
+
+
+@contextlib.contextmanager
+def _store_errors(rank: int) -> Any:
+    try:
+        yield
+    except dist.DistError as error:
+        raise CoordinationError(
+            f"rank {rank} lost the connection to rank 0: its process has probably ended ({error})", rank=rank
+        ) from error
+
+
+def connect(process_group: dist.ProcessGroup | None, *, timeout_seconds: float) -> Channel:
+    """Make the channel of this world. Called on all ranks, collectively, on the main thread; blocks.
+
+    Args:
+        process_group: the ranks that save and load together; None means the default group, or a single process
+            when torch.distributed is not initialised.
+        timeout_seconds: deadline of the connection and of closing.
+
+    Raises:
+        ConfigError: several processes were started but torch.distributed is not initialised.
+    """
+    if process_group is None and not dist.is_initialized():
+        # The one read of the environment below the entry points: torchrun tells the world size nowhere else, and
+        # several processes that each believe to be alone would overwrite each other's state.
+        started = os.environ.get("WORLD_SIZE", "1")
+        if started not in ("", "1"):
+            raise ConfigError(
+                f"WORLD_SIZE is {started} but torch.distributed is not initialised; call "
+                "torch.distributed.init_process_group() before making a Checkpointer"
+            )
+        return SoloChannel()
+    rank, world_size = dist.get_rank(process_group), dist.get_world_size(process_group)
+    if world_size == 1:
+        return SoloChannel()
+    return _connect_store(process_group, rank, world_size, timeout_seconds)
+
+
+def _connect_store(
+    process_group: dist.ProcessGroup | None, rank: int, world_size: int, timeout_seconds: float
+) -> StoreChannel:
+    hosts: list[str | None] = [None] * world_size
+    dist.all_gather_object(hosts, socket.gethostname(), group=process_group)
+    timeout = timedelta(seconds=timeout_seconds)
+    address = "127.0.0.1" if len(set(hosts)) == 1 else _reachable_address()
+    store: dist.Store | None = None
+    port = 0
+    if rank == 0:
+        store = dist.TCPStore(address, 0, None, True, timeout, wait_for_workers=False)
+        port = store.port
+    where: list[Any] = [address, port]
+    source = 0 if process_group is None else dist.get_global_rank(process_group, 0)
+    dist.broadcast_object_list(where, src=source, group=process_group)
+    if store is None:
+        store = dist.TCPStore(where[0], where[1], None, False, timeout, wait_for_workers=False)
+    return StoreChannel(store, rank, world_size, close_seconds=min(timeout_seconds, 60.0))
+
+
+def _reachable_address() -> str:
+    """The address by which other hosts reach this one: that of its default route, else its name."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(("192.0.2.1", 9))  # TEST-NET-1: chooses a route, sends nothing
+            return str(probe.getsockname()[0])
+        except OSError:
+            return socket.getfqdn()
+
+
+def broadcast(channel: Channel, tag: str, decide: Callable[[], _Result], *, timeout_seconds: float) -> _Result:
+    """Let rank 0 decide, and tell all ranks. Called on all ranks; blocks.
+
+    Args:
+        tag: unique in the life of the channel.
+        decide: called on rank 0 only; its result must be JSON.
+
+    Raises:
+        CheckpointError: what `decide` raised, on every rank.
+        CoordinationError: rank 0 did not answer in time.
+    """
+    if channel.rank == 0:
+        try:
+            result = decide()
+        except CheckpointError as error:
+            channel.put(tag, {"error": error_fields(error)})
+            raise
+        channel.put(tag, {"result": result})
+        return result
+    try:
+        message = channel.get(tag, timeout_seconds=timeout_seconds)
+    except TimeoutError as error:
+        raise CoordinationError(
+            f"rank 0 did not answer within {timeout_seconds:.0f} s", rank=channel.rank, phase=tag
+        ) from error
+    if "error" in message:
+        raise error_from_fields(message["error"])
+    result = message["result"]
+    return result  # type: ignore[no-any-return]  # JSON of what rank 0 returned
+
+
+def gather(channel: Channel, tag: str, message: Any, *, timeout_seconds: float) -> list[Any]:
+    """Collect one message of every rank. Called on all ranks; blocks.
+
+    Returns:
+        The messages in rank order, on every rank.
+
+    Raises:
+        CoordinationError: names the ranks that did not answer in time; raised on every rank that did.
+    """
+    channel.put(f"{tag}/{channel.rank}", message)
+
+    def collect() -> list[Any]:
+        deadline = time.monotonic() + timeout_seconds
+        messages, missing = [], []
+        for rank in range(channel.world_size):
+            try:
+                left = max(deadline - time.monotonic(), 0.0)
+                messages.append(channel.get(f"{tag}/{rank}", timeout_seconds=left))
+            except TimeoutError:
+                missing.append(rank)
+        if missing:
+            raise CoordinationError(
+                f"rank(s) {', '.join(map(str, missing))} did not answer within {timeout_seconds:.0f} s", phase=tag
+            )
+        return messages
+
+    return broadcast(channel, f"{tag}/all", collect, timeout_seconds=timeout_seconds + 10.0)
+
+
+def agree(
+    channel: Channel, tag: str, act: Callable[[], _Result], *, timeout_seconds: float
+) -> tuple[_Result | None, list[CheckpointError]]:
+    """Act on every rank, then learn every rank's failure. Called on all ranks; blocks.
+
+    Returns:
+        This rank's result (None when it failed) and the errors of all ranks, the same list on every rank.
+    """
+    result: _Result | None = None
+    own: dict[str, Any] | None = None
+    try:
+        result = act()
+    except CheckpointError as error:
+        own = error_fields(error) | {"rank": channel.rank if error.rank is None else error.rank}
+    verdicts = gather(channel, tag, own, timeout_seconds=timeout_seconds)
+    return result, [error_from_fields(fields) for fields in verdicts if fields is not None]
+
+
+def raise_first(failures: Sequence[CheckpointError]) -> None:
+    """Raise the first failure, saying how many ranks failed."""
+    if not failures:
+        return
+    if len(failures) > 1:
+        failures[0].message += f" (and {len(failures) - 1} more ranks failed)"
+    raise failures[0]
+
+
+def error_fields(error: CheckpointError) -> dict[str, Any]:
+    """An error as JSON, to cross ranks."""
+    return {
+        "kind": type(error).__name__,
+        "message": error.message,
+        "rank": error.rank,
+        "step": error.step,
+        "phase": error.phase,
+        "path": error.path,
+        "errno": error.errno,
+    }
+
+
+def error_from_fields(fields: dict[str, Any]) -> CheckpointError:
+    """The inverse of `error_fields`."""
+    rest = dict(fields)
+    name = rest.pop("kind")
+    kind: type[CheckpointError] = getattr(errors, name) if name in errors.__all__ else CheckpointError
+    return kind(rest.pop("message"), **rest)

@@ -1,0 +1,191 @@
+"""Boxes: axis-aligned parts of a tensor, and which box a rank holds under DTensor placements.
+
+Pure integer arithmetic, no torch: both the side that saves (who owns what) and the side that loads
+(who has what I need) compute the same boxes from the same placements.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+from dcp_ckpt.errors import ConfigError
+
+__all__ = [
+    "Box",
+    "Mesh",
+    "Placement",
+    "compress_ranks",
+    "expand_ranks",
+    "intersect",
+    "shard_box",
+    "split_rows",
+    "tiling_problem",
+]
+
+
+@dataclass(frozen=True, order=True)
+class Box:
+    """Offsets and sizes per dimension, in elements. A 0-dim tensor is the box ((), ())."""
+
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+
+    @property
+    def num_elements(self) -> int:
+        return math.prod(self.sizes)
+
+    @classmethod
+    def whole(cls, shape: Sequence[int]) -> Box:
+        return cls((0,) * len(shape), tuple(shape))
+
+
+@dataclass(frozen=True)
+class Placement:
+    """One mesh dimension's placement: replicated (`dim` None), or sharded on tensor dimension `dim`.
+
+    `split_factor` above 1 is DTensor's `_StridedShard`: this mesh dimension splits after the later
+    ones that shard the same tensor dimension (FSDP over TP).
+    """
+
+    dim: int | None = None
+    split_factor: int = 1
+
+    def __str__(self) -> str:
+        if self.dim is None:
+            return "R"
+        return f"S{self.dim}" + (f"/{self.split_factor}" if self.split_factor > 1 else "")
+
+    @classmethod
+    def parse(cls, text: str) -> Placement:
+        match = re.fullmatch(r"R|S(\d+)(?:/(\d+))?", text)
+        if not match:
+            raise ConfigError(f"unknown placement {text!r}")
+        return cls() if text == "R" else cls(int(match[1]), int(match[2] or 1))
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """A device mesh: its shape and its ranks in row-major order."""
+
+    shape: tuple[int, ...]
+    ranks: tuple[int, ...]
+
+    def coordinate(self, rank: int) -> tuple[int, ...] | None:
+        """The mesh coordinate of a rank, or None when the rank is not part of the mesh."""
+        return self._unravel(self.ranks.index(rank)) if rank in self.ranks else None
+
+    def coordinates(self) -> Iterator[tuple[int, ...]]:
+        """The coordinates of `ranks`, in their order."""
+        return itertools.product(*map(range, self.shape))
+
+    def _unravel(self, position: int) -> tuple[int, ...]:
+        coordinate = []
+        for size in reversed(self.shape):
+            position, index = divmod(position, size)
+            coordinate.append(index)
+        return tuple(reversed(coordinate))
+
+
+def _chunk(size: int, num_chunks: int, index: int) -> tuple[int, int]:
+    """Offset and size of part `index` as torch.chunk splits: equal parts, the last ones short or empty."""
+    full = -(-size // num_chunks)
+    start = min(full * index, size)
+    return start, min(full, size - start)
+
+
+def shard_box(
+    shape: Sequence[int],
+    mesh_shape: Sequence[int],
+    placements: Sequence[Placement],
+    coordinate: Sequence[int],
+) -> Box:
+    """The box of a tensor that the rank at `coordinate` holds; empty boxes are legal.
+
+    Splits are applied in mesh order, strided ones after the others: the same order in which
+    DTensor derives local shapes.
+    """
+    offsets, sizes = [0] * len(shape), list(shape)
+    order = sorted(range(len(placements)), key=lambda i: placements[i].split_factor > 1)
+    for mesh_dim in order:
+        dim = placements[mesh_dim].dim
+        if dim is None:
+            continue
+        start, size = _chunk(sizes[dim], mesh_shape[mesh_dim], coordinate[mesh_dim])
+        offsets[dim] += start
+        sizes[dim] = size
+    return Box(tuple(offsets), tuple(sizes))
+
+
+def intersect(a: Box, b: Box) -> Box | None:
+    """The common box in global coordinates, or None when it has no elements."""
+    offsets, sizes = [], []
+    for a_offset, a_size, b_offset, b_size in zip(
+        a.offsets, a.sizes, b.offsets, b.sizes, strict=True
+    ):
+        start = max(a_offset, b_offset)
+        stop = min(a_offset + a_size, b_offset + b_size)
+        if stop <= start:
+            return None
+        offsets.append(start)
+        sizes.append(stop - start)
+    return Box(tuple(offsets), tuple(sizes))
+
+
+def split_rows(box: Box, num_parts: int) -> list[Box]:
+    """Split along dimension 0 into at most `num_parts` boxes of nearly equal height, none empty."""
+    if not box.sizes or box.sizes[0] <= 1 or num_parts <= 1:
+        return [box]
+    rows, parts = box.sizes[0], min(num_parts, box.sizes[0])
+    bounds = [rows * i // parts for i in range(parts + 1)]
+    return [
+        Box((box.offsets[0] + start, *box.offsets[1:]), (stop - start, *box.sizes[1:]))
+        for start, stop in zip(bounds, bounds[1:], strict=False)
+    ]
+
+
+def tiling_problem(shape: Sequence[int], boxes: Iterable[Box]) -> str | None:
+    """Why the boxes do not tile the tensor exactly, or None when they do.
+
+    Elements are counted, boxes checked to lie inside, and overlaps found by a sweep along
+    dimension 0: O(n log n) for the row-wise splits that occur, never n squared over all chunks.
+    """
+    boxes = sorted(box for box in boxes if box.num_elements)
+    for box in boxes:
+        inside = len(box.offsets) == len(shape) and all(
+            offset >= 0 and offset + size <= limit
+            for offset, size, limit in zip(box.offsets, box.sizes, shape, strict=True)
+        )
+        if not inside:
+            return f"chunk at {box.offsets} with sizes {box.sizes} lies outside of {tuple(shape)}"
+    found, wanted = sum(box.num_elements for box in boxes), math.prod(shape)
+    if found != wanted:
+        return f"chunks hold {found} of {wanted} elements"
+    active: list[Box] = []
+    for box in boxes:
+        if box.offsets:
+            active = [a for a in active if a.offsets[0] + a.sizes[0] > box.offsets[0]]
+        for other in active:
+            if intersect(box, other):
+                return f"chunks at {other.offsets} and {box.offsets} overlap"
+        active.append(box)
+    return None
+
+
+def compress_ranks(ranks: Sequence[int]) -> list[list[int]]:
+    """Ranks as runs `[first, count]`, order kept."""
+    runs: list[list[int]] = []
+    for rank in ranks:
+        if runs and runs[-1][0] + runs[-1][1] == rank:
+            runs[-1][1] += 1
+        else:
+            runs.append([rank, 1])
+    return runs
+
+
+def expand_ranks(runs: Iterable[Sequence[int]]) -> tuple[int, ...]:
+    """The inverse of `compress_ranks`."""
+    return tuple(rank for first, count in runs for rank in range(first, first + count))

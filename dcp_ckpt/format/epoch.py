@@ -1,0 +1,73 @@
+"""Epoch documents: the claim of one incarnation of a run, and what it resumed from (docs/format.md, section 11)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from dcp_ckpt.format.documents import FORMAT_VERSION, decode_document, encode_json
+
+__all__ = [
+    "EPOCH_FORMAT",
+    "RESUMED_FORMAT",
+    "TOMBSTONE_FORMAT",
+    "EpochClaim",
+    "Resumed",
+    "Tombstone",
+    "decode_epoch",
+    "encode_epoch",
+]
+
+EPOCH_FORMAT = "dcp_ckpt.epoch"
+RESUMED_FORMAT = "dcp_ckpt.resumed"
+TOMBSTONE_FORMAT = "dcp_ckpt.tombstone"
+
+
+@dataclass(frozen=True, kw_only=True)
+class EpochClaim:
+    """One start of the run; `epoch_id` is random, so a number that came twice is noticed."""
+
+    run_id: str
+    epoch: int
+    epoch_id: str
+    world_size: int
+    host: str
+    pid: int
+    created_at: str
+    purpose: str
+    format: str = EPOCH_FORMAT
+    format_version: int = FORMAT_VERSION
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resumed:
+    """From which checkpoint an epoch went on."""
+
+    epoch: int
+    directory: str
+    resumed_epoch: int
+    step: int
+    format: str = RESUMED_FORMAT
+    format_version: int = FORMAT_VERSION
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tombstone:
+    """Closes the name `manifest.json` on an object store before data is deleted."""
+
+    by_epoch: int
+    attempt: str
+    format: str = TOMBSTONE_FORMAT
+    format_version: int = FORMAT_VERSION
+
+
+def encode_epoch(document: EpochClaim | Resumed | Tombstone) -> bytes:
+    return encode_json(document)
+
+
+def decode_epoch(data: bytes, *, path: str) -> EpochClaim:
+    """Decode an epoch's claim.
+
+    Raises:
+        CorruptCheckpoint, FormatTooNew: as `decode_document`.
+    """
+    return decode_document(data, EpochClaim, format=EPOCH_FORMAT, path=path)

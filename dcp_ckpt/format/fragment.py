@@ -1,0 +1,168 @@
+"""The fragment: what one rank says of one attempt (docs/format.md, section 5)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from dcp_ckpt.errors import CorruptCheckpoint
+from dcp_ckpt.format.boxes import Box
+from dcp_ckpt.format.digests import DIGEST_DIGITS, block_count, digest
+from dcp_ckpt.format.documents import FORMAT_VERSION, decode_document, encode_json
+from dcp_ckpt.format.names import AttemptId
+
+__all__ = [
+    "FRAGMENT_FORMAT",
+    "ChunkEntry",
+    "FileEntry",
+    "Fragment",
+    "MeshEntry",
+    "TensorEntry",
+    "ValueEntry",
+    "decode_fragment",
+    "encode_fragment",
+    "layout_digest",
+]
+
+FRAGMENT_FORMAT = "dcp_ckpt.fragment"
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileEntry:
+    """One data file: its size and the digests of its 1 MiB blocks, concatenated."""
+
+    size_bytes: int
+    block_digests: str
+
+    def block_digest(self, block: int) -> str:
+        return self.block_digests[block * DIGEST_DIGITS : (block + 1) * DIGEST_DIGITS]
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeshEntry:
+    """A device mesh; `ranks` is its row-major rank list as runs `[first, count]`."""
+
+    shape: list[int]
+    ranks: list[list[int]]
+    dim_names: list[str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorEntry:
+    """The global description of one tensor, in the fragment of the lowest rank of its mesh."""
+
+    path: list[str]
+    dtype: str
+    shape: list[int]
+    mesh: int | None
+    placements: list[str]
+    owners: list[list[int]]
+
+    @property
+    def name(self) -> str:
+        return ".".join(self.path)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChunkEntry:
+    """One stored box of a tensor; byte offsets count from the start of data file `file`."""
+
+    tensor: str
+    offsets: list[int]
+    sizes: list[int]
+    file: int
+    payload_offset: int
+    container_offset: int
+    container_bytes: int
+
+    @property
+    def box(self) -> Box:
+        return Box(tuple(self.offsets), tuple(self.sizes))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ValueEntry:
+    """One typed value (dcp_ckpt.format.values); the container, if any, is in data file 0 of rank 0."""
+
+    path: list[str]
+    value: Any
+    container_offset: int | None = None
+    container_bytes: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fragment:
+    """Everything that one rank contributes to one attempt."""
+
+    run_id: str
+    epoch: int
+    epoch_id: str
+    attempt: str
+    step: int
+    rank: int
+    world_size: int
+    files: list[FileEntry]
+    meshes: list[MeshEntry]
+    tensors: list[TensorEntry]
+    chunks: list[ChunkEntry]
+    layout: str
+    values: dict[str, ValueEntry]
+    per_rank: dict[str, ValueEntry]
+    replicated: str
+    created_at: str | None = None
+    metrics: dict[str, Any] = field(default_factory=dict)
+    tags: list[str] = field(default_factory=list)
+    byte_order: str = "little"
+    format: str = FRAGMENT_FORMAT
+    format_version: int = FORMAT_VERSION
+
+    @property
+    def attempt_id(self) -> AttemptId:
+        attempt = AttemptId.parse(self.attempt)
+        if attempt is None:
+            raise CorruptCheckpoint(f"{self.attempt!r} is not an attempt id", phase="read")
+        return attempt
+
+
+def layout_digest(
+    meshes: list[MeshEntry], tensors: list[TensorEntry], chunks: list[ChunkEntry]
+) -> str:
+    """The digest of one rank's tables; equal layouts need to be checked once."""
+    return digest(encode_json([meshes, tensors, chunks]))
+
+
+def encode_fragment(fragment: Fragment) -> bytes:
+    return encode_json(fragment)
+
+
+def decode_fragment(data: bytes, *, path: str) -> Fragment:
+    """Decode one fragment and check that it is consistent in itself.
+
+    Raises:
+        CorruptCheckpoint, FormatTooNew: as `decode_document`.
+    """
+    fragment = decode_document(data, Fragment, format=FRAGMENT_FORMAT, path=path)
+    problem = _problem(fragment)
+    if problem:
+        raise CorruptCheckpoint(f"fragment is inconsistent: {problem}", phase="read", path=path)
+    return fragment
+
+
+def _problem(fragment: Fragment) -> str | None:
+    if AttemptId.parse(fragment.attempt) is None:
+        return f"{fragment.attempt!r} is not an attempt id"
+    if fragment.byte_order != "little":
+        return f"byte order {fragment.byte_order!r}"
+    if not 0 <= fragment.rank < fragment.world_size:
+        return f"rank {fragment.rank} of {fragment.world_size}"
+    for index, file in enumerate(fragment.files):
+        if len(file.block_digests) != DIGEST_DIGITS * block_count(file.size_bytes):
+            return f"file {index} has {file.size_bytes} bytes but not the digests for them"
+    for chunk in fragment.chunks:
+        if not 0 <= chunk.file < len(fragment.files) and chunk.box.num_elements:
+            return f"chunk of {chunk.tensor} is in file {chunk.file}"
+        if min((*chunk.offsets, *chunk.sizes, chunk.payload_offset), default=0) < 0:
+            return f"chunk of {chunk.tensor} has negative numbers"
+    if fragment.layout != layout_digest(fragment.meshes, fragment.tensors, fragment.chunks):
+        return "its layout digest differs from its tables"
+    return None

@@ -1,0 +1,193 @@
+"""The manifest: a deterministic function of the fragments of one attempt (docs/format.md, section 6)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import msgspec
+
+from dcp_ckpt.errors import CorruptCheckpoint
+from dcp_ckpt.format.boxes import compress_ranks
+from dcp_ckpt.format.digests import digest
+from dcp_ckpt.format.documents import FORMAT_VERSION, decode_document, encode_json
+from dcp_ckpt.format.fragment import Fragment
+from dcp_ckpt.format.names import AttemptId
+
+__all__ = [
+    "MANIFEST_FORMAT",
+    "FragmentRef",
+    "FragmentSummary",
+    "Manifest",
+    "build_manifest",
+    "decode_manifest",
+    "encode_manifest",
+    "summarize",
+]
+
+MANIFEST_FORMAT = "dcp_ckpt.manifest"
+
+
+@dataclass(frozen=True, kw_only=True)
+class FragmentRef:
+    """Size and digest of one rank's fragment, and the sizes of its data files."""
+
+    size_bytes: int
+    digest: str
+    file_bytes: list[int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FragmentSummary:
+    """What a commit needs to know of one fragment; small enough to send to the coordinator."""
+
+    run_id: str
+    epoch: int
+    epoch_id: str
+    attempt: str
+    step: int
+    rank: int
+    world_size: int
+    ref: FragmentRef
+    layout: str
+    replicated: str
+    created_at: str | None
+    metrics: dict[str, Any]
+    tags: list[str]
+    indexes: bool
+
+    @property
+    def identity(self) -> tuple[str, int, str, str, int, int]:
+        return self.run_id, self.epoch, self.epoch_id, self.attempt, self.step, self.world_size
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """The commit point of one checkpoint."""
+
+    run_id: str
+    epoch: int
+    epoch_id: str
+    attempt: str
+    step: int
+    world_size: int
+    created_at: str
+    metrics: dict[str, Any]
+    tags: list[str]
+    fragments: list[FragmentRef]
+    index: list[list[int]]
+    digest: str
+    format: str = MANIFEST_FORMAT
+    format_version: int = FORMAT_VERSION
+
+    @property
+    def order(self) -> tuple[int, int]:
+        """Checkpoints of a run are ordered by (epoch, step)."""
+        return self.epoch, self.step
+
+    @property
+    def attempt_id(self) -> AttemptId:
+        attempt = AttemptId.parse(self.attempt)
+        assert attempt is not None, "checked when it was decoded"
+        return attempt
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of all data files."""
+        return sum(sum(ref.file_bytes) for ref in self.fragments)
+
+
+def summarize(fragment: Fragment, data: bytes) -> FragmentSummary:
+    """The summary of a fragment whose encoded bytes are `data`."""
+    return FragmentSummary(
+        run_id=fragment.run_id,
+        epoch=fragment.epoch,
+        epoch_id=fragment.epoch_id,
+        attempt=fragment.attempt,
+        step=fragment.step,
+        rank=fragment.rank,
+        world_size=fragment.world_size,
+        ref=FragmentRef(
+            size_bytes=len(data),
+            digest=digest(data),
+            file_bytes=[file.size_bytes for file in fragment.files],
+        ),
+        layout=fragment.layout,
+        replicated=fragment.replicated,
+        created_at=fragment.created_at,
+        metrics=fragment.metrics,
+        tags=fragment.tags,
+        indexes=bool(fragment.tensors or fragment.values),
+    )
+
+
+def build_manifest(summaries: Sequence[FragmentSummary]) -> Manifest:
+    """The manifest of one attempt.
+
+    Args:
+        summaries: one per rank, in rank order, of one and the same attempt.
+
+    Raises:
+        ValueError: a rank is missing or the summaries are not of one attempt.
+    """
+    first = summaries[0]
+    ranks = [summary.rank for summary in summaries]
+    if ranks != list(range(first.world_size)):
+        raise ValueError(f"ranks {ranks} are not those of a world of {first.world_size}")
+    if any(summary.identity != first.identity for summary in summaries):
+        raise ValueError("the fragments are not of one attempt")
+    if first.created_at is None:
+        raise ValueError("rank 0's fragment has no created_at")
+    unsigned = Manifest(
+        run_id=first.run_id,
+        epoch=first.epoch,
+        epoch_id=first.epoch_id,
+        attempt=first.attempt,
+        step=first.step,
+        world_size=first.world_size,
+        created_at=first.created_at,
+        metrics=first.metrics,
+        tags=first.tags,
+        fragments=[summary.ref for summary in summaries],
+        index=compress_ranks([summary.rank for summary in summaries if summary.indexes]),
+        digest="",
+    )
+    return replace(unsigned, digest=_own_digest(unsigned))
+
+
+def encode_manifest(manifest: Manifest) -> bytes:
+    return encode_json(manifest)
+
+
+def decode_manifest(data: bytes, *, path: str) -> Manifest:
+    """Decode a manifest and check its own digest.
+
+    Raises:
+        CorruptCheckpoint: not a manifest, inconsistent, or changed after it was written.
+        FormatTooNew: written by a newer version.
+    """
+    manifest = decode_document(data, Manifest, format=MANIFEST_FORMAT, path=path)
+    attempt = AttemptId.parse(manifest.attempt)
+    if attempt is None:
+        problem = f"{manifest.attempt!r} is not an attempt id"
+    elif attempt.epoch != manifest.epoch:
+        problem = f"attempt {manifest.attempt} is not of epoch {manifest.epoch}"
+    elif manifest.world_size != len(manifest.fragments) or not manifest.fragments:
+        problem = f"{len(manifest.fragments)} fragments for a world of {manifest.world_size}"
+    elif _document_digest(data) != manifest.digest:
+        problem = "its own digest does not match: it was changed after it was written"
+    else:
+        return manifest
+    raise CorruptCheckpoint(f"manifest is damaged: {problem}", phase="read", path=path)
+
+
+def _own_digest(manifest: Manifest) -> str:
+    return _document_digest(encode_json(manifest))
+
+
+def _document_digest(data: bytes) -> str:
+    """Digest of all fields but `digest`, including fields that this version does not know."""
+    fields = msgspec.json.decode(data, type=dict[str, Any])
+    fields.pop("digest", None)
+    return digest(encode_json(fields))

@@ -1,0 +1,1 @@
+"""The life of checkpoints in storage: epochs, commit, recover, catalogue, retention. No torch."""

@@ -1,0 +1,1 @@
+"""Loading: choose, diff, read exactly what this rank needs, verify, restore."""

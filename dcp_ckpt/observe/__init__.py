@@ -1,0 +1,1 @@
+"""Events of saves and loads, and the sinks that receive them."""

@@ -1,0 +1,276 @@
+"""One committed checkpoint, opened for reading: by one process, without a model and without a process group.
+
+Owns the way from a name to its bytes: manifest -> fragment -> block, each link checked. Imports torch only when a tensor
+is read. Called by the command line and by the other operations.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from functools import cached_property
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from dcp_ckpt.errors import CheckpointNotFound, CorruptCheckpoint, StorageNotFound
+from dcp_ckpt.format.boxes import expand_ranks, tiling_problem
+from dcp_ckpt.format.digests import digest
+from dcp_ckpt.format.dtypes import dtype_info
+from dcp_ckpt.format.fragment import (
+    ChunkEntry,
+    Fragment,
+    MeshEntry,
+    TensorEntry,
+    ValueEntry,
+    decode_fragment,
+)
+from dcp_ckpt.format.manifest import FragmentRef, Manifest, decode_manifest
+from dcp_ckpt.format.names import MANIFEST, data_file_name, fragment_name
+from dcp_ckpt.format.values import decode_value
+from dcp_ckpt.ops.blocks import read_verified
+from dcp_ckpt.ops.refs import resolve_ref
+from dcp_ckpt.ops.roots import open_existing
+from dcp_ckpt.storage.base import Storage
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["Checkpoint", "open_checkpoint", "read_fragment", "read_manifest"]
+
+
+def open_checkpoint(ref: str | os.PathLike[str]) -> Checkpoint:
+    """Open one committed checkpoint for reading; close it after use, or use it as a context manager.
+
+    Args:
+        ref: `RUN@latest`, `RUN@best`, `RUN@STEP`, or the path or URL of a checkpoint directory.
+
+    Raises:
+        CheckpointNotFound: there is none; the message lists what exists.
+        CorruptCheckpoint, FormatTooNew: its manifest cannot be used.
+        StorageError: it could not be read.
+    """
+    location = resolve_ref(ref)
+    storage = open_existing(location.root)
+    try:
+        return Checkpoint(storage, location.directory, read_manifest(storage, location.directory))
+    except BaseException:
+        storage.close()
+        raise
+
+
+class Checkpoint:
+    """A read-only view; fragments are read when they are first needed and kept.
+
+    Args:
+        storage: holds the checkpoint; closed with this object.
+        directory: the checkpoint's directory in `storage`.
+        manifest: already checked.
+    """
+
+    def __init__(self, storage: Storage, directory: str, manifest: Manifest) -> None:
+        self._storage = storage
+        self._fragments: dict[int, Fragment] = {}
+        self.directory = directory
+        self.manifest = manifest
+
+    def __enter__(self) -> Checkpoint:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Release the storage. Idempotent."""
+        self._storage.close()
+
+    @property
+    def storage(self) -> Storage:
+        return self._storage
+
+    def keys(self) -> list[str]:
+        """The names of all tensors and replicated values, sorted."""
+        return sorted({*self.tensors, *self.values})
+
+    @cached_property
+    def tensors(self) -> Mapping[str, TensorEntry]:
+        """All tensors by name, sorted. Reads every fragment once."""
+        found = {name: entry for _, name, entry in self._indexed()}
+        return dict(sorted(found.items()))
+
+    @property
+    def values(self) -> Mapping[str, ValueEntry]:
+        """Replicated values by name, encoded. Reads rank 0's fragment."""
+        return self.fragment(0).values
+
+    def mesh(self, key: str) -> MeshEntry | None:
+        """The device mesh of a tensor, or None when every rank held it whole.
+
+        Raises:
+            CheckpointNotFound: no such tensor.
+        """
+        rank, entry = self._find(key)
+        return None if entry.mesh is None else self.fragment(rank).meshes[entry.mesh]
+
+    def read_value(self, key: str, *, rank: int | None = None) -> Any:
+        """One value, decoded; tensors inside of it are `TensorRef`s.
+
+        Args:
+            rank: for values of one rank only; None for the replicated ones.
+
+        Raises:
+            CheckpointNotFound: no such value, or no such rank.
+        """
+        values = self.values if rank is None else self.fragment(rank).per_rank
+        if key not in values:
+            whose = "replicated value" if rank is None else f"value of rank {rank}"
+            raise self._unknown(f"{whose} {key!r}", values)
+        return decode_value(values[key].value, path=key)
+
+    def read_tensor(self, key: str) -> torch.Tensor:
+        """One whole tensor on the CPU, put together from all its chunks; every block read is checked.
+
+        Memory: the tensor and its largest chunk.
+
+        Raises:
+            CheckpointNotFound: no such tensor, or the checkpoint was deleted while reading.
+            CorruptCheckpoint: a file is missing or short, a digest differs, or the chunks do not tile it.
+        """
+        import torch
+
+        _, entry = self._find(key)
+        chunks = [
+            (rank, chunk)
+            for rank in expand_ranks(entry.owners)
+            for chunk in self.fragment(rank).chunks
+            if chunk.tensor == key
+        ]
+        problem = tiling_problem(entry.shape, (chunk.box for _, chunk in chunks))
+        if problem:
+            raise CorruptCheckpoint(f"tensor {key}: {problem}", phase="read", path=self.directory)
+        dtype = getattr(torch, dtype_info(entry.dtype).name)
+        chunks = [(rank, chunk) for rank, chunk in chunks if chunk.box.num_elements]
+        if len(chunks) == 1:
+            return self._read_chunk(*chunks[0], dtype)
+        result = torch.empty(entry.shape, dtype=dtype)
+        for rank, chunk in chunks:
+            window = tuple(
+                slice(offset, offset + size)
+                for offset, size in zip(chunk.offsets, chunk.sizes, strict=True)
+            )
+            result[window].copy_(self._read_chunk(rank, chunk, dtype))
+        return result
+
+    def fragment(self, rank: int) -> Fragment:
+        """What `rank` said of this checkpoint, checked against the manifest.
+
+        Raises:
+            CheckpointNotFound: no such rank, or the checkpoint was deleted while reading.
+            CorruptCheckpoint: it is missing or differs from what the manifest says.
+        """
+        if rank not in self._fragments:
+            if not 0 <= rank < self.manifest.world_size:
+                raise self._unknown(f"rank {rank}", map(str, range(self.manifest.world_size)))
+            try:
+                self._fragments[rank] = read_fragment(
+                    self._storage, self.directory, self.manifest, rank
+                )
+            except StorageNotFound as error:
+                raise self._missing(error, fragment_name(rank, self.manifest.attempt_id)) from error
+        return self._fragments[rank]
+
+    def _indexed(self) -> Iterator[tuple[int, str, TensorEntry]]:
+        for rank in range(self.manifest.world_size):
+            for entry in self.fragment(rank).tensors:
+                yield rank, entry.name, entry
+
+    def _find(self, key: str) -> tuple[int, TensorEntry]:
+        """The tensor and the rank that indexes it; most are in rank 0's fragment, so it stops early."""
+        for rank, name, entry in self._indexed():
+            if name == key:
+                return rank, entry
+        raise self._unknown(f"tensor {key!r}", self.tensors)
+
+    def _read_chunk(self, rank: int, chunk: ChunkEntry, dtype: torch.dtype) -> torch.Tensor:
+        import torch
+
+        name = data_file_name(rank, chunk.file, self.manifest.attempt_id)
+        entry = self.fragment(rank).files[chunk.file]
+        num_bytes = chunk.box.num_elements * dtype.itemsize
+        try:
+            data = read_verified(
+                self._storage,
+                f"{self.directory}/{name}",
+                entry,
+                offset=chunk.payload_offset,
+                num_bytes=num_bytes,
+            )
+        except StorageNotFound as error:
+            raise self._missing(error, name) from error
+        return torch.frombuffer(data, dtype=torch.uint8).view(dtype).reshape(chunk.sizes)
+
+    def _missing(self, error: StorageNotFound, name: str) -> CheckpointNotFound | CorruptCheckpoint:
+        """A missing file is damage, unless the manifest went first: then the checkpoint was removed."""
+        path = f"{self.directory}/{name}"
+        try:
+            self._storage.size(f"{self.directory}/{MANIFEST}")
+        except StorageNotFound:
+            return CheckpointNotFound(
+                "the checkpoint was deleted while reading", step=self.manifest.step, path=path
+            )
+        return CorruptCheckpoint("a file of the checkpoint is missing", phase="read", path=path)
+
+    def _unknown(self, what: str, existing: Any) -> CheckpointNotFound:
+        names = sorted(existing)
+        shown = ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
+        return CheckpointNotFound(
+            f"no {what}; there are: {shown or 'none'}", step=self.manifest.step, path=self.directory
+        )
+
+
+def read_manifest(storage: Storage, directory: str) -> Manifest:
+    """The checked manifest of a directory.
+
+    Raises:
+        CheckpointNotFound: it has none.
+        CorruptCheckpoint, FormatTooNew: as `decode_manifest`.
+    """
+    key = f"{directory}/{MANIFEST}"
+    try:
+        return decode_manifest(storage.read(key), path=key)
+    except StorageNotFound as error:
+        raise CheckpointNotFound("not a checkpoint: it has no manifest", path=directory) from error
+
+
+def read_fragment(storage: Storage, directory: str, manifest: Manifest, rank: int) -> Fragment:
+    """One rank's fragment, checked against the manifest.
+
+    Raises:
+        StorageNotFound: it is missing.
+        CorruptCheckpoint: its size or digest differs from the manifest's, or it is of another attempt.
+        FormatTooNew: it was written by a newer version.
+    """
+    key = f"{directory}/{fragment_name(rank, manifest.attempt_id)}"
+    data = storage.read(key)
+    problem = _fragment_problem(data, manifest.fragments[rank])
+    if problem:
+        raise CorruptCheckpoint(f"fragment {problem}", rank=rank, phase="read", path=key)
+    fragment = decode_fragment(data, path=key)
+    identity = (fragment.run_id, fragment.epoch, fragment.attempt, fragment.step, fragment.rank)
+    if identity != (manifest.run_id, manifest.epoch, manifest.attempt, manifest.step, rank):
+        raise CorruptCheckpoint(
+            "fragment is that of another rank or attempt", rank=rank, phase="read", path=key
+        )
+    return fragment
+
+
+def _fragment_problem(data: bytes, ref: FragmentRef) -> str | None:
+    if len(data) != ref.size_bytes:
+        return f"has {len(data)} bytes where the manifest says {ref.size_bytes}"
+    if digest(data) != ref.digest:
+        return "differs from the digest in the manifest"
+    return None

@@ -1,0 +1,1 @@
+"""Saving: who writes what, staging into the arena, and the attempt's way to its commit."""

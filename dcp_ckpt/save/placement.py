@@ -1,0 +1,120 @@
+"""Who writes what: a pure rule that every rank computes alone, from placements only.
+
+No plan is exchanged between ranks. A sharded box that one rank holds is written by that rank. A box that several
+ranks hold (DDP, HSDP, plain tensors) is split among them: large ones into boxes along dimension 0, and each box goes to the
+member with the fewest bytes so far. All members see the same boxes in the same order, so they agree.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from dcp_ckpt.format.boxes import Box, Mesh, Placement, shard_box, split_rows
+
+__all__ = ["SPLIT_BYTES", "OwnedBox", "Ownership", "TensorSpec", "assign_owners"]
+
+SPLIT_BYTES = 4 << 20
+"""A replicated box larger than this is split, so that one huge embedding does not make one rank the last."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorSpec:
+    """What placement needs to know of one tensor.
+
+    Args:
+        path: where it sits in the state.
+        dtype: torch's name, without `torch.`.
+        item_bytes: bytes per element.
+        shape: global shape.
+        mesh: its device mesh, or None when every rank holds it whole.
+        dim_names: names of the mesh dimensions.
+        placements: one per mesh dimension.
+    """
+
+    path: tuple[str, ...]
+    dtype: str
+    item_bytes: int
+    shape: tuple[int, ...]
+    mesh: Mesh | None
+    dim_names: tuple[str, ...]
+    placements: tuple[Placement, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class OwnedBox:
+    """A box this rank writes: of which tensor, in global and in local coordinates; part or all of what it holds."""
+
+    tensor: int
+    box: Box
+    local: Box
+    is_part: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ownership:
+    """What one rank writes, and for each tensor which ranks may hold chunks of it."""
+
+    owned: tuple[OwnedBox, ...]
+    owners: tuple[tuple[int, ...], ...]
+
+
+def assign_owners(specs: Sequence[TensorSpec], *, rank: int, world_size: int) -> Ownership:
+    """Decide what `rank` writes.
+
+    Args:
+        specs: all tensors this rank holds, sorted by path; members of one replica group pass the same boxes.
+        rank: this rank.
+        world_size: the number of ranks that save.
+    """
+    owned: list[OwnedBox] = []
+    owners: list[tuple[int, ...]] = []
+    loads: dict[tuple[int, ...], dict[int, int]] = {}
+    for index, spec in enumerate(specs):
+        held, group, candidates = _held_box(spec, rank, world_size)
+        load = loads.setdefault(group, dict.fromkeys(group, 0))
+        writers = set()
+        for part in _parts(held, spec.item_bytes, len(group)):
+            writer = min(group, key=lambda member: (load[member], member))
+            load[writer] += max(part.num_elements * spec.item_bytes, 1)
+            writers.add(writer)
+            if writer == rank:
+                owned.append(
+                    OwnedBox(tensor=index, box=part, local=_relative(part, held), is_part=part != held)
+                )
+        owners.append(tuple(sorted(writers)) if candidates == group else candidates)
+    return Ownership(owned=tuple(owned), owners=tuple(owners))
+
+
+def _held_box(
+    spec: TensorSpec, rank: int, world_size: int
+) -> tuple[Box, tuple[int, ...], tuple[int, ...]]:
+    """The box this rank holds, the ranks that hold the same box, and all ranks that hold any."""
+    if spec.mesh is None:
+        world = tuple(range(world_size))
+        return Box.whole(spec.shape), world, world
+    own = spec.mesh.coordinate(rank)
+    assert own is not None, "a rank outside of the mesh holds no part of the tensor"
+    box = shard_box(spec.shape, spec.mesh.shape, spec.placements, own)
+    sharded = [i for i, placement in enumerate(spec.placements) if placement.dim is not None]
+    if len(sharded) == len(spec.placements):
+        return box, (rank,), spec.mesh.ranks
+    group = tuple(
+        member
+        for member, coordinate in zip(spec.mesh.ranks, spec.mesh.coordinates(), strict=True)
+        if all(coordinate[i] == own[i] for i in sharded)
+    )
+    return box, group, spec.mesh.ranks
+
+
+def _parts(box: Box, item_bytes: int, num_members: int) -> list[Box]:
+    if box.num_elements == 0:
+        return []
+    if num_members == 1:
+        return [box]
+    return split_rows(box, min(num_members, -(-box.num_elements * item_bytes // SPLIT_BYTES)))
+
+
+def _relative(part: Box, held: Box) -> Box:
+    offsets = tuple(a - b for a, b in zip(part.offsets, held.offsets, strict=True))
+    return Box(offsets, part.sizes)

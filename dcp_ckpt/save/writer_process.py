@@ -1,0 +1,150 @@
+"""The trainer's end of its writer: starts the process, hands jobs over, reads replies, and joins it.
+
+One per rank and Checkpointer. The process has a session of its own, so what kills the trainer does not kill it.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import TracebackType
+
+from dcp_ckpt.errors import SaveFailed
+from dcp_ckpt.format.documents import encode_json
+from dcp_ckpt.writer.messages import MAX_PACKET_BYTES, Reply, Request, WriteJob, decode_reply, encode
+
+__all__ = ["WriterProcess"]
+
+_BOOT = "import sys; sys.path.insert(0, sys.argv.pop(1)); from dcp_ckpt.writer.program import main; sys.exit(main(sys.argv[1:]))"
+
+
+class WriterProcess:
+    """Owns one writer process.
+
+    Raises:
+        SaveFailed: it cannot be started.
+    """
+
+    def __init__(self, *, rank: int) -> None:
+        self._rank = rank
+        self._connection, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        root = str(Path(__file__).resolve().parents[2])
+        # -P: the user's working directory must not shadow modules of the standard library.
+        command = [sys.executable, "-P", "-c", _BOOT, root, str(theirs.fileno()), str(os.getpid())]
+        try:
+            with theirs:
+                self._process = subprocess.Popen(
+                    command,
+                    pass_fds=[theirs.fileno()],
+                    start_new_session=True,
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.DEVNULL,
+                )
+        except OSError as error:
+            self._connection.close()
+            raise SaveFailed(
+                f"the writer process cannot be started: {error}", rank=rank, errno=error.errno
+            ) from error
+        self._closed = False
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def hold_lease(self, storage_url: str, key: str, *, timeout_seconds: float) -> None:
+        """Let the writer hold a lease for as long as it lives. Blocks until it does."""
+        self._send(Request(kind="lease", storage_url=storage_url, key=key), [])
+        self.receive(timeout_seconds=timeout_seconds)
+
+    def release_lease(self, *, timeout_seconds: float) -> None:
+        """Let the writer give its lease up. Blocks until it has."""
+        self._send(Request(kind="release"), [])
+        self.receive(timeout_seconds=timeout_seconds)
+
+    def submit(self, job: WriteJob, arena_descriptor: int) -> None:
+        """Hand a job over; from then on it survives this process. Does not block."""
+        data = encode_json(job)
+        descriptor = os.memfd_create("dcp_ckpt-job", os.MFD_CLOEXEC)
+        try:
+            os.write(descriptor, data)
+            self._send(Request(kind="write", job_bytes=len(data)), [arena_descriptor, descriptor])
+        finally:
+            os.close(descriptor)
+
+    def receive(self, *, timeout_seconds: float) -> Reply:
+        """Wait for the next reply.
+
+        Raises:
+            SaveFailed: the writer died, or did not answer in time.
+        """
+        self._connection.settimeout(timeout_seconds)
+        try:
+            packet = self._connection.recv(MAX_PACKET_BYTES)
+        except TimeoutError as error:
+            raise SaveFailed(
+                f"the writer (pid {self.pid}) did not finish within {timeout_seconds:.0f} s",
+                rank=self._rank,
+                phase="write",
+            ) from error
+        except OSError as error:
+            raise self._death() from error
+        if not packet:
+            raise self._death()
+        return decode_reply(packet)
+
+    def close(self, *, timeout_seconds: float = 30.0) -> None:
+        """Let it finish what it has, and join it. Idempotent.
+
+        Raises:
+            SaveFailed: it did not end in time and was killed.
+        """
+        if self._closed:
+            return
+        self._closed = True
+        self._connection.close()
+        try:
+            self._process.wait(timeout_seconds)
+        except subprocess.TimeoutExpired as error:
+            self._process.kill()
+            self._process.wait()
+            raise SaveFailed(
+                f"the writer (pid {self.pid}) did not end within {timeout_seconds:.0f} s and was killed",
+                rank=self._rank,
+                phase="close",
+            ) from error
+
+    def __enter__(self) -> WriterProcess:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _send(self, request: Request, descriptors: list[int]) -> None:
+        try:
+            socket.send_fds(self._connection, [encode(request)], descriptors)
+        except OSError as error:
+            raise self._death() from error
+
+    def _death(self) -> SaveFailed:
+        deadline = time.monotonic() + 5.0
+        status = None
+        while status is None and time.monotonic() < deadline:
+            try:
+                status = self._process.wait(0.1)
+            except subprocess.TimeoutExpired:
+                continue
+        how = "closed its connection" if status is None else _ending(status)
+        return SaveFailed(f"the writer (pid {self.pid}) {how}", rank=self._rank, phase="write")
+
+
+def _ending(status: int) -> str:
+    return f"was killed by signal {-status}" if status < 0 else f"ended with exit code {status}"

@@ -1,0 +1,124 @@
+"""The seam between what is saved and how it is saved: captured state, stored state, targets.
+
+A component adapts one kind of training object (model, optimizer, RNG, ...). It knows torch and
+its object; it knows nothing of files, ranks' ownership or collectives. `save` calls `capture`, `load` calls `targets`,
+fills the returned tensors in place and then calls `install`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+
+__all__ = ["Captured", "Component", "Path", "Problem", "StoredState", "StoredTensor", "Targets"]
+
+Path = tuple[str, ...]
+"""Where a leaf sits in the state; its name is the path joined with dots."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Captured:
+    """What one component holds now.
+
+    Args:
+        tensors: live tensors (plain or DTensor), not copied. Staging copies them.
+        values: replicated values, already encoded by `dcp_ckpt.format.values.encode_value`.
+        per_rank: values of this rank only, encoded.
+        stock: replicated values as plain Python objects, for stock DCP readers; same keys as `values`.
+    """
+
+    tensors: Mapping[Path, torch.Tensor] = field(default_factory=dict)
+    values: Mapping[Path, Any] = field(default_factory=dict)
+    per_rank: Mapping[Path, Any] = field(default_factory=dict)
+    stock: Mapping[Path, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredTensor:
+    """One tensor of a checkpoint: path, dtype and global shape."""
+
+    path: Path
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredState:
+    """What a checkpoint holds, before any payload is read.
+
+    Args:
+        tensors: by name.
+        values: replicated values by name, decoded (tensors inside are `TensorRef`).
+        value_paths: the path of each replicated value.
+        per_rank: this rank's values by name, decoded; those of saved rank r when this is rank r of
+            a world of the same size, else empty.
+        step: training step.
+        saved_world_size: number of ranks that saved.
+        rank: this process's rank.
+        world_size: number of ranks that load.
+        seed_material: a value that is the same on all ranks and differs between checkpoints and
+            between steps; for deriving streams of ranks that have none.
+    """
+
+    tensors: Mapping[str, StoredTensor]
+    values: Mapping[str, Any]
+    value_paths: Mapping[str, Path]
+    per_rank: Mapping[str, Any]
+    step: int
+    saved_world_size: int
+    rank: int
+    world_size: int
+    seed_material: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problem:
+    """One way in which the checkpoint does not fit; `kind` is missing, unexpected, shape, dtype or other."""
+
+    kind: str
+    key: str
+    detail: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Targets:
+    """What a component wants to be filled.
+
+    Args:
+        tensors: stored name -> tensor to fill in place (plain or DTensor, of this rank's sharding).
+            Shape and dtype are compared with what is stored by the caller.
+        values: names of the stored values that `install` will use.
+        problems: what does not fit, other than shape and dtype of `tensors`.
+    """
+
+    tensors: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    values: frozenset[str] = frozenset()
+    problems: tuple[Problem, ...] = ()
+
+
+class Component(Protocol):
+    """Adapts one training object. All methods are local to the rank and run on the main thread."""
+
+    @property
+    def prefix(self) -> Path:
+        """The path under which everything of this component is stored."""
+        ...
+
+    def capture(self) -> Captured:
+        """Describe the state as it is now, without changing or copying it."""
+        ...
+
+    def targets(self, stored: StoredState) -> Targets:
+        """Say what to fill from `stored`, without changing the live object."""
+        ...
+
+    def install(self, stored: StoredState, targets: Targets) -> list[str]:
+        """Put the filled tensors and the values in place.
+
+        Returns:
+            Notes for the load report: what was reinitialised or derived instead of restored.
+        """
+        ...

@@ -1,0 +1,364 @@
+"""Nested Python state to tensors and values by path, and back.
+
+Owns the rule of what becomes a key: dictionaries whose keys are all strings are entered, every
+other leaf is one tensor or one value, and tensors inside of other containers are stored as tensors that the value
+refers to. Knows no component, no file and no rank; every component captures through a `StateCollector`.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, OrderedDict, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch.distributed.tensor import DTensor
+
+from dcp_ckpt.errors import CorruptCheckpoint, StateError
+from dcp_ckpt.format.dtypes import DTYPES
+from dcp_ckpt.format.values import MAX_DEPTH, TensorRef, encode_value
+from dcp_ckpt.state.component import Captured, Path, StoredState, StoredTensor, Targets
+
+__all__ = [
+    "StateCollector",
+    "attach_tensors",
+    "check_tensor",
+    "fits",
+    "is_branch",
+    "join_path",
+    "leaves",
+    "names_under",
+    "path_of",
+    "rebuild",
+    "referenced_names",
+    "tree_targets",
+]
+
+_ATOMS = frozenset({type(None), bool, int, float, complex, str, bytes})
+
+
+def join_path(path: Path) -> str:
+    """The name of a path: its parts joined with dots, as DCP flattens them."""
+    return ".".join(path)
+
+
+def names_under(names: Iterable[str], prefix: Path) -> list[str]:
+    """Those of `names` that are the prefix itself or lie below it; all of them for the empty prefix."""
+    if not prefix:
+        return list(names)
+    root = join_path(prefix)
+    below = root + "."
+    return [name for name in names if name == root or name.startswith(below)]
+
+
+def path_of(stored: StoredState, name: str) -> Path:
+    """The path of a stored tensor or replicated value."""
+    tensor = stored.tensors.get(name)
+    return tensor.path if tensor is not None else stored.value_paths[name]
+
+
+def fits(live: Any, stored: StoredTensor) -> bool:
+    """Whether `live` is a tensor with the stored dtype and global shape, so that it can be filled in place."""
+    return (
+        isinstance(live, torch.Tensor)
+        and live.dtype == stored.dtype
+        and tuple(live.shape) == stored.shape
+    )
+
+
+def check_tensor(tensor: torch.Tensor, name: str) -> None:
+    """Refuse a tensor whose bytes are not one plain strided payload.
+
+    Raises:
+        StateError: sparse, nested, quantized, meta, uninitialised or partial tensors, tensor subclasses of other
+            libraries, and dtypes that the format does not know; the message names the key.
+    """
+    reason = _unsuitable(tensor)
+    if reason:
+        raise StateError(f"{name} cannot be stored: {reason}")
+
+
+def _unsuitable(tensor: torch.Tensor) -> str | None:
+    if isinstance(tensor, torch.nn.parameter.UninitializedTensorMixin):
+        return "it is uninitialised; run one forward before saving"
+    if isinstance(tensor, DTensor):
+        if any(placement.is_partial() for placement in tensor.placements):
+            return "it is a DTensor with a Partial placement; redistribute it to Shard or Replicate"
+    elif hasattr(type(tensor), "__tensor_flatten__"):
+        return f"it is a {type(tensor).__name__}; convert it to a plain tensor"
+    if tensor.layout != torch.strided or tensor.is_nested:
+        return f"it is sparse or nested ({tensor.layout}); call to_dense() or store its parts"
+    if tensor.is_quantized:
+        return "it is quantized; store int_repr(), scale and zero point"
+    if tensor.device.type == "meta":
+        return "it is on the meta device and has no data; materialise it first (to_empty, then load)"
+    if str(tensor.dtype).removeprefix("torch.") not in DTYPES:
+        return f"the format has no dtype {tensor.dtype}"
+    return None
+
+
+def is_branch(value: Any) -> bool:
+    """Whether `value` is entered key by key: a non-empty dict with string keys.
+
+    An OrderedDict is entered only when it holds tensors (a `state_dict()`); without tensors it
+    is one value, so that its type comes back.
+    """
+    kind = type(value)
+    if (kind is not dict and kind is not OrderedDict) or not value:
+        return False
+    if not all(type(key) is str for key in value):
+        return False
+    return kind is dict or _holds_tensor(value)
+
+
+def leaves(state: Any, path: Path) -> Iterator[tuple[Path, Any]]:
+    """All leaves of `state` with their paths, depth first, in the order of the dictionaries.
+
+    Raises:
+        StateError: nested too deeply, or a dictionary contains itself.
+    """
+    _check_depth(path)
+    if not is_branch(state):
+        yield path, state
+        return
+    for key, item in state.items():
+        yield from leaves(item, (*path, key))
+
+
+def _check_depth(path: Path) -> None:
+    if len(path) > MAX_DEPTH:
+        raise StateError(
+            f"{join_path(path[:8])}... is nested deeper than {MAX_DEPTH} levels, or contains itself"
+        )
+
+
+def _holds_tensor(value: Any, depth: int = 0) -> bool:
+    kind = type(value)
+    if kind in _ATOMS or depth > MAX_DEPTH:
+        return False
+    if isinstance(value, torch.Tensor):
+        return True
+    if kind in _MAPPINGS:
+        return any(_holds_tensor(item, depth + 1) for item in value.values())
+    if kind in _SEQUENCES or kind in _SETS:
+        return any(_holds_tensor(item, depth + 1) for item in value)
+    return False
+
+
+class StateCollector:
+    """Collects what a component holds, and refuses keys that cannot be told apart.
+
+    What it collects is safe from later changes of Python state: values are encoded and copied at once. Tensors
+    stay live.
+    """
+
+    def __init__(self) -> None:
+        self._tensors: dict[Path, torch.Tensor] = {}
+        self._values: dict[Path, Any] = {}
+        self._stock: dict[Path, Any] = {}
+        self._paths: dict[str, Path] = {}
+
+    def add_tensor(self, path: Path, tensor: torch.Tensor) -> None:
+        """One live tensor under `path`.
+
+        Raises:
+            StateError: the tensor cannot be stored, or its name is taken.
+        """
+        check_tensor(tensor, self._claim(path))
+        self._tensors[path] = tensor
+
+    def add_value(self, path: Path, value: Any) -> None:
+        """One Python value under `path`; tensors in it are stored below that path.
+
+        Raises:
+            StateError: a type that cannot be stored exactly, or a name is taken.
+        """
+        name = self._claim(path)
+        found: dict[Path, torch.Tensor] = {}
+        copied = _detach(value, path, found)
+        self._values[path] = encode_value(copied, path=name)
+        if not found:
+            self._stock[path] = copied
+        for tensor_path, tensor in found.items():
+            self.add_tensor(tensor_path, tensor)
+
+    def add_leaf(self, path: Path, leaf: Any) -> None:
+        """A tensor or a value, whichever `leaf` is."""
+        if isinstance(leaf, torch.Tensor):
+            self.add_tensor(path, leaf)
+        else:
+            self.add_value(path, leaf)
+
+    def add_tree(self, path: Path, state: Any) -> None:
+        """Nested state: one key per leaf."""
+        for leaf_path, leaf in leaves(state, path):
+            self.add_leaf(leaf_path, leaf)
+
+    def add_object(self, path: Path, state: Any) -> None:
+        """The state of an object: one value when it holds no tensors, else one key per leaf."""
+        if _holds_tensor(state):
+            self.add_tree(path, state)
+        else:
+            self.add_value(path, state)
+
+    def add_captured(self, captured: Captured) -> None:
+        """What another component holds.
+
+        Raises:
+            StateError: one of its names is taken.
+        """
+        for path in (*captured.tensors, *captured.values):
+            self._claim(path)
+        self._tensors.update(captured.tensors)
+        self._values.update(captured.values)
+        self._stock.update(captured.stock)
+
+    def captured(self) -> Captured:
+        """Everything that was added."""
+        return Captured(tensors=self._tensors, values=self._values, stock=self._stock)
+
+    def _claim(self, path: Path) -> str:
+        name = join_path(path)
+        other = self._paths.setdefault(name, path)
+        if other is not path:
+            raise StateError(
+                f"two entries have the name {name!r}: {_show(other)} and {_show(path)}; rename one of them"
+            )
+        return name
+
+
+def _show(path: Path) -> str:
+    return "".join(f"[{part!r}]" for part in path)
+
+
+def _detach(value: Any, path: Path, found: dict[Path, torch.Tensor]) -> Any:
+    """A copy of `value` in which tensors are replaced by `TensorRef`; `found` receives them by path."""
+    kind = type(value)
+    if kind in _ATOMS:
+        return value
+    _check_depth(path)
+    if isinstance(value, torch.Tensor):
+        if path in found:
+            raise StateError(
+                f"two tensors have the name {join_path(path)!r}; keys that differ in type only cannot be told apart"
+            )
+        found[path] = value
+        return TensorRef(join_path(path))
+    if kind in _MAPPINGS:
+        copied = _MAPPINGS[kind]()
+        for key, item in value.items():
+            copied[key] = item if type(item) in _ATOMS else _detach(item, (*path, str(key)), found)
+        return copied
+    if kind in _SEQUENCES:
+        items = [
+            item if type(item) in _ATOMS else _detach(item, (*path, str(index)), found)
+            for index, item in enumerate(value)
+        ]
+        return deque(items, value.maxlen) if kind is deque else kind(items)
+    if kind in _SETS and _holds_tensor(value):
+        raise StateError(f"{join_path(path)} is a set that holds tensors, which has no order; use a list")
+    return value.copy() if kind in _COPIED or kind.__module__ == "numpy" else value
+
+
+_MAPPINGS: dict[type, Callable[[], Any]] = {dict: dict, OrderedDict: OrderedDict, Counter: Counter}
+_SEQUENCES = frozenset({list, tuple, deque})
+_SETS = frozenset({set, frozenset})
+_COPIED = frozenset({set, bytearray})
+
+
+def referenced_names(value: Any) -> list[str]:
+    """The names of the tensors that a decoded value refers to."""
+    kind = type(value)
+    if kind in _ATOMS:
+        return []
+    if kind is TensorRef:
+        return [value.name]
+    if kind in _MAPPINGS:
+        return [name for item in value.values() for name in referenced_names(item)]
+    if kind in _SEQUENCES:
+        return [name for item in value for name in referenced_names(item)]
+    return []
+
+
+def attach_tensors(value: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
+    """A copy of a decoded value with its tensors in place; the stored value stays as it is.
+
+    Raises:
+        CorruptCheckpoint: it refers to a tensor that is not in `tensors`.
+    """
+    kind = type(value)
+    if kind in _ATOMS:
+        return value
+    if kind is TensorRef:
+        if value.name not in tensors:
+            raise CorruptCheckpoint(
+                f"a value refers to the tensor {value.name}, which the checkpoint does not hold", phase="read"
+            )
+        return tensors[value.name]
+    if kind in _MAPPINGS:
+        copied = _MAPPINGS[kind]()
+        for key, item in value.items():
+            copied[key] = attach_tensors(item, tensors)
+        return copied
+    if kind in _SEQUENCES:
+        items = [attach_tensors(item, tensors) for item in value]
+        return deque(items, value.maxlen) if kind is deque else kind(items)
+    return value.copy() if kind in _COPIED or kind.__module__ == "numpy" else value
+
+
+def tree_targets(stored: StoredState, prefix: Path, live: Mapping[str, torch.Tensor]) -> Targets:
+    """Ask for everything that is stored under `prefix`.
+
+    Args:
+        live: tensors by name that may be filled in place where dtype and global shape fit; others
+            are filled into new CPU tensors.
+    """
+    tensors = {}
+    for name in names_under(stored.tensors, prefix):
+        entry, candidate = stored.tensors[name], live.get(name)
+        usable = candidate is not None and fits(candidate, entry)
+        tensors[name] = (
+            candidate if candidate is not None and usable else torch.empty(entry.shape, dtype=entry.dtype)
+        )
+    return Targets(tensors=tensors, values=frozenset(names_under(stored.values, prefix)))
+
+
+def rebuild(
+    stored: StoredState, targets: Targets, names: Iterable[str], *, depth: int
+) -> Any:
+    """Nested state from stored names; the inverse of `StateCollector.add_object` and `add_tree`.
+
+    Args:
+        targets: the filled tensors.
+        names: the tensors and values to use.
+        depth: how many leading parts of each path lead to the root that is rebuilt.
+
+    Returns:
+        The single value or tensor whose path ends at the root, or nested plain dictionaries.
+
+    Raises:
+        CorruptCheckpoint: the stored paths contradict each other.
+    """
+    names = list(names)
+    referenced = {
+        name
+        for value_name in names
+        if value_name in stored.values
+        for name in referenced_names(stored.values[value_name])
+    }
+    root: dict[str, Any] = {}
+    for name in names:
+        if name in referenced:
+            continue
+        is_value = name in stored.values
+        leaf = attach_tensors(stored.values[name], targets.tensors) if is_value else targets.tensors[name]
+        path = path_of(stored, name)[depth:]
+        if not path:
+            return leaf
+        branch = root
+        for part in path[:-1]:
+            branch = branch.setdefault(part, {})
+            if type(branch) is not dict:
+                raise CorruptCheckpoint(f"{name} lies below a stored leaf", phase="read")
+        branch[path[-1]] = leaf
+    return root

@@ -1,0 +1,219 @@
+"""The storage protocol: what a checkpoint asks of the place it is kept in.
+
+Owns the contract; local files, memory and object stores implement it. Storage knows keys and bytes,
+never checkpoints. Keys are relative, `/`-separated and have no empty, `.` or `..` part. Every method may
+be called from any thread. Every failure is a `StorageError` (dcp_ckpt.errors).
+"""
+
+from __future__ import annotations
+
+import builtins
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Protocol
+
+__all__ = [
+    "ByteRange",
+    "Lease",
+    "ObjectInfo",
+    "ObjectWriter",
+    "Storage",
+    "StorageCapabilities",
+]
+
+Buffer = bytes | bytearray | memoryview
+
+
+@dataclass(frozen=True, kw_only=True)
+class StorageCapabilities:
+    """What this storage can do, as data.
+
+    Args:
+        exclusive_create: `create_exclusive` holds among all processes and hosts.
+        directories: empty directories exist, and renames are atomic (a file system).
+        direct_io: `open_writer` bypasses the page cache when asked to.
+        lease_ends_with_holder: a lease ends with its holder, however that ends.
+    """
+
+    exclusive_create: bool
+    directories: bool
+    direct_io: bool
+    lease_ends_with_holder: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObjectInfo:
+    """One stored object: its key and size."""
+
+    key: str
+    size_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class ByteRange:
+    """`num_bytes` bytes from `offset` of the object `key`."""
+
+    key: str
+    offset: int
+    num_bytes: int
+
+
+class ObjectWriter(Protocol):
+    """Writes one new object in segments. Not visible as complete to anyone until `finish`."""
+
+    def write_segment(self, offset: int, data: memoryview) -> None:
+        """Write `data` at `offset`. Segments come in ascending order, without overlap.
+
+        With direct I/O, offset, length and address should be multiples of 4096; others are
+        written through the cache.
+        """
+        ...
+
+    def finish(self) -> None:
+        """Return when the object is whole and durable (fsync, or a completed upload). Idempotent."""
+        ...
+
+    def abort(self) -> None:
+        """Remove what was written; nothing truncated stays visible. Idempotent, never raises StorageError."""
+        ...
+
+
+class Lease(Protocol):
+    """A sign of life that others can see."""
+
+    def close(self) -> None:
+        """Give it up. Idempotent."""
+        ...
+
+    def __enter__(self) -> Lease: ...
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None: ...
+
+
+class Storage(Protocol):
+    """A flat space of keys under one root."""
+
+    @property
+    def url(self) -> str:
+        """Where this is, for messages and for `open_storage` in another process."""
+        ...
+
+    @property
+    def capabilities(self) -> StorageCapabilities: ...
+
+    def read(self, key: str) -> bytes:
+        """The whole object.
+
+        Raises:
+            StorageNotFound: there is none.
+        """
+        ...
+
+    def read_ranges(
+        self,
+        ranges: Sequence[ByteRange],
+        consume: Callable[[int, memoryview], None],
+        *,
+        concurrency: int,
+    ) -> None:
+        """Read many ranges, at most `concurrency` at a time.
+
+        Args:
+            ranges: in any order; sorted by key and offset is fastest.
+            consume: called as `consume(index, data)` once per range, from several threads at once; `data` is
+                valid during the call only.
+
+        Raises:
+            StorageNotFound: an object is missing.
+            StorageError: an object ends before a range does; the error names it.
+            Exception: whatever `consume` raised first; the remaining ranges are not read.
+        """
+        ...
+
+    def size(self, key: str) -> int:
+        """Size in bytes.
+
+        Raises:
+            StorageNotFound: there is none.
+        """
+        ...
+
+    def create_exclusive(self, key: str, data: Buffer) -> None:
+        """Create the object atomically and durably, only if the name is free.
+
+        After a return the object is durable. Nobody ever sees a part of it. Of several callers
+        at the same moment exactly one succeeds.
+
+        Raises:
+            StorageExists: the name is taken, whoever took it; what it holds is durable by then.
+            StorageNotFound: the directory does not exist (never made here, where directories exist).
+            StorageTransient: no answer; the object may or may not exist. Call again to learn.
+        """
+        ...
+
+    def put(self, key: str, data: Buffer) -> None:
+        """Create or replace the object atomically and durably."""
+        ...
+
+    def open_writer(self, key: str, *, size_bytes: int, direct: bool) -> ObjectWriter:
+        """Start a new large object.
+
+        Args:
+            size_bytes: its exact final size; too little space is found here where possible.
+            direct: bypass the page cache if the storage can.
+
+        Raises:
+            StorageExists: the name is taken.
+            StorageFull: there is no room for it.
+        """
+        ...
+
+    def list(self, prefix: str) -> list[ObjectInfo]:
+        """All objects whose key starts with `prefix` (empty, or ending in `/`), sorted by key."""
+        ...
+
+    def list_names(self, prefix: str) -> builtins.list[str]:  # `list` is the method here
+        """The first parts of the keys below `prefix`, sorted; directories end in `/`.
+
+        Empty directories count where they exist.
+        """
+        ...
+
+    def make_directory(self, key: str) -> None:
+        """Make a directory durable where directories exist; elsewhere nothing. Idempotent."""
+        ...
+
+    def delete(self, keys: Iterable[str]) -> None:
+        """Delete objects in the given order; missing ones are ignored. Durable on return."""
+        ...
+
+    def remove_directory(self, key: str) -> None:
+        """Remove a directory if it is empty; elsewhere nothing. Idempotent."""
+        ...
+
+    def rename_directory(self, key: str, new_key: str) -> None:
+        """Move a directory atomically and durably, making the new parent if needed.
+
+        Raises:
+            StorageNotFound: there is no such directory.
+            StorageUnsuitable: `capabilities.directories` is false.
+        """
+        ...
+
+    def hold_lease(self, key: str) -> Lease:
+        """Hold a lease together with any other holders."""
+        ...
+
+    def lease_is_held(self, key: str) -> bool:
+        """Whether anybody holds it."""
+        ...
+
+    def close(self) -> None:
+        """Release connections. Idempotent."""
+        ...

@@ -1,0 +1,63 @@
+"""Durable directories: made, and known to survive a power loss.
+
+A new name is durable only when the directory that holds it has been fsynced. Called by the local storage; raises
+plain `OSError`.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+
+__all__ = ["make_directories", "sync_directory"]
+
+# Some network and user-space file systems have no such thing as syncing a directory: nothing to wait for.
+_NO_DIRECTORY_SYNC = frozenset({errno.EINVAL, errno.ENOTSUP})
+
+
+def sync_directory(directory: str) -> None:
+    """Make the names in `directory` durable."""
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    except OSError as error:
+        if error.errno not in _NO_DIRECTORY_SYNC:
+            raise
+    finally:
+        os.close(fd)
+
+
+def make_directories(directory: str, *, root: str) -> None:
+    """Make `directory` and its missing ancestors, durably. Idempotent; safe among processes.
+
+    Names from `root` down are synced even when they exist: whoever made them may not have come that far yet, and
+    what is written below them now must not depend on it.
+
+    Args:
+        directory: an absolute path, `root` or below it.
+        root: the storage's root; its own missing ancestors are made too.
+    """
+    levels = [directory]
+    while levels[-1] != root:
+        levels.append(os.path.dirname(levels[-1]))
+    while not os.path.isdir(parent := os.path.dirname(levels[-1])):
+        levels.append(parent)
+    made = [path for path in reversed(levels) if _make_one(path)]
+    for path in levels:
+        try:
+            sync_directory(os.path.dirname(path))
+        except PermissionError:
+            # A parent that may be entered but not read; the name is older than this storage.
+            if path in made:
+                raise
+
+
+def _make_one(path: str) -> bool:
+    """Make one directory; False if it is there already."""
+    try:
+        os.mkdir(path)
+    except FileExistsError:
+        if not os.path.isdir(path):
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), path) from None
+        return False
+    return True

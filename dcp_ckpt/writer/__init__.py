@@ -1,0 +1,1 @@
+"""The writer: a torch-free process beside each rank that makes staged bytes durable."""

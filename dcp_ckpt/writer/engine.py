@@ -1,0 +1,93 @@
+"""Writing one rank's part of one attempt: steps 1 to 6 of the commit protocol (docs/format.md, section 8).
+
+Called by the writer process only. Knows storage and format; knows no torch, no other rank and no process group.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from dcp_ckpt.errors import StorageError, StorageUnsuitable
+from dcp_ckpt.format.digests import BLOCK_BYTES, digest
+from dcp_ckpt.format.epoch import decode_epoch
+from dcp_ckpt.format.fragment import FileEntry, Fragment, encode_fragment
+from dcp_ckpt.format.manifest import FragmentRef
+from dcp_ckpt.format.names import EPOCHS, data_file_name, epoch_name, fragment_name
+from dcp_ckpt.storage.base import ObjectWriter, Storage
+from dcp_ckpt.writer.messages import WriteJob
+
+__all__ = ["IO_BYTES", "check_shared_storage", "write_attempt"]
+
+IO_BYTES = 8 * BLOCK_BYTES
+"""Bytes of one write: large enough for the disk, small enough to be digested while in cache."""
+
+
+def check_shared_storage(storage: Storage, fragment: Fragment) -> None:
+    """Make sure that this host sees the owner's storage and not a directory of the same name.
+
+    Raises:
+        StorageUnsuitable: the epoch's claim is not here, or is another one.
+    """
+    key = f"{EPOCHS}/{epoch_name(fragment.epoch)}"
+    try:
+        epoch_id = decode_epoch(storage.read(key), path=key).epoch_id
+    except StorageError as error:
+        raise StorageUnsuitable(
+            f"rank {fragment.rank} does not see the epoch that rank 0 claimed in {storage.url}; all ranks must see "
+            "the same shared storage",
+            path=key,
+        ) from error
+    if epoch_id != fragment.epoch_id:
+        raise StorageUnsuitable(
+            f"rank {fragment.rank} sees another run's storage at {storage.url}; all ranks must see the same one",
+            path=key,
+        )
+
+
+def write_attempt(storage: Storage, job: WriteJob, arena: memoryview) -> FragmentRef:
+    """Write the data file, then publish the fragment that names it.
+
+    Args:
+        storage: the run directory.
+        job: what to write.
+        arena: at least as many bytes as the data file has; the file is a copy of its start.
+
+    Returns:
+        What the coordinator needs for the manifest. Everything is durable by then.
+
+    Raises:
+        StorageError: nothing of the data file is left behind then.
+    """
+    fragment = job.fragment
+    attempt = fragment.attempt_id
+    storage.make_directory(job.directory)
+    files = []
+    for index, file in enumerate(fragment.files):
+        key = f"{job.directory}/{data_file_name(fragment.rank, index, attempt)}"
+        writer = storage.open_writer(key, size_bytes=file.size_bytes, direct=job.direct_io)
+        digests = _write_file(writer, arena[: file.size_bytes])
+        files.append(FileEntry(size_bytes=file.size_bytes, block_digests=digests))
+    data = encode_fragment(replace(fragment, files=files))
+    storage.create_exclusive(f"{job.directory}/{fragment_name(fragment.rank, attempt)}", data)
+    return FragmentRef(
+        size_bytes=len(data), digest=digest(data), file_bytes=[file.size_bytes for file in files]
+    )
+
+
+def _write_file(writer: ObjectWriter, data: memoryview) -> str:
+    """Write and fsync one data file; returns its block digests."""
+    digests: list[str] = []
+    try:
+        for offset in range(0, len(data), IO_BYTES):
+            segment = data[offset : offset + IO_BYTES]
+            # Digest first: the pass over the block is the one that brings it into the cache.
+            digests.extend(
+                digest(segment[start : start + BLOCK_BYTES])
+                for start in range(0, len(segment), BLOCK_BYTES)
+            )
+            writer.write_segment(offset, segment)
+        writer.finish()
+    except BaseException:
+        writer.abort()
+        raise
+    return "".join(digests)

@@ -1,0 +1,84 @@
+"""What trainer and writer say to each other: small JSON packets over a SOCK_SEQPACKET pair.
+
+Large things travel as file descriptors: the arena (a memfd with the bytes of the data file) and the job itself (a
+memfd with its JSON), so a packet always fits the socket buffer and `save()` never blocks on a busy writer.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import msgspec
+
+from dcp_ckpt.format.documents import encode_json
+from dcp_ckpt.format.fragment import Fragment
+
+__all__ = ["MAX_PACKET_BYTES", "Reply", "Request", "WriteJob", "decode_reply", "decode_request", "encode"]
+
+MAX_PACKET_BYTES = 1 << 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """One packet to the writer.
+
+    Args:
+        kind: `lease` (hold the lease `key` of `storage_url`), `release` (give leases up), or `write` (a job follows
+            as two file descriptors: the arena, then the job's JSON).
+        job_bytes: length of the job's JSON.
+    """
+
+    kind: str
+    storage_url: str = ""
+    key: str = ""
+    job_bytes: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class WriteJob:
+    """One rank's part of one attempt.
+
+    Args:
+        storage_url: the run directory.
+        directory: the step directory's name.
+        fragment: complete but for block digests; `files` holds at most one entry, with its size.
+        direct_io: write past the page cache where the storage can.
+    """
+
+    storage_url: str
+    directory: str
+    fragment: Fragment
+    direct_io: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reply:
+    """The answer to one request, in order of the requests.
+
+    Args:
+        attempt: that of the job, empty for other requests.
+        fragment_bytes, digest: of the published fragment.
+        write_seconds: from the start of the job until the fragment was durable.
+        error_kind, error, path, errno: set when it failed; `error_kind` names a class of dcp_ckpt.errors.
+    """
+
+    attempt: str = ""
+    fragment_bytes: int = 0
+    digest: str = ""
+    write_seconds: float = 0.0
+    error_kind: str = ""
+    error: str = ""
+    path: str | None = None
+    errno: int | None = None
+
+
+def encode(packet: Request | Reply) -> bytes:
+    return encode_json(packet)
+
+
+def decode_request(data: bytes) -> Request:
+    return msgspec.json.decode(data, type=Request)
+
+
+def decode_reply(data: bytes) -> Reply:
+    return msgspec.json.decode(data, type=Reply)

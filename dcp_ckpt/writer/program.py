@@ -1,0 +1,185 @@
+"""The writer program: takes jobs from its trainer, and finishes them even when the trainer is gone.
+
+One process per rank, started by `dcp_ckpt.save.writer_process`, in a session of its own, without torch. It ends when its trainer closes
+the connection or dies, after the jobs that were handed over; it holds the epoch's lease until then.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import select
+import signal
+import socket
+import sys
+import time
+import traceback
+from types import TracebackType
+
+import msgspec
+
+from dcp_ckpt.errors import CheckpointError
+from dcp_ckpt.storage import open_storage
+from dcp_ckpt.storage.base import Lease, Storage
+from dcp_ckpt.writer.engine import check_shared_storage, write_attempt
+from dcp_ckpt.writer.messages import (
+    MAX_PACKET_BYTES,
+    Reply,
+    Request,
+    WriteJob,
+    decode_request,
+    encode,
+)
+
+__all__ = ["main"]
+
+
+def main(arguments: list[str]) -> int:
+    """Run until the trainer is gone.
+
+    Args:
+        arguments: the number of the inherited socket and the trainer's process id.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        # A terminal or scheduler that stops the job signals us too; the staged bytes are why we go on.
+        signal.signal(number, signal.SIG_IGN)
+    connection = socket.socket(fileno=int(arguments[0]))
+    with connection, Program(connection, trainer_pid=int(arguments[1])) as program:
+        program.serve()
+    return 0
+
+
+class Program:
+    """The state of one writer: its connection, the mapped arena, the storage and the lease."""
+
+    def __init__(self, connection: socket.socket, *, trainer_pid: int) -> None:
+        self._connection = connection
+        self._trainer = _open_pidfd(trainer_pid)
+        self._storage: Storage | None = None
+        self._lease: Lease | None = None
+        self._arena: mmap.mmap | None = None
+        self._arena_inode = -1
+        self._checked_epoch_id = ""
+
+    def serve(self) -> None:
+        """Answer requests in order until the trainer is gone and nothing is left to do."""
+        while True:
+            packet, descriptors = self._receive()
+            if not packet:
+                return
+            reply = self._answer(decode_request(packet), descriptors)
+            try:
+                self._connection.send(encode(reply))
+            except OSError:
+                pass  # the trainer is gone; what was handed over is still finished
+
+    def close(self) -> None:
+        if self._lease is not None:
+            self._lease.close()
+        if self._storage is not None:
+            self._storage.close()
+        if self._trainer is not None:
+            os.close(self._trainer)
+
+    def __enter__(self) -> Program:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _receive(self) -> tuple[bytes, list[int]]:
+        """The next packet, or an empty one when the trainer is gone and all packets are read."""
+        watched = [self._connection.fileno()]
+        if self._trainer is not None:
+            # Children forked by the trainer may hold its end of the socket open after its death.
+            watched.append(self._trainer)
+        readable, _, _ = select.select(watched, [], [])
+        if self._connection.fileno() not in readable:
+            return b"", []
+        packet, descriptors, _, _ = socket.recv_fds(self._connection, MAX_PACKET_BYTES, 2)
+        return packet, descriptors
+
+    def _answer(self, request: Request, descriptors: list[int]) -> Reply:
+        attempt = ""
+        try:
+            if request.kind == "lease":
+                self._hold(request)
+                return Reply()
+            if request.kind == "release":
+                self._release()
+                return Reply()
+            job = self._open_job(request, descriptors)
+            attempt = job.fragment.attempt
+            return self._write(job)
+        except CheckpointError as error:
+            return Reply(
+                attempt=attempt,
+                error_kind=type(error).__name__,
+                error=error.message,
+                path=error.path,
+                errno=error.errno,
+            )
+        except Exception:
+            return Reply(attempt=attempt, error_kind="SaveFailed", error=traceback.format_exc(limit=5))
+        finally:
+            for descriptor in descriptors:
+                os.close(descriptor)
+
+    def _hold(self, request: Request) -> None:
+        self._release()
+        self._storage = self._storage or open_storage(request.storage_url)
+        self._lease = self._storage.hold_lease(request.key)
+
+    def _release(self) -> None:
+        if self._lease is not None:
+            self._lease.close()
+            self._lease = None
+
+    def _open_job(self, request: Request, descriptors: list[int]) -> WriteJob:
+        arena, job = descriptors
+        self._map_arena(arena)
+        return msgspec.json.decode(os.pread(job, request.job_bytes, 0), type=WriteJob)
+
+    def _map_arena(self, descriptor: int) -> None:
+        """Map the arena once; mapping it anew at each save would fault in every page again."""
+        status = os.fstat(descriptor)
+        if status.st_ino == self._arena_inode and self._arena is not None:
+            if len(self._arena) == status.st_size:
+                return
+        if self._arena is not None:
+            self._arena.close()
+            self._arena = None
+        if status.st_size:
+            self._arena = mmap.mmap(descriptor, status.st_size, prot=mmap.PROT_READ)
+        self._arena_inode = status.st_ino
+
+    def _write(self, job: WriteJob) -> Reply:
+        started = time.monotonic()
+        self._storage = self._storage or open_storage(job.storage_url)
+        if self._checked_epoch_id != job.fragment.epoch_id:
+            check_shared_storage(self._storage, job.fragment)
+            self._checked_epoch_id = job.fragment.epoch_id
+        with memoryview(self._arena if self._arena is not None else b"") as arena:
+            ref = write_attempt(self._storage, job, arena)
+        return Reply(
+            attempt=job.fragment.attempt,
+            fragment_bytes=ref.size_bytes,
+            digest=ref.digest,
+            write_seconds=time.monotonic() - started,
+        )
+
+
+def _open_pidfd(pid: int) -> int | None:
+    try:
+        return os.pidfd_open(pid)
+    except OSError:
+        return None
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

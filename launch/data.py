@@ -1,0 +1,133 @@
+"""The text that the driver trains on, and the batches of one rank.
+
+The text is the Python standard library's own sources: real, and on every machine. Which samples make a
+global batch is decided by `dcp_ckpt.ElasticSampler` alone; this module cuts the text into samples and turns
+indices into tensors. Called by `train.py`; knows nothing of models or checkpoints.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sysconfig
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from dcp_ckpt import ElasticSampler
+
+__all__ = ["IGNORED", "Batch", "Corpus", "Windows", "read_corpus", "training_batches", "validation_batches"]
+
+IGNORED = -100
+"""Target of a position that counts in no loss; the default `ignore_index` of `cross_entropy`."""
+
+_EXCLUDED_DIRECTORIES = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Corpus:
+    """Training and validation text, uint8, and a digest of both."""
+
+    train: torch.Tensor
+    validation: torch.Tensor
+    fingerprint: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """One rank's part of one global batch.
+
+    Args:
+        inputs: byte values, int64, (samples of this rank, context).
+        targets: the byte after each input, or `IGNORED`; same shape.
+        sample_ids: ids of the whole global batch, in its order; the same on every rank.
+        num_tokens: targets of the whole global batch that count.
+    """
+
+    inputs: torch.Tensor
+    targets: torch.Tensor
+    sample_ids: Sequence[int]
+    num_tokens: int
+
+
+def read_corpus(
+    root: Path | None = None, *, max_bytes: int = 4 << 20, validation_fraction: float = 0.1
+) -> Corpus:
+    """Read `*.py` below `root` (default: the standard library), sorted by path, up to `max_bytes`.
+
+    The tail is the validation text, so that extending or repeating training never meets it.
+    """
+    root = Path(sysconfig.get_paths()["stdlib"]) if root is None else root
+    text = bytearray()
+    for path in _sources(root):
+        if len(text) >= max_bytes:
+            break
+        text += path.read_bytes()
+    del text[max_bytes:]
+    if not text:
+        raise FileNotFoundError(f"no Python sources to train on below {root}")
+    everything = torch.frombuffer(text, dtype=torch.uint8)
+    split = len(text) - int(len(text) * validation_fraction)
+    digest = hashlib.blake2b(text, digest_size=16).hexdigest()
+    return Corpus(train=everything[:split], validation=everything[split:], fingerprint=digest)
+
+
+def _sources(root: Path) -> list[Path]:
+    found: list[Path] = []
+    for directory, subdirectories, files in os.walk(root):
+        subdirectories[:] = [name for name in subdirectories if name not in _EXCLUDED_DIRECTORIES]
+        found += [Path(directory, name) for name in files if name.endswith(".py")]
+    return sorted(found, key=lambda path: path.relative_to(root).as_posix())
+
+
+class Windows:
+    """Text cut into samples: sample i is the i-th stretch of `context` bytes and the byte after it."""
+
+    def __init__(self, text: torch.Tensor, context: int) -> None:
+        if len(text) <= context:
+            raise ValueError(f"{len(text)} bytes of text hold no window of {context} bytes")
+        self.context = context
+        self._windows = text.unfold(0, context + 1, context)
+
+    def __len__(self) -> int:
+        return len(self._windows)
+
+    def batch(
+        self, indices: Sequence[int], sample_ids: Sequence[int], device: torch.device | str = "cpu"
+    ) -> Batch:
+        """The samples `indices`, this rank's part of `sample_ids`.
+
+        A rank without samples gets one that counts nothing: all ranks must go through the same collectives.
+        """
+        rows = self._windows[list(indices) or [0]].to(device=device, dtype=torch.int64)
+        inputs, targets = rows[:, :-1], rows[:, 1:].contiguous()
+        if not indices:
+            targets.fill_(IGNORED)
+        num_tokens = len(sample_ids) * self.context
+        return Batch(inputs=inputs, targets=targets, sample_ids=sample_ids, num_tokens=num_tokens)
+
+
+def training_batches(
+    windows: Windows, sampler: ElasticSampler, device: torch.device | str = "cpu"
+) -> Iterator[Batch]:
+    """Batches without end, from where the sampler stands; each round of the sampler is one epoch."""
+    while True:
+        for indices in sampler:
+            yield windows.batch(indices, sampler.last_global_batch, device)
+
+
+def validation_batches(
+    windows: Windows,
+    *,
+    num_batches: int,
+    global_batch_size: int,
+    rank: int,
+    world_size: int,
+    device: torch.device | str = "cpu",
+) -> Iterator[Batch]:
+    """The same first `num_batches` global batches at every call (fewer where the text ends), on any world."""
+    for start in range(0, len(windows), global_batch_size)[:num_batches]:
+        sample_ids = range(start, min(start + global_batch_size, len(windows)))
+        yield windows.batch(sample_ids[rank::world_size], sample_ids, device)

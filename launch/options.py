@@ -1,0 +1,178 @@
+"""The flags of the training driver: parsed, checked, refused where this version lacks the feature.
+
+Called by `train.py`. Knows nothing of torch; turning options into objects is the caller's business.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+__all__ = ["Options", "parse_options"]
+
+_MODEL_SIZES = ("tiny", "small", "base")
+_PARALLEL = {"fsdp": True, "ddp": True, "hsdp": False, "fsdp+tp": False, "pp": False}
+_SAVE_STRATEGIES = {"steps": True, "epoch": False, "no": True}
+_OVERLAPS = {"off": True, "step": False}
+_RESUMES = ("auto", "never", "must")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What one start of the driver does. Sizes are global, intervals are in steps."""
+
+    run_dir: str
+    name: str | None
+    run_number: int | None
+    list_runs: bool
+    resume: Literal["auto", "never", "must"]
+    parallel: str
+    model_size: str
+    dropout: float
+    steps: int
+    batch_size: int
+    lr: float
+    lr_steps: int
+    seed: int
+    eval_every: int
+    eval_iters: int
+    save_strategy: str
+    save_every: int
+    keep_last: int
+    keep_best: int
+    monitor: str
+    mode: Literal["min", "max"]
+    overlap: Literal["off", "step"]
+    log_json: Path | None
+
+    def as_json(self) -> dict[str, Any]:
+        """All options as JSON types, to be recorded in a new run."""
+        return asdict(self) | {"log_json": None if self.log_json is None else str(self.log_json)}
+
+
+class _OneLineParser(argparse.ArgumentParser):
+    """Says what is wrong in one line, on one rank only, and exits with 2."""
+
+    announce: bool = True
+
+    def error(self, message: str) -> None:  # type: ignore[override]  # `exit` does not return
+        self.exit(2, f"{self.prog}: {message}\n")
+
+    def exit(self, status: int = 0, message: str | None = None) -> None:  # type: ignore[override]
+        super().exit(status, message if self.announce else None)
+
+
+def parse_options(arguments: Sequence[str] | None = None, *, announce: bool = True) -> Options:
+    """Parse `arguments` (default: the command line).
+
+    Args:
+        announce: whether this process prints what is wrong; true on one rank.
+
+    Raises:
+        SystemExit: code 2 for a wrong flag and for one that this version lacks.
+    """
+    parser = _parser()
+    parser.announce = announce
+    parsed = vars(parser.parse_args(arguments))
+    for flag, value in [(flag, parsed.pop(_attribute(flag))) for flag in _NOT_BUILT]:
+        if value is not None:
+            parser.error(f"{flag} is not available in this version")
+    for flag, choices in (
+        ("--parallel", _PARALLEL),
+        ("--save-strategy", _SAVE_STRATEGIES),
+        ("--overlap", _OVERLAPS),
+    ):
+        value = parsed[_attribute(flag)]
+        if not choices[value]:
+            parser.error(f"{flag} {value} is not available in this version")
+    if parsed["resume"] not in _RESUMES:
+        parser.error(
+            f"--resume {parsed['resume']} is not available in this version, only {', '.join(_RESUMES)}"
+        )
+    if parsed["run_number"] is not None and parsed["resume"] == "never":
+        parser.error("--run-number continues a run, --resume never starts a new one: give one of them")
+    return Options(**parsed)
+
+
+_NOT_BUILT = {
+    "--epochs": "train for this many epochs instead of --steps",
+    "--save-every-minutes": "save when this much time has passed",
+    "--keep-every": "keep every step that is a multiple of this",
+    "--lora-rank": "train low-rank adapters of this rank",
+    "--amp": "automatic mixed precision",
+    "--compile": "compile the model",
+    "--grad-accum": "micro-batches per optimizer step",
+    "--workers": "data-loading processes per rank",
+    "--max-minutes": "save and stop after this much time",
+}
+
+
+def _attribute(flag: str) -> str:
+    return flag.removeprefix("--").replace("-", "_")
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number of 1 or more")
+    return int(text)
+
+
+def _parser() -> _OneLineParser:
+    parser = _OneLineParser(
+        prog="train.py",
+        allow_abbrev=False,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        description="Train a small GPT on the Python standard library's sources, with checkpoints.",
+    )
+    _add_run_flags(parser.add_argument_group("run"))
+    _add_training_flags(parser.add_argument_group("training"))
+    _add_saving_flags(parser.add_argument_group("saving"))
+    group = parser.add_argument_group("not available in this version")
+    for flag, meaning in _NOT_BUILT.items():
+        # `nargs="?"`: refused with the same words whether or not a value follows.
+        group.add_argument(flag, nargs="?", const=True, default=None, help=meaning)
+    return parser
+
+
+def _add_run_flags(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--run-dir", default="runs", help="directory or URL that holds the runs")
+    group.add_argument("--name", default=None, help="name of a new run")
+    group.add_argument("--run-number", type=_count, default=None, help="continue this run, not the newest")
+    group.add_argument("--list-runs", action="store_true", help="print the runs and exit")
+    group.add_argument(
+        "--resume",
+        default="auto",
+        metavar="{auto,never,must}",
+        help="auto: continue if there is a run; never: start a new one; must: continue or exit with 3",
+    )
+    group.add_argument("--log-json", type=Path, default=None, help="append one JSON object a line here")
+
+
+def _add_training_flags(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--parallel", choices=_PARALLEL, default="fsdp", help="how ranks share the model")
+    group.add_argument("--model-size", choices=_MODEL_SIZES, default="small", help="layers, width, context")
+    group.add_argument("--dropout", type=float, default=0.0, help="probability")
+    group.add_argument("--steps", type=_count, default=200, help="train up to this step")
+    group.add_argument("--batch-size", type=_count, default=120, help="samples a step, over all ranks")
+    group.add_argument("--lr", type=float, default=1e-3, help="peak learning rate")
+    group.add_argument(
+        "--lr-steps", type=_count, default=2000, help="length of the schedule; extending --steps keeps it"
+    )
+    group.add_argument("--seed", type=int, default=0, help="of weights, order of samples and dropout")
+    group.add_argument("--eval-every", type=_count, default=50, help="steps between validations")
+    group.add_argument("--eval-iters", type=_count, default=4, help="global batches a validation")
+
+
+def _add_saving_flags(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--save-strategy", choices=_SAVE_STRATEGIES, default="steps", help="when to save")
+    group.add_argument("--save-every", type=_count, default=50, help="steps between saves")
+    group.add_argument("--keep-last", type=_count, default=2, help="newest checkpoints to keep")
+    group.add_argument("--keep-best", type=int, default=0, help="best checkpoints to keep besides")
+    group.add_argument("--monitor", choices=("val_loss",), default="val_loss", help="what `best` compares")
+    group.add_argument("--mode", choices=("min", "max"), default="min", help="whether less or more is better")
+    group.add_argument(
+        "--overlap", choices=_OVERLAPS, default="off", help="whether staging overlaps the next step"
+    )

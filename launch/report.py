@@ -1,0 +1,137 @@
+"""What the driver tells: lines for people on stdout, JSON lines for programs; both from rank 0 only.
+
+Called by `train.py` with what has happened; decides nothing and never waits for a save.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from array import array
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TextIO
+
+from dcp_ckpt import SaveHandle, errors, list_runs
+
+__all__ = ["Reporter", "exit_code", "print_runs", "samples_digest"]
+
+_PRINT_EVERY_STEPS = 10
+
+_EXIT_CODES: tuple[tuple[type[errors.CheckpointError], int], ...] = (
+    (errors.ConfigError, 2),
+    (errors.CheckpointNotFound, 3),
+    (errors.CorruptCheckpoint, 4),
+    (errors.StateMismatch, 5),
+)
+
+
+def exit_code(error: errors.CheckpointError) -> int:
+    """The driver's exit code for `error`: that of the command line for the same error."""
+    return next((code for kind, code in _EXIT_CODES if isinstance(error, kind)), 1)
+
+
+def samples_digest(sample_ids: Sequence[int]) -> str:
+    """16 hex digits that stand for the ids and order of one global batch."""
+    return hashlib.blake2b(array("q", sample_ids).tobytes(), digest_size=8).hexdigest()
+
+
+class Reporter:
+    """Prints progress and appends to the JSON log, on rank 0; on other ranks every method does nothing.
+
+    Args:
+        rank: of this process.
+        log_json: file to append JSON lines to, or None. Floats are written so that they read back exactly.
+    """
+
+    def __init__(self, *, rank: int, log_json: Path | None) -> None:
+        self._speaks = rank == 0
+        self._log: TextIO | None = None
+        if log_json is not None and self._speaks:
+            log_json.parent.mkdir(parents=True, exist_ok=True)
+            # Line buffered: whoever follows the file, or reads it after a kill, sees every event.
+            self._log = log_json.open("a", buffering=1, encoding="utf-8")
+        self._saves: list[tuple[int, SaveHandle]] = []
+        self._tokens = 0
+        self._since = time.perf_counter()
+
+    def say(self, line: str) -> None:
+        """Print one line."""
+        if self._speaks:
+            print(line, flush=True)
+
+    def resumed(self, *, step: int, from_world: int, to_world: int, notes: Sequence[str]) -> None:
+        """A checkpoint was loaded."""
+        self._write(event="resume", step=step, from_world=from_world, to_world=to_world)
+        self.say(f"resumed at step {step}, saved by {from_world} ranks, now {to_world}")
+        for note in notes:
+            self.say(f"  {note}")
+
+    def stepped(
+        self, *, step: int, last_step: int, loss: float, lr: float, sample_ids: Sequence[int], num_tokens: int
+    ) -> None:
+        """One optimizer step was done; prints every tenth."""
+        if not self._speaks:
+            return
+        self._write(event="step", step=step, loss=loss, lr=lr, samples=samples_digest(sample_ids))
+        self._tokens += num_tokens
+        if step % _PRINT_EVERY_STEPS == 0 or step == last_step:
+            now = time.perf_counter()
+            rate = self._tokens / (now - self._since)
+            self.say(f"step {step}/{last_step}  loss {loss:.4f}  lr {lr:.2e}  {rate:,.0f} tok/s")
+            self._tokens, self._since = 0, now
+
+    def validated(self, *, step: int, loss: float) -> None:
+        """The validation loss was measured."""
+        self.say(f"step {step}  val_loss {loss:.4f}")
+
+    def saving(self, *, step: int, handle: SaveHandle) -> None:
+        """A save was accepted; its outcome is told by a later `poll`."""
+        if self._speaks:
+            self._saves.append((step, handle))
+
+    def poll(self) -> None:
+        """Tell the outcome of the saves that have one by now; does not block."""
+        waiting = []
+        for step, handle in self._saves:
+            if handle.outcome == "pending":
+                waiting.append((step, handle))
+            else:
+                self._finished(step, handle)
+        self._saves = waiting
+
+    def close(self) -> None:
+        """Tell what is left to tell and close the log; may be called again."""
+        self.poll()
+        if self._log is not None:
+            self._log.close()
+            self._log = None
+
+    def _finished(self, step: int, handle: SaveHandle) -> None:
+        if handle.outcome == "skipped":
+            self.say(f"save of step {step} skipped: the one before was not done")
+            return
+        try:
+            info = handle.result()
+        except errors.CheckpointError as error:
+            self.say(f"save of step {step} {handle.outcome}: {error}")
+            return
+        stall, durable = info.stall_seconds, info.durable_seconds
+        self._write(event="save", step=step, stall_seconds=stall, durable_seconds=durable, bytes=info.bytes)
+        rate = info.bytes / 1e6 / durable if durable else 0.0
+        self.say(
+            f"saved step {step}: {info.bytes / 1e6:.1f} MB, stalled {stall * 1e3:.0f} ms, "
+            f"durable after {durable * 1e3:.0f} ms ({rate:.0f} MB/s)"
+        )
+
+    def _write(self, **event: Any) -> None:
+        if self._log is not None:
+            self._log.write(json.dumps(event) + "\n")
+
+
+def print_runs(run_dir: str) -> None:
+    """Print one line for each run below `run_dir`."""
+    print(f"{'run':>5}  {'name':<20}  {'created':<25}  path")
+    for run in list_runs(run_dir):
+        print(f"{run.number:>5}  {run.name or '':<20}  {run.document.created_at:<25}  {run.path}")

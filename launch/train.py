@@ -1,0 +1,196 @@
+"""Train a small GPT on the Python standard library's sources, with checkpoints.
+
+    torchrun --standalone --nproc_per_node 8 launch/train.py                # start, or go on with the newest
+    torchrun --standalone --nproc_per_node 3 launch/train.py --parallel ddp # continue it on another world
+    torchrun --standalone --nproc_per_node 8 launch/train.py --steps 400    # extend a finished run
+    torchrun --standalone --nproc_per_node 8 launch/train.py --resume never --name second
+    python launch/train.py                                                  # one process, no process group
+    python launch/train.py --list-runs
+
+Kill it at any moment and start it again: it goes on from its newest checkpoint. `--help` lists the flags.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+# torchrun runs this file as a script: sys.path then starts with launch/, not with the directory above it.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+from torch.nn import functional as F
+from torch.optim.lr_scheduler import LambdaLR
+
+from dcp_ckpt import (
+    AnyOf,
+    BestN,
+    CheckpointConfig,
+    Checkpointer,
+    ElasticSampler,
+    EverySteps,
+    LatestN,
+    TrainState,
+    errors,
+    open_run,
+)
+from launch.data import IGNORED, Batch, Windows, read_corpus, training_batches, validation_batches
+from launch.model import GPT, MODEL_SIZES
+from launch.options import Options, parse_options
+from launch.parallel import Topology, global_sum, join, on_rank_zero, parallelise
+from launch.report import Reporter, exit_code, print_runs
+
+WARM_UP_STEPS = 20
+FINAL_LR_FRACTION = 0.1
+
+
+def lr_factor(step: int, lr_steps: int) -> float:
+    """Share of the peak learning rate at `step`: linear warm-up, cosine, then level."""
+    if step < WARM_UP_STEPS:
+        return (step + 1) / WARM_UP_STEPS
+    progress = min(1.0, (step - WARM_UP_STEPS) / max(1, lr_steps - WARM_UP_STEPS))
+    return FINAL_LR_FRACTION + (1 - FINAL_LR_FRACTION) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def loss_sum(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
+    """Sum of the losses of this rank's tokens."""
+    logits = model(batch.inputs)
+    targets = batch.targets.flatten()
+    return F.cross_entropy(logits.flatten(0, 1), targets, ignore_index=IGNORED, reduction="sum")
+
+
+@torch.no_grad()
+def evaluate(model: torch.nn.Module, windows: Windows, options: Options, topology: Topology) -> float:
+    """Mean loss over the validation windows, the same ones each time; draws nothing from any RNG."""
+    model.eval()
+    total = torch.zeros((), dtype=torch.float64, device=topology.device)
+    num_tokens = 0
+    for batch in validation_batches(
+        windows,
+        num_batches=options.eval_iters,
+        global_batch_size=options.batch_size,
+        rank=topology.rank,
+        world_size=topology.world_size,
+        device=topology.device,
+    ):
+        total += loss_sum(model, batch).double()
+        num_tokens += batch.num_tokens
+    model.train()
+    return global_sum(total, topology).item() / num_tokens
+
+
+def train(options: Options, topology: Topology) -> None:
+    """Train up to `--steps`, from the newest checkpoint of the run if it has one; all ranks call it."""
+    reporter = Reporter(rank=topology.rank, log_json=options.log_json)
+
+    # Data: the sampler's order depends on seed and epoch only, so it is the same on any number of ranks.
+    model_config = MODEL_SIZES[options.model_size]
+    corpus = read_corpus()
+    train_windows = Windows(corpus.train, model_config.context)
+    validation_windows = Windows(corpus.validation, model_config.context)
+    sampler = ElasticSampler(
+        num_samples=len(train_windows),
+        global_batch_size=options.batch_size,
+        rank=topology.rank,
+        world_size=topology.world_size,
+        seed=options.seed,
+        fingerprint=f"{corpus.fingerprint}-{model_config.context}",
+    )
+
+    # Model: equal weights on every rank, then spread over the ranks.
+    gpt = GPT(model_config, dropout=options.dropout, seed=options.seed).to(topology.device)
+    model = parallelise(gpt, gpt.blocks, options.parallel, topology)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=options.lr, betas=(0.9, 0.95), weight_decay=0.1)
+    scheduler = LambdaLR(optimizer, lambda step: lr_factor(step, options.lr_steps))
+    torch.manual_seed(options.seed + 1 + topology.rank)  # dropout differs between ranks
+
+    # Run and checkpoints.
+    run = on_rank_zero(
+        lambda: open_run(
+            options.run_dir,
+            resume=options.run_number or options.resume,
+            name=options.name,
+            config=options.as_json(),
+        ),
+        topology,
+    )
+    keep: LatestN | AnyOf = LatestN(options.keep_last)
+    if options.keep_best:
+        keep = AnyOf(keep, BestN(options.keep_best, metric=options.monitor, mode=options.mode))
+    config = CheckpointConfig(save_when=EverySteps(options.save_every), keep=keep, overlap=options.overlap)
+    saves = options.save_strategy != "no"
+    state = TrainState(model=model, optimizer=optimizer, lr_scheduler=scheduler, dataloader=sampler)
+    with Checkpointer(run.path, config=config) as checkpointer:
+        loaded = checkpointer.load(state, which="latest")
+        if loaded is None and options.resume == "must":
+            raise errors.CheckpointNotFound(
+                "--resume must, and no checkpoint was ever committed", path=run.path
+            )
+        if loaded is not None:
+            reporter.resumed(
+                step=loaded.step,
+                from_world=loaded.saved_world_size,
+                to_world=topology.world_size,
+                notes=loaded.notes,
+            )
+        first_step = 1 if loaded is None else loaded.step + 1
+        last_step = max(options.steps, first_step - 1)
+        reporter.say(f"run {run.number} in {run.path}: {topology.world_size} ranks, {options.parallel}")
+
+        batches = training_batches(train_windows, sampler, topology.device)
+        for step in range(first_step, last_step + 1):
+            batch = next(batches)
+            loss = loss_sum(model, batch)
+            # FSDP and DDP average gradients over ranks: so weighted, the average is the mean over all
+            # tokens of the global batch, also where ranks hold different numbers of them.
+            (loss * (topology.world_size / batch.num_tokens)).backward()
+            lr = scheduler.get_last_lr()[0]
+            optimizer.step()
+            scheduler.step()
+            optimizer.zero_grad()
+
+            mean_loss = global_sum(loss.detach().double(), topology).item() / batch.num_tokens
+            reporter.stepped(
+                step=step,
+                last_step=last_step,
+                loss=mean_loss,
+                lr=lr,
+                sample_ids=batch.sample_ids,
+                num_tokens=batch.num_tokens,
+            )
+
+            save_due = saves and (checkpointer.should_save(step) or step == last_step)
+            metrics = {"loss": mean_loss}
+            if step % options.eval_every == 0 or step == last_step or (save_due and options.keep_best):
+                metrics["val_loss"] = evaluate(model, validation_windows, options, topology)
+                reporter.validated(step=step, loss=metrics["val_loss"])
+            if save_due:
+                reporter.saving(step=step, handle=checkpointer.save(state, step=step, metrics=metrics))
+            reporter.poll()
+        checkpointer.wait()
+        reporter.close()
+    reporter.say(f"finished at step {last_step}; to extend this run: --steps {last_step + options.steps}")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the driver; its exit code: 0 done, 1 failed, 2 usage, 3 nothing to resume, 4 corrupt, 5 no fit."""
+    speaks = os.environ.get("RANK", "0") == "0"
+    options = parse_options(arguments, announce=speaks)
+    try:
+        if options.list_runs:
+            if speaks:
+                print_runs(options.run_dir)
+            return 0
+        with join(os.environ) as topology:
+            train(options, topology)
+    except errors.CheckpointError as error:
+        print(f"train.py: {error}", file=sys.stderr)
+        return exit_code(error)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,104 @@
+"""The documentation is held to what is there: links resolve, and commands in the README exist."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SKIPPED_FOLDERS = {".venv", ".git", "build", "runs"}
+PAGES = sorted(
+    path for path in ROOT.rglob("*.md") if not SKIPPED_FOLDERS & set(path.relative_to(ROOT).parts[:-1])
+)
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```", flags=re.MULTILINE | re.DOTALL)
+LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
+
+
+def anchors(page: Path) -> set[str]:
+    """The fragments that a page's headings can be linked by, as GitHub makes them."""
+    headings = re.findall(r"^#+ +(.+?) *$", FENCE.sub("", page.read_text()), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_relative_links_resolve(page: Path) -> None:
+    problems = []
+    for link in LINK.findall(FENCE.sub("", page.read_text())):
+        if re.match(r"[a-z]+:", link):
+            continue
+        path, _, anchor = link.partition("#")
+        target = (page.parent / path).resolve() if path else page
+        if not target.exists():
+            problems.append(f"{link}: there is no such file")
+        elif anchor and anchor not in anchors(target):
+            problems.append(f"{link}: there is no such heading")
+    assert not problems, f"{page.name}: {problems}"
+
+
+def readme_commands() -> list[list[str]]:
+    """The words of each command in the README's bash blocks, prompt and variables left off."""
+    commands = []
+    for language, block in FENCE.findall((ROOT / "README.md").read_text()):
+        if language != "bash":
+            continue
+        for line in block.replace("\\\n", " ").splitlines():
+            words = shlex.split(line.removeprefix("$ "), comments=True)
+            while words and re.match(r"[A-Z_]+=", words[0]):
+                words = words[1:]
+            if words:
+                commands.append(words)
+    return commands
+
+
+def named(program: str) -> list[list[str]]:
+    return [words for words in readme_commands() if words[0].rpartition("/")[2] == program]
+
+
+@cache
+def help_text(*command: str) -> str:
+    done = subprocess.run(
+        [sys.executable, *command, "--help"],
+        capture_output=True, text=True, timeout=60, check=False, cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "200"},
+    )  # fmt: skip
+    assert done.returncode == 0, f"{' '.join(command)} --help: {done.stderr}"
+    return done.stdout
+
+
+def unknown_flags(words: list[str], shown: str) -> list[str]:
+    flags = [word.partition("=")[0] for word in words if word.startswith("--")]
+    return [flag for flag in flags if not re.search(rf"(?<![\w-]){re.escape(flag)}(?![\w-])", shown)]
+
+
+def test_make_targets_of_the_readme_exist() -> None:
+    targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
+    used = {word for words in named("make") for word in words[1:] if "=" not in word}
+    assert used, "the README names no make target: how does a newcomer start?"
+    assert used <= targets, f"not in the Makefile: {sorted(used - targets)}"
+
+
+def test_programs_of_the_readme_exist_and_know_their_flags() -> None:
+    for words in named("torchrun"):
+        position = next(i for i, word in enumerate(words) if word.endswith(".py"))
+        script = words[position]
+        assert (ROOT / script).is_file(), f"{script} does not exist"
+        unknown = unknown_flags(words[position + 1 :], help_text(script))
+        assert not unknown, f"{script} does not know {unknown}"
+
+
+def test_subcommands_of_the_readme_exist_and_know_their_flags() -> None:
+    for words in named("dcp-ckpt"):
+        shown = (
+            help_text("-m", "dcp_ckpt", words[1])
+            if not words[1].startswith("-")
+            else help_text("-m", "dcp_ckpt")
+        )
+        unknown = unknown_flags(words[1:], shown)
+        assert not unknown, f"dcp-ckpt {words[1]} does not know {unknown}"
