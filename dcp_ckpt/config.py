@@ -15,6 +15,8 @@ from dcp_ckpt.policies import KeepPolicy, LatestN, SavePolicy, is_keep_policy, i
 
 __all__ = ["CheckpointConfig"]
 
+_DEFAULT_KEEP = LatestN(2)
+
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
@@ -39,7 +41,7 @@ class CheckpointConfig:
     """
 
     save_when: SavePolicy | None = None
-    keep: KeepPolicy | None = LatestN(2)
+    keep: KeepPolicy | None = _DEFAULT_KEEP
     overlap: Literal["off", "step"] = "off"
     when_busy: Literal["wait", "skip"] = "wait"
     on_failure: Literal["warn", "raise"] = "warn"

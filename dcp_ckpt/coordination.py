@@ -229,7 +229,9 @@ def _reachable_address() -> str:
             return socket.getfqdn()
 
 
-def broadcast(channel: Channel, tag: str, decide: Callable[[], _Result], *, timeout_seconds: float) -> _Result:
+def broadcast(
+    channel: Channel, tag: str, decide: Callable[[], _Result], *, timeout_seconds: float
+) -> _Result:
     """Let rank 0 decide, and tell all ranks. Called on all ranks; blocks.
 
     Args:
@@ -282,7 +284,8 @@ def gather(channel: Channel, tag: str, message: Any, *, timeout_seconds: float) 
                 missing.append(rank)
         if missing:
             raise CoordinationError(
-                f"rank(s) {', '.join(map(str, missing))} did not answer within {timeout_seconds:.0f} s", phase=tag
+                f"rank(s) {', '.join(map(str, missing))} did not answer within {timeout_seconds:.0f} s",
+                phase=tag,
             )
         return messages
 

@@ -1,7 +1,7 @@
 """Policies as values: when to save, and what to keep.
 
-Owns the rules themselves, as small frozen objects with one pure method each. They know no storage and no clock: the
-caller tells them what it sees. `dcp_ckpt.config` holds them, the checkpointer asks the save
+Owns the rules themselves, as small frozen objects with one pure method each. They know no storage and no
+clock: the caller tells them what it sees. `dcp_ckpt.config` holds them, the checkpointer asks the save
 policies on rank 0 only, `dcp_ckpt.lifecycle.retention` asks the keep policies.
 """
 
@@ -182,8 +182,7 @@ class BestN(KeepPolicy):
 
     def __post_init__(self) -> None:
         _require_count("BestN", self.n)
-        if not isinstance(self.metric, str) or not self.metric:
-            raise ConfigError(f"BestN metric must be the name of a metric, not {self.metric!r}")
+        _require_name("BestN", self.metric)
         if self.mode not in ("min", "max"):
             raise ConfigError(f"BestN mode must be 'min' or 'max', not {self.mode!r}")
 
@@ -219,8 +218,7 @@ class AnyOf(SavePolicy, KeepPolicy):
 
     def is_due(self, *, step: int, seconds_since_save: float) -> bool:
         return any(
-            isinstance(policy, SavePolicy)
-            and policy.is_due(step=step, seconds_since_save=seconds_since_save)
+            isinstance(policy, SavePolicy) and policy.is_due(step=step, seconds_since_save=seconds_since_save)
             for policy in self.policies
         )
 
@@ -258,6 +256,11 @@ def _finite(value: Any) -> float | None:
 def _require_count(policy: str, value: object) -> None:
     if type(value) is not int or value < 1:
         raise ConfigError(f"{policy} needs a whole number of at least 1, not {value!r}")
+
+
+def _require_name(policy: str, value: object) -> None:
+    if not isinstance(value, str) or not value:
+        raise ConfigError(f"{policy} needs the name of a metric, not {value!r}")
 
 
 def _require_seconds(policy: str, value: object) -> None:

@@ -112,10 +112,9 @@ class Windows:
 def training_batches(
     windows: Windows, sampler: ElasticSampler, device: torch.device | str = "cpu"
 ) -> Iterator[Batch]:
-    """Batches without end, from where the sampler stands; each round of the sampler is one epoch."""
-    while True:
-        for indices in sampler:
-            yield windows.batch(indices, sampler.last_global_batch, device)
+    """Batches without end, from where the sampler stands."""
+    for indices in sampler:
+        yield windows.batch(indices, sampler.last_global_batch, device)
 
 
 def validation_batches(

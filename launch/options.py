@@ -48,6 +48,11 @@ class Options:
     overlap: Literal["off", "step"]
     log_json: Path | None
 
+    @property
+    def saves(self) -> bool:
+        """Whether anything is saved at all."""
+        return self.save_strategy != "no"
+
     def as_json(self) -> dict[str, Any]:
         """All options as JSON types, to be recorded in a new run."""
         return asdict(self) | {"log_json": None if self.log_json is None else str(self.log_json)}

@@ -13,7 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
-from dcp_ckpt import SaveHandle, errors, list_runs
+from dcp_ckpt import LoadReport, SaveHandle, errors, list_runs
+from launch.data import Batch
 
 __all__ = ["Reporter", "exit_code", "print_runs", "samples_digest"]
 
@@ -61,21 +62,20 @@ class Reporter:
         if self._speaks:
             print(line, flush=True)
 
-    def resumed(self, *, step: int, from_world: int, to_world: int, notes: Sequence[str]) -> None:
-        """A checkpoint was loaded."""
-        self._write(event="resume", step=step, from_world=from_world, to_world=to_world)
-        self.say(f"resumed at step {step}, saved by {from_world} ranks, now {to_world}")
-        for note in notes:
+    def resumed(self, loaded: LoadReport, *, world_size: int) -> None:
+        """A checkpoint was loaded on `world_size` ranks."""
+        saved_world_size = loaded.saved_world_size
+        self._write(event="resume", step=loaded.step, from_world=saved_world_size, to_world=world_size)
+        self.say(f"resumed at step {loaded.step}, saved by {saved_world_size} ranks, now {world_size}")
+        for note in loaded.notes:
             self.say(f"  {note}")
 
-    def stepped(
-        self, *, step: int, last_step: int, loss: float, lr: float, sample_ids: Sequence[int], num_tokens: int
-    ) -> None:
-        """One optimizer step was done; prints every tenth."""
+    def stepped(self, *, step: int, last_step: int, loss: float, lr: float, batch: Batch) -> None:
+        """One optimizer step was done on `batch` with learning rate `lr`; prints every tenth."""
         if not self._speaks:
             return
-        self._write(event="step", step=step, loss=loss, lr=lr, samples=samples_digest(sample_ids))
-        self._tokens += num_tokens
+        self._write(event="step", step=step, loss=loss, lr=lr, samples=samples_digest(batch.sample_ids))
+        self._tokens += batch.num_tokens
         if step % _PRINT_EVERY_STEPS == 0 or step == last_step:
             now = time.perf_counter()
             rate = self._tokens / (now - self._since)

@@ -82,11 +82,35 @@ def evaluate(model: torch.nn.Module, windows: Windows, options: Options, topolog
     return global_sum(total, topology).item() / num_tokens
 
 
+def train_step(
+    model: torch.nn.Module,
+    batch: Batch,
+    optimizer: torch.optim.Optimizer,
+    scheduler: LambdaLR,
+    topology: Topology,
+) -> float:
+    """One optimizer step; returns the mean loss over the global batch, the same on all ranks."""
+    loss = loss_sum(model, batch)
+    # FSDP and DDP average gradients over ranks: so weighted, the average is the mean over all tokens of the
+    # global batch, also where ranks hold different numbers of them.
+    (loss * (topology.world_size / batch.num_tokens)).backward()  # type: ignore[no-untyped-call]
+    optimizer.step()
+    scheduler.step()
+    optimizer.zero_grad()
+    return global_sum(loss.detach().double(), topology).item() / batch.num_tokens
+
+
+def checkpoint_config(options: Options) -> CheckpointConfig:
+    """When to save, and which checkpoints to keep."""
+    keep: LatestN | AnyOf = LatestN(options.keep_last)
+    if options.keep_best:
+        keep = AnyOf(keep, BestN(options.keep_best, metric=options.monitor, mode=options.mode))
+    return CheckpointConfig(save_when=EverySteps(options.save_every), keep=keep, overlap=options.overlap)
+
+
 def train(options: Options, topology: Topology) -> None:
     """Train up to `--steps`, from the newest checkpoint of the run if it has one; all ranks call it."""
-    reporter = Reporter(rank=topology.rank, log_json=options.log_json)
-
-    # Data: the sampler's order depends on seed and epoch only, so it is the same on any number of ranks.
+    # Data: the order of samples depends on seed and epoch only, so it is the same on any number of ranks.
     model_config = MODEL_SIZES[options.model_size]
     corpus = read_corpus()
     train_windows = Windows(corpus.train, model_config.context)
@@ -98,6 +122,7 @@ def train(options: Options, topology: Topology) -> None:
         world_size=topology.world_size,
         seed=options.seed,
         fingerprint=f"{corpus.fingerprint}-{model_config.context}",
+        drop_last=False,
     )
 
     # Model: equal weights on every rank, then spread over the ranks.
@@ -106,65 +131,36 @@ def train(options: Options, topology: Topology) -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=options.lr, betas=(0.9, 0.95), weight_decay=0.1)
     scheduler = LambdaLR(optimizer, lambda step: lr_factor(step, options.lr_steps))
     torch.manual_seed(options.seed + 1 + topology.rank)  # dropout differs between ranks
+    state = TrainState(model=model, optimizer=optimizer, lr_scheduler=scheduler, dataloader=sampler)
 
-    # Run and checkpoints.
+    # Run: chosen or created by rank 0, then everything is loaded from its newest checkpoint.
+    choice = options.run_number or options.resume
     run = on_rank_zero(
-        lambda: open_run(
-            options.run_dir,
-            resume=options.run_number or options.resume,
-            name=options.name,
-            config=options.as_json(),
-        ),
+        lambda: open_run(options.run_dir, resume=choice, name=options.name, config=options.as_json()),
         topology,
     )
-    keep: LatestN | AnyOf = LatestN(options.keep_last)
-    if options.keep_best:
-        keep = AnyOf(keep, BestN(options.keep_best, metric=options.monitor, mode=options.mode))
-    config = CheckpointConfig(save_when=EverySteps(options.save_every), keep=keep, overlap=options.overlap)
-    saves = options.save_strategy != "no"
-    state = TrainState(model=model, optimizer=optimizer, lr_scheduler=scheduler, dataloader=sampler)
-    with Checkpointer(run.path, config=config) as checkpointer:
+    reporter = Reporter(rank=topology.rank, log_json=options.log_json)
+    reporter.say(f"run {run.number} in {run.path}: {topology.world_size} ranks, {options.parallel}")
+    with Checkpointer(run.path, config=checkpoint_config(options)) as checkpointer:
         loaded = checkpointer.load(state, which="latest")
-        if loaded is None and options.resume == "must":
-            raise errors.CheckpointNotFound(
-                "--resume must, and no checkpoint was ever committed", path=run.path
-            )
         if loaded is not None:
-            reporter.resumed(
-                step=loaded.step,
-                from_world=loaded.saved_world_size,
-                to_world=topology.world_size,
-                notes=loaded.notes,
-            )
-        first_step = 1 if loaded is None else loaded.step + 1
+            reporter.resumed(loaded, world_size=topology.world_size)
+        elif options.resume == "must":
+            raise errors.CheckpointNotFound("--resume must: no checkpoint was committed", path=run.path)
+        first_step = loaded.step + 1 if loaded is not None else 1
         last_step = max(options.steps, first_step - 1)
-        reporter.say(f"run {run.number} in {run.path}: {topology.world_size} ranks, {options.parallel}")
 
         batches = training_batches(train_windows, sampler, topology.device)
         for step in range(first_step, last_step + 1):
+            lr = float(scheduler.get_last_lr()[0])
             batch = next(batches)
-            loss = loss_sum(model, batch)
-            # FSDP and DDP average gradients over ranks: so weighted, the average is the mean over all
-            # tokens of the global batch, also where ranks hold different numbers of them.
-            (loss * (topology.world_size / batch.num_tokens)).backward()
-            lr = scheduler.get_last_lr()[0]
-            optimizer.step()
-            scheduler.step()
-            optimizer.zero_grad()
+            loss = train_step(model, batch, optimizer, scheduler, topology)
+            reporter.stepped(step=step, last_step=last_step, loss=loss, lr=lr, batch=batch)
 
-            mean_loss = global_sum(loss.detach().double(), topology).item() / batch.num_tokens
-            reporter.stepped(
-                step=step,
-                last_step=last_step,
-                loss=mean_loss,
-                lr=lr,
-                sample_ids=batch.sample_ids,
-                num_tokens=batch.num_tokens,
-            )
-
-            save_due = saves and (checkpointer.should_save(step) or step == last_step)
-            metrics = {"loss": mean_loss}
-            if step % options.eval_every == 0 or step == last_step or (save_due and options.keep_best):
+            is_last = step == last_step
+            save_due = options.saves and (checkpointer.should_save(step) or is_last)
+            metrics = {"loss": loss}
+            if step % options.eval_every == 0 or is_last or (save_due and options.keep_best):
                 metrics["val_loss"] = evaluate(model, validation_windows, options, topology)
                 reporter.validated(step=step, loss=metrics["val_loss"])
             if save_due:

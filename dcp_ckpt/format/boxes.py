@@ -123,9 +123,7 @@ def shard_box(
 def intersect(a: Box, b: Box) -> Box | None:
     """The common box in global coordinates, or None when it has no elements."""
     offsets, sizes = [], []
-    for a_offset, a_size, b_offset, b_size in zip(
-        a.offsets, a.sizes, b.offsets, b.sizes, strict=True
-    ):
+    for a_offset, a_size, b_offset, b_size in zip(a.offsets, a.sizes, b.offsets, b.sizes, strict=True):
         start = max(a_offset, b_offset)
         stop = min(a_offset + a_size, b_offset + b_size)
         if stop <= start:

@@ -47,9 +47,7 @@ def decode_document(data: bytes, kind: type[_Document], *, format: str, path: st
     try:
         header = msgspec.json.decode(data, type=_Header)
         if header.format != format:
-            raise CorruptCheckpoint(
-                f"not a {format} document but {header.format!r}", phase="read", path=path
-            )
+            raise CorruptCheckpoint(f"not a {format} document but {header.format!r}", phase="read", path=path)
         if header.format_version > FORMAT_VERSION:
             raise FormatTooNew(
                 f"{format} has format version {header.format_version}, "
@@ -59,6 +57,4 @@ def decode_document(data: bytes, kind: type[_Document], *, format: str, path: st
             )
         return msgspec.json.decode(data, type=kind)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise CorruptCheckpoint(
-            f"not a valid {format} document: {error}", phase="read", path=path
-        ) from error
+        raise CorruptCheckpoint(f"not a valid {format} document: {error}", phase="read", path=path) from error

@@ -124,9 +124,7 @@ class Fragment:
         return attempt
 
 
-def layout_digest(
-    meshes: list[MeshEntry], tensors: list[TensorEntry], chunks: list[ChunkEntry]
-) -> str:
+def layout_digest(meshes: list[MeshEntry], tensors: list[TensorEntry], chunks: list[ChunkEntry]) -> str:
     """The digest of one rank's tables; equal layouts need to be checked once."""
     return digest(encode_json([meshes, tensors, chunks]))
 

@@ -144,9 +144,7 @@ def decode_value(encoded: Any, *, path: str) -> Any:
     except CorruptCheckpoint:
         raise
     except (ValueError, TypeError, KeyError, RecursionError, ArithmeticError) as error:
-        raise CorruptCheckpoint(
-            f"value {path} is not valid typed JSON: {error}", phase="read"
-        ) from error
+        raise CorruptCheckpoint(f"value {path} is not valid typed JSON: {error}", phase="read") from error
 
 
 def _decode(encoded: Any) -> Any:

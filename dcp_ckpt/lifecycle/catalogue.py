@@ -1,8 +1,8 @@
 """The catalogue: which checkpoints a run has, derived from manifests and marks each time.
 
-A view, never a second truth: one listing, one read per step directory, and the marks. Says of every step directory that is
-no checkpoint why it is none. Decides nothing. Called by the checkpointer, `load`, `ops` and the
-command line.
+A view, never a second truth: one listing, one read per step directory, and the marks. Says of every step
+directory that is no checkpoint why it is none. Decides nothing. Called by the checkpointer, `recover`,
+`load`, `ops` and the command line.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 from dcp_ckpt.errors import (
     CheckpointError,
@@ -20,12 +20,16 @@ from dcp_ckpt.errors import (
     CorruptCheckpoint,
     FormatTooNew,
     LoadError,
+    StorageError,
     StorageNotFound,
+    StorageTransient,
 )
+from dcp_ckpt.format.documents import decode_document
+from dcp_ckpt.format.epoch import TOMBSTONE_FORMAT, Tombstone
 from dcp_ckpt.format.manifest import Manifest, decode_manifest
 from dcp_ckpt.format.names import MANIFEST, StepDir
 from dcp_ckpt.format.values import decode_value
-from dcp_ckpt.lifecycle.marks import Mark, is_bad, is_pinned, read_marks
+from dcp_ckpt.lifecycle.marks import Mark, active_marks, is_pinned, read_marks
 from dcp_ckpt.lifecycle.retention import Candidate
 from dcp_ckpt.lifecycle.runs import RunDocument, read_run
 from dcp_ckpt.policies import BestN, Mode
@@ -58,7 +62,7 @@ class CheckpointEntry:
 
     @property
     def is_bad(self) -> bool:
-        return is_bad(self.marks)
+        return bool(active_marks(self.marks, "bad"))
 
     @property
     def is_pinned(self) -> bool:
@@ -77,9 +81,8 @@ class CheckpointEntry:
     def encoded_metrics(self) -> Mapping[str, Any]:
         """Metrics as typed JSON: those of the manifest, then those that marks added later."""
         metrics = dict(self.manifest.metrics)
-        for mark in self.marks:
-            if mark.kind == "metrics":
-                metrics.update(mark.detail)
+        for mark in active_marks(self.marks, "metrics"):
+            metrics.update(mark.detail)
         return metrics
 
     @cached_property
@@ -109,14 +112,31 @@ class CheckpointEntry:
 
 @dataclass(frozen=True, kw_only=True)
 class RejectedStep:
-    """A step directory that is not a checkpoint of this run, and the error that opening it gives."""
+    """A step directory that is not a checkpoint of this run.
+
+    Args:
+        state: "uncommitted": it has no manifest. "removed": a tombstone stands in its place. "unreadable":
+            its manifest cannot be used, for whatever reason; such a directory is never deleted automatically.
+        error: what opening it raises.
+    """
 
     directory: StepDir
-    error: LoadError
+    state: Literal["uncommitted", "removed", "unreadable"]
+    error: CheckpointError
 
     @property
     def reason(self) -> str:
         return self.error.message
+
+    @property
+    def is_absent(self) -> bool:
+        """There is no manifest: an attempt that runs, was lost, or was removed."""
+        return self.state == "uncommitted"
+
+    @property
+    def is_too_new(self) -> bool:
+        """Only a newer version can read it."""
+        return isinstance(self.error, FormatTooNew)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,20 +179,19 @@ def read_catalogue(storage: Storage) -> Catalogue:
     """Read what the run at the root of `storage` holds. Local to the process that calls it.
 
     Raises:
-        StorageError: it could not be listed or read. An unreadable manifest is not a missing one: going on
-            without it could resume from too old a step.
+        StorageError: the run could not be listed, or its `run.json` or marks not read.
+        StorageTransient: nothing was learned about some step; going on could resume from too old a one.
     """
     run = _run_or_none(storage)
     marks = read_marks(storage)
-    entries, rejected = [], []
+    entries: list[CheckpointEntry] = []
+    rejected: list[RejectedStep] = []
     for directory in step_directories(storage):
-        try:
-            manifest = _read_manifest(storage, directory, run)
-        except LoadError as error:
-            rejected.append(RejectedStep(directory=directory, error=error))
-            continue
-        own = tuple(mark for mark in marks.get(directory, ()) if mark.attempt == manifest.attempt)
-        entries.append(CheckpointEntry(directory=directory, manifest=manifest, marks=own))
+        found = _look(storage, directory, run, marks.get(directory, ()))
+        if isinstance(found, CheckpointEntry):
+            entries.append(found)
+        else:
+            rejected.append(found)
     entries.sort(key=lambda entry: entry.manifest.order)
     return Catalogue(run=run, entries=tuple(entries), rejected=tuple(rejected))
 
@@ -186,29 +205,57 @@ def _run_or_none(storage: Storage) -> RunDocument | None:
         return None
 
 
-def _read_manifest(storage: Storage, directory: StepDir, run: RunDocument | None) -> Manifest:
-    """The manifest, checked to be one of this directory and this run."""
+def _look(
+    storage: Storage, directory: StepDir, run: RunDocument | None, marks: tuple[Mark, ...]
+) -> CheckpointEntry | RejectedStep:
     key = f"{directory}/{MANIFEST}"
     try:
         data = storage.read(key)
-    except StorageNotFound as error:
-        raise CheckpointNotFound(
-            "no manifest: the save is not finished, has failed, or was removed", path=str(directory)
-        ) from error
-    manifest = decode_manifest(data, path=key)
-    problem: CheckpointError | None = None
+    except StorageNotFound:
+        reason = "no manifest: the save is not finished, has failed, or was removed"
+        error = CheckpointNotFound(reason, phase="choose", path=str(directory))
+        return RejectedStep(directory=directory, state="uncommitted", error=error)
+    except StorageTransient:
+        raise
+    except StorageError as storage_error:
+        return RejectedStep(directory=directory, state="unreadable", error=storage_error)
+    if _is_tombstone(data, key):
+        error = CheckpointNotFound("it was removed", phase="choose", path=str(directory))
+        return RejectedStep(directory=directory, state="removed", error=error)
+    try:
+        manifest = decode_manifest(data, path=key)
+        _check_belongs(manifest, directory, run, key)
+    except LoadError as load_error:
+        return RejectedStep(directory=directory, state="unreadable", error=load_error)
+    own = tuple(mark for mark in marks if mark.attempt == manifest.attempt)
+    return CheckpointEntry(directory=directory, manifest=manifest, marks=own)
+
+
+def _is_tombstone(data: bytes, key: str) -> bool:
+    try:
+        decode_document(data, Tombstone, format=TOMBSTONE_FORMAT, path=key)
+    except LoadError:
+        return False
+    return True
+
+
+def _check_belongs(manifest: Manifest, directory: StepDir, run: RunDocument | None, key: str) -> None:
+    """Refuse a manifest of another run, step or epoch: somebody copied or renamed a directory."""
     if run is not None and manifest.run_id != run.run_id:
-        problem = CheckpointNotFound(
-            f"belongs to another run: run_id {manifest.run_id}, not {run.run_id}", path=key
+        raise CorruptCheckpoint(
+            f"belongs to another run: its run_id is {manifest.run_id}, not {run.run_id}",
+            phase="read",
+            path=key,
         )
-    elif manifest.step != directory.step:
-        problem = CorruptCheckpoint(
-            f"the manifest is that of step {manifest.step}, not of this directory", path=key
+    if manifest.step != directory.step:
+        raise CorruptCheckpoint(
+            f"the manifest is that of step {manifest.step}, not of this directory",
+            phase="read",
+            path=key,
         )
-    elif directory.epoch is not None and manifest.epoch != directory.epoch:
-        problem = CorruptCheckpoint(
-            f"the manifest is that of epoch {manifest.epoch}, not of this directory", path=key
+    if directory.epoch is not None and manifest.epoch != directory.epoch:
+        raise CorruptCheckpoint(
+            f"the manifest is that of epoch {manifest.epoch}, not of this directory",
+            phase="read",
+            path=key,
         )
-    if problem is not None:
-        raise problem
-    return manifest

@@ -1,8 +1,8 @@
 """Marks: facts learned about a checkpoint after its commit (docs/format.md, section 11).
 
-Owns their names, encoding and meaning. A mark is created exclusively and never rewritten, and no load ever needs
-one: what cannot be read is skipped and logged. Written by the checkpointer, `load` and the
-command line; read by the catalogue.
+Owns their names, encoding and meaning. A mark is created exclusively and never rewritten; it is taken back
+by another one that names it, so nothing depends on clocks. No load ever needs a mark: what cannot be read
+is skipped and logged. Written by the checkpointer, `load` and the command line; read by the catalogue.
 """
 
 from __future__ import annotations
@@ -10,17 +10,26 @@ from __future__ import annotations
 import logging
 import re
 import secrets
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 from dcp_ckpt.errors import ConfigError, CorruptCheckpoint, FormatTooNew, StorageNotFound
 from dcp_ckpt.format.documents import FORMAT_VERSION, decode_document, encode_json
 from dcp_ckpt.format.names import MARKS, StepDir
+from dcp_ckpt.lifecycle.epochs import utc_now
 from dcp_ckpt.storage.base import Storage
 
-__all__ = ["MARK_FORMAT", "MARK_KINDS", "Mark", "MarkKind", "is_bad", "is_pinned", "read_marks", "write_mark"]
+__all__ = [
+    "MARK_FORMAT",
+    "MARK_KINDS",
+    "Mark",
+    "MarkKind",
+    "active_marks",
+    "is_pinned",
+    "read_marks",
+    "write_mark",
+]
 
 log = logging.getLogger(__name__)
 
@@ -28,7 +37,7 @@ MARK_FORMAT = "dcp_ckpt.mark"
 MarkKind = Literal["bad", "pin", "unpin", "suspect", "metrics"]
 MARK_KINDS: tuple[MarkKind, ...] = ("bad", "pin", "unpin", "suspect", "metrics")
 
-_NAME = re.compile(r"([a-z]+)-([0-9a-f]{16})\.json")
+_NAME = re.compile(r"[a-z]+-([0-9a-f]{32})\.json")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +47,8 @@ class Mark:
     Args:
         kind: one of `MARK_KINDS`; a newer version may know more.
         detail: for `metrics` a map name -> typed value, else free (`reason`, ...).
+        cancels: ids of the marks that this one takes back.
+        id: 32 random hex digits, part of the file's name and not of its content.
     """
 
     kind: str
@@ -46,8 +57,10 @@ class Mark:
     attempt: str
     created_at: str
     detail: dict[str, Any] = field(default_factory=dict)
+    cancels: list[str] = field(default_factory=list)
     format: str = MARK_FORMAT
     format_version: int = FORMAT_VERSION
+    id: str = ""
 
 
 def write_mark(
@@ -59,12 +72,14 @@ def write_mark(
     step: int,
     attempt: str,
     detail: Mapping[str, Any] | None = None,
+    cancels: Iterable[str] = (),
 ) -> Mark:
     """Record a fact about the checkpoint of `attempt` in `directory`. Durable on return. One rank calls it.
 
     Args:
         storage: rooted at the run.
         detail: plain JSON types; metrics encoded as typed values.
+        cancels: ids of the marks to take back; for an unpin those of all active pins.
 
     Raises:
         ConfigError: an unknown kind.
@@ -77,12 +92,14 @@ def write_mark(
         epoch=epoch,
         step=step,
         attempt=attempt,
-        created_at=datetime.now(UTC).isoformat(timespec="microseconds"),
+        created_at=utc_now(),
         detail=dict(detail or {}),
+        cancels=sorted(cancels),
+        id=secrets.token_hex(16),
     )
-    name = f"{kind}-{secrets.token_hex(8)}.json"
+    document = {name: value for name, value in asdict(mark).items() if name != "id"}
     storage.make_directory(f"{MARKS}/{directory}")
-    storage.create_exclusive(f"{MARKS}/{directory}/{name}", encode_json(mark))
+    storage.create_exclusive(f"{MARKS}/{directory}/{kind}-{mark.id}.json", encode_json(document))
     return mark
 
 
@@ -96,28 +113,27 @@ def read_marks(storage: Storage) -> dict[StepDir, tuple[Mark, ...]]:
     for info in storage.list(f"{MARKS}/"):
         parts = info.key.split("/")
         directory = StepDir.parse(parts[1]) if len(parts) == 3 else None
-        if directory is None or not _NAME.fullmatch(parts[2]):
+        name = _NAME.fullmatch(parts[-1])
+        if directory is None or name is None:
             continue
         try:
             mark = decode_document(storage.read(info.key), Mark, format=MARK_FORMAT, path=info.key)
         except (CorruptCheckpoint, FormatTooNew, StorageNotFound) as error:
             log.warning("skipping a mark that cannot be read: %s", error)
             continue
-        found.setdefault(directory, []).append(mark)
-    return {directory: tuple(sorted(marks, key=_age)) for directory, marks in found.items()}
+        found.setdefault(directory, []).append(replace(mark, id=name[1]))
+    return {
+        directory: tuple(sorted(marks, key=lambda mark: (mark.created_at, mark.id)))
+        for directory, marks in found.items()
+    }
 
 
-def is_bad(marks: Sequence[Mark]) -> bool:
-    """Whether the checkpoint is known to be damaged. There is no mark that takes this back."""
-    return any(mark.kind == "bad" for mark in marks)
+def active_marks(marks: Sequence[Mark], kind: MarkKind) -> tuple[Mark, ...]:
+    """The marks of one kind that no other mark takes back, in the order given."""
+    cancelled = {mark_id for mark in marks for mark_id in mark.cancels}
+    return tuple(mark for mark in marks if mark.kind == kind and mark.id not in cancelled)
 
 
 def is_pinned(marks: Sequence[Mark]) -> bool:
-    """Whether the newest of the marks `pin` and `unpin` is a pin."""
-    pins = sorted((mark for mark in marks if mark.kind in ("pin", "unpin")), key=_age)
-    return bool(pins) and pins[-1].kind == "pin"
-
-
-def _age(mark: Mark) -> tuple[str, bool]:
-    # Of a pin and an unpin at the same moment the pin wins: keeping too much loses nothing.
-    return mark.created_at, mark.kind == "pin"
+    """Whether a pin stands that nobody took back."""
+    return bool(active_marks(marks, "pin"))

@@ -1,14 +1,13 @@
 """Provenance: on what machine and from what code a run was started.
 
-Best effort and bounded in time: a start never fails because git is missing, slow or absent. Imports no package that it
-reports. Called by `dcp_ckpt.lifecycle.runs` when it creates a run.
+Best effort and bounded in time: a start never fails because git is missing or slow. Imports no package that
+it reports. Called by `dcp_ckpt.lifecycle.runs` when it creates a run.
 """
 
 from __future__ import annotations
 
-import platform
-import subprocess
-from importlib import metadata
+import os
+import sys
 from typing import Any
 
 __all__ = ["git_state", "host_name", "package_versions"]
@@ -18,7 +17,7 @@ _PACKAGES = ("dcp_ckpt", "torch", "numpy")
 
 
 def host_name() -> str:
-    return platform.node()
+    return os.uname().nodename
 
 
 def git_state(directory: str = ".") -> dict[str, Any] | None:
@@ -32,7 +31,10 @@ def git_state(directory: str = ".") -> dict[str, Any] | None:
 
 def package_versions() -> dict[str, str]:
     """Versions of Python and of the packages that matter, without importing them."""
-    versions = {"python": platform.python_version()}
+    # Only a new run needs it, and the command line, which lists runs, must start at once.
+    from importlib import metadata
+
+    versions = {"python": ".".join(map(str, sys.version_info[:3]))}
     for package in _PACKAGES:
         try:
             versions[package] = metadata.version(package)
@@ -42,6 +44,8 @@ def package_versions() -> dict[str, str]:
 
 
 def _git(directory: str, *arguments: str) -> str | None:
+    import subprocess
+
     try:
         finished = subprocess.run(
             ["git", "-C", directory, *arguments],

@@ -71,9 +71,7 @@ def plan_retention(
     """
     ordered = sorted(checkpoints, key=lambda candidate: (candidate.epoch, candidate.step))
     counted = [candidate for candidate in ordered if not candidate.is_bad]
-    by_policy = (
-        dict.fromkeys(range(len(counted)), "no keep policy") if keep is None else keep.keeps(counted)
-    )
+    by_policy = dict.fromkeys(range(len(counted)), "no keep policy") if keep is None else keep.keeps(counted)
     wanted = {counted[position].directory: reason for position, reason in by_policy.items()}
     newest = counted[-1].directory if counted else None
 

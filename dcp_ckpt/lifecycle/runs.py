@@ -1,8 +1,8 @@
 """Runs: their identity document, their numbers, and which one a start continues (docs/format.md, section 11).
 
-Owns `run.json` and the choice between resuming and starting anew. Knows nothing of ranks and reads no environment: one
-process decides (rank 0 under a launcher) and the caller passes the answer on. Called by `launch/`,
-the checkpointer and the command line.
+Owns `run.json` and the choice between resuming and starting anew. Knows nothing of ranks and reads no
+environment: one process decides (rank 0 under a launcher) and the caller passes the answer on. Called by
+`dcp_ckpt.runs`, the checkpointer and the command line.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import secrets
 from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from typing import Any, Literal
 
 from dcp_ckpt.errors import (
@@ -26,6 +25,7 @@ from dcp_ckpt.errors import (
 )
 from dcp_ckpt.format.documents import FORMAT_VERSION, decode_document, encode_json
 from dcp_ckpt.format.names import EPOCHS, RUN_JSON, parse_epoch_name, parse_run_name, run_name
+from dcp_ckpt.lifecycle.epochs import utc_now
 from dcp_ckpt.lifecycle.provenance import git_state, host_name, package_versions
 from dcp_ckpt.storage import open_storage
 from dcp_ckpt.storage.base import Storage
@@ -131,6 +131,8 @@ def ensure_run(storage: Storage) -> RunDocument:
     if document is not None:
         return document
     number = parse_run_name(storage.url.rstrip("/").rsplit("/", 1)[-1]) or 0
+    # Makes the run's own directory too; files are never created in one that is missing.
+    storage.make_directory(EPOCHS)
     try:
         return _create(storage, RUN_JSON, number=number, name=None, config={}, parent=None)
     except StorageExists:
@@ -166,7 +168,7 @@ def open_run(
     """
     if type(resume) is not int and resume not in ("auto", "never", "must"):
         raise ConfigError(f"resume must be 'auto', 'never', 'must' or a run number, not {resume!r}")
-    with _opened(base, create=resume in ("auto", "never")) as storage:
+    with closing(open_storage(base)) as storage:
         if resume != "never":
             found = [run for run in _runs(storage, base) if resume in ("auto", "must", run.number)]
             if found:
@@ -183,12 +185,8 @@ def list_runs(base: str | os.PathLike[str]) -> tuple[Run, ...]:
     Raises:
         StorageError: it could not be listed.
     """
-    with _opened(base, create=False) as storage:
+    with closing(open_storage(base)) as storage:
         return tuple(_runs(storage, base))
-
-
-def _opened(base: str | os.PathLike[str], *, create: bool) -> closing[Storage]:
-    return closing(open_storage(base))
 
 
 def _runs(storage: Storage, base: str | os.PathLike[str]) -> list[Run]:
@@ -216,9 +214,7 @@ def _run(
     names = storage.list_names(f"{run_name(number)}/{EPOCHS}/")
     epochs = [epoch for name in names if (epoch := parse_epoch_name(name)) is not None]
     path = f"{os.fspath(base).rstrip('/')}/{run_name(number)}"
-    return Run(
-        path=path, number=number, start=max(epochs, default=0) + 1, is_new=is_new, document=document
-    )
+    return Run(path=path, number=number, start=max(epochs, default=0) + 1, is_new=is_new, document=document)
 
 
 def _create_next(
@@ -257,7 +253,7 @@ def _create(
         run_id=secrets.token_hex(16),
         number=number,
         name=name,
-        created_at=datetime.now(UTC).isoformat(timespec="microseconds"),
+        created_at=utc_now(),
         config=config,
         parent=parent,
         host=host_name(),

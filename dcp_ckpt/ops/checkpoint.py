@@ -1,7 +1,7 @@
 """One committed checkpoint, opened for reading: by one process, without a model and without a process group.
 
-Owns the way from a name to its bytes: manifest -> fragment -> block, each link checked. Imports torch only when a tensor
-is read. Called by the command line and by the other operations.
+Owns the way from a name to its bytes: manifest -> fragment -> block, each link checked. Imports torch only
+when a tensor is read. Called by the command line and by the other operations.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from dcp_ckpt.format.names import MANIFEST, data_file_name, fragment_name
 from dcp_ckpt.format.values import decode_value
 from dcp_ckpt.ops.blocks import read_verified
 from dcp_ckpt.ops.refs import resolve_ref
-from dcp_ckpt.ops.roots import open_existing
+from dcp_ckpt.storage import open_storage
 from dcp_ckpt.storage.base import Storage
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def open_checkpoint(ref: str | os.PathLike[str]) -> Checkpoint:
         StorageError: it could not be read.
     """
     location = resolve_ref(ref)
-    storage = open_existing(location.root)
+    storage = open_storage(location.root)
     try:
         return Checkpoint(storage, location.directory, read_manifest(storage, location.directory))
     except BaseException:
@@ -98,7 +98,7 @@ class Checkpoint:
 
     @cached_property
     def tensors(self) -> Mapping[str, TensorEntry]:
-        """All tensors by name, sorted. Reads every fragment once."""
+        """All tensors by name, sorted. Reads the fragments that index tensors."""
         found = {name: entry for _, name, entry in self._indexed()}
         return dict(sorted(found.items()))
 
@@ -159,8 +159,7 @@ class Checkpoint:
         result = torch.empty(entry.shape, dtype=dtype)
         for rank, chunk in chunks:
             window = tuple(
-                slice(offset, offset + size)
-                for offset, size in zip(chunk.offsets, chunk.sizes, strict=True)
+                slice(offset, offset + size) for offset, size in zip(chunk.offsets, chunk.sizes, strict=True)
             )
             result[window].copy_(self._read_chunk(rank, chunk, dtype))
         return result
@@ -176,15 +175,13 @@ class Checkpoint:
             if not 0 <= rank < self.manifest.world_size:
                 raise self._unknown(f"rank {rank}", map(str, range(self.manifest.world_size)))
             try:
-                self._fragments[rank] = read_fragment(
-                    self._storage, self.directory, self.manifest, rank
-                )
+                self._fragments[rank] = read_fragment(self._storage, self.directory, self.manifest, rank)
             except StorageNotFound as error:
                 raise self._missing(error, fragment_name(rank, self.manifest.attempt_id)) from error
         return self._fragments[rank]
 
     def _indexed(self) -> Iterator[tuple[int, str, TensorEntry]]:
-        for rank in range(self.manifest.world_size):
+        for rank in expand_ranks(self.manifest.index):
             for entry in self.fragment(rank).tensors:
                 yield rank, entry.name, entry
 
@@ -260,8 +257,8 @@ def read_fragment(storage: Storage, directory: str, manifest: Manifest, rank: in
     if problem:
         raise CorruptCheckpoint(f"fragment {problem}", rank=rank, phase="read", path=key)
     fragment = decode_fragment(data, path=key)
-    identity = (fragment.run_id, fragment.epoch, fragment.attempt, fragment.step, fragment.rank)
-    if identity != (manifest.run_id, manifest.epoch, manifest.attempt, manifest.step, rank):
+    identity = (fragment.run_id, fragment.epoch_id, fragment.attempt, fragment.step, fragment.rank)
+    if identity != (manifest.run_id, manifest.epoch_id, manifest.attempt, manifest.step, rank):
         raise CorruptCheckpoint(
             "fragment is that of another rank or attempt", rank=rank, phase="read", path=key
         )

@@ -1,7 +1,8 @@
 """References: from the words a person types to the directory of one checkpoint.
 
-The grammar is `RUN@latest`, `RUN@best`, `RUN@best:METRIC:min`, `RUN@best:METRIC:max`, `RUN@STEP`, or the path or URL of
-a checkpoint directory. Parsing is pure; resolving reads the run. Called by every operation on committed checkpoints.
+The grammar is `RUN@latest`, `RUN@best`, `RUN@best:METRIC:min`, `RUN@best:METRIC:max`, `RUN@STEP`, or the
+path or URL of a checkpoint directory. Parsing is pure; resolving reads the run. Called by every operation
+on committed checkpoints.
 """
 
 from __future__ import annotations
@@ -14,10 +15,10 @@ from dataclasses import dataclass
 from dcp_ckpt.errors import CheckpointNotFound, ConfigError, StorageNotFound
 from dcp_ckpt.format.names import MANIFEST
 from dcp_ckpt.lifecycle.catalogue import Catalogue, CheckpointEntry, read_catalogue
-from dcp_ckpt.ops.roots import open_existing, split_location
 from dcp_ckpt.policies import Mode
+from dcp_ckpt.storage import open_storage
 
-__all__ = ["CheckpointLocation", "RunRef", "parse_ref", "resolve_ref"]
+__all__ = ["CheckpointLocation", "RunRef", "parse_ref", "resolve_ref", "split_location"]
 
 _SELECTOR = re.compile(r"latest|best|best:(?P<metric>[^@]+):(?P<mode>min|max)|(?P<step>\d+)")
 _MAX_LISTED = 10
@@ -74,14 +75,27 @@ def resolve_ref(ref: str | os.PathLike[str]) -> CheckpointLocation:
     run_ref = parse_ref(ref)
     if run_ref is None:
         return _resolve_directory(os.fspath(ref))
-    with closing(open_existing(run_ref.run)) as storage:
+    with closing(open_storage(run_ref.run)) as storage:
         entry = _select(read_catalogue(storage), run_ref)
     return CheckpointLocation(root=run_ref.run, directory=str(entry.directory))
 
 
+def split_location(path: str) -> tuple[str, str]:
+    """The parent of a directory, to open as a storage, and its name in it.
+
+    Raises:
+        CheckpointNotFound: it has no parent, so it is not a checkpoint.
+    """
+    location = path.rstrip("/") if "://" in path else os.path.abspath(path)
+    root, _, name = location.rpartition("/")
+    if not name or root.endswith(":/"):
+        raise CheckpointNotFound("not a checkpoint", phase="choose", path=path)
+    return root or "/", name
+
+
 def _resolve_directory(path: str) -> CheckpointLocation:
     root, directory = split_location(path)
-    with closing(open_existing(root)) as storage:
+    with closing(open_storage(root)) as storage:
         try:
             storage.size(f"{directory}/{MANIFEST}")
         except StorageNotFound as error:
@@ -130,12 +144,14 @@ def _metric(catalogue: Catalogue, ref: RunRef) -> tuple[str, Mode]:
 
 def _raise_rejected(catalogue: Catalogue, step: int) -> None:
     for rejected in catalogue.rejected:
-        if rejected.directory.step == step and not isinstance(rejected.error, CheckpointNotFound):
+        if rejected.directory.step == step and rejected.state == "unreadable":
             raise rejected.error
 
 
 def _existing(catalogue: Catalogue) -> str:
     steps = [f"{entry.step}{' (marked bad)' if entry.is_bad else ''}" for entry in catalogue.entries]
+    if not steps and catalogue.run is None and not catalogue.rejected:
+        return "it is not a run: there is neither a run.json nor a step directory"
     if not steps:
         return "the run has no checkpoints"
     left_out = len(steps) - _MAX_LISTED

@@ -90,7 +90,9 @@ class SaveHandle:
             self._seen = True
             raise self._error
         if self._info is None:
-            raise SaveFailed("the save was skipped, because the one before it was still under way", step=self.step)
+            raise SaveFailed(
+                "the save was skipped, because the one before it was still under way", step=self.step
+            )
         return self._info
 
     def mark_failure_seen(self) -> None:

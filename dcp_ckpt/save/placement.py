@@ -86,9 +86,7 @@ def assign_owners(specs: Sequence[TensorSpec], *, rank: int, world_size: int) ->
     return Ownership(owned=tuple(owned), owners=tuple(owners))
 
 
-def _held_box(
-    spec: TensorSpec, rank: int, world_size: int
-) -> tuple[Box, tuple[int, ...], tuple[int, ...]]:
+def _held_box(spec: TensorSpec, rank: int, world_size: int) -> tuple[Box, tuple[int, ...], tuple[int, ...]]:
     """The box this rank holds, the ranks that hold the same box, and all ranks that hold any."""
     if spec.mesh is None:
         world = tuple(range(world_size))

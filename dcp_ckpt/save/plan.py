@@ -60,13 +60,23 @@ class SavePlan:
 def layout_key(tensors: Mapping[tuple[str, ...], torch.Tensor]) -> LayoutKey:
     """Equal for two states exactly when one plan serves both; cheap, computed at every save."""
     return tuple(
-        (path, tensor.dtype, tensor.shape, getattr(tensor, "placements", None), getattr(tensor, "device_mesh", None))
+        (
+            path,
+            tensor.dtype,
+            tensor.shape,
+            getattr(tensor, "placements", None),
+            getattr(tensor, "device_mesh", None),
+        )
         for path, tensor in tensors.items()
     )
 
 
 def make_plan(
-    tensors: Mapping[tuple[str, ...], torch.Tensor], *, rank: int, world_size: int, global_ranks: Sequence[int]
+    tensors: Mapping[tuple[str, ...], torch.Tensor],
+    *,
+    rank: int,
+    world_size: int,
+    global_ranks: Sequence[int],
 ) -> SavePlan:
     """Plan the saves of one layout.
 
@@ -115,7 +125,9 @@ def _local_slices(chunk: PlacedChunk) -> tuple[slice, ...] | None:
     if not chunk.owned.is_part:
         return None
     local = chunk.owned.local
-    return tuple(slice(offset, offset + size) for offset, size in zip(local.offsets, local.sizes, strict=True))
+    return tuple(
+        slice(offset, offset + size) for offset, size in zip(local.offsets, local.sizes, strict=True)
+    )
 
 
 def _in_group_ranks(spec: TensorSpec, global_ranks: Sequence[int]) -> TensorSpec:

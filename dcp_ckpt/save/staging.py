@@ -17,10 +17,10 @@ from dcp_ckpt.format.digests import digest
 from dcp_ckpt.format.documents import encode_json
 from dcp_ckpt.format.fragment import FileEntry, ValueEntry
 from dcp_ckpt.save.arena import Arena
-from dcp_ckpt.save.describe import local_tensor
 from dcp_ckpt.save.layout import SEGMENT_BYTES, round_up
 from dcp_ckpt.save.plan import LayoutKey, SavePlan, layout_key, make_plan
 from dcp_ckpt.state.component import Captured, Component, Path
+from dcp_ckpt.state.placements import local_tensor
 
 __all__ = ["Staged", "Stager", "capture"]
 

@@ -5,6 +5,7 @@ One per rank and Checkpointer. The process has a session of its own, so what kil
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 import subprocess
@@ -19,7 +20,14 @@ from dcp_ckpt.writer.messages import MAX_PACKET_BYTES, Reply, Request, WriteJob,
 
 __all__ = ["WriterProcess"]
 
-_BOOT = "import sys; sys.path.insert(0, sys.argv.pop(1)); from dcp_ckpt.writer.program import main; sys.exit(main(sys.argv[1:]))"
+log = logging.getLogger(__name__)
+
+_KILL_SECONDS = 10.0
+
+_BOOT = (
+    "import sys; sys.path.insert(0, sys.argv.pop(1)); "
+    "from dcp_ckpt.writer.program import main; sys.exit(main(sys.argv[1:]))"
+)
 
 
 class WriterProcess:
@@ -58,12 +66,11 @@ class WriterProcess:
     def hold_lease(self, storage_url: str, key: str, *, timeout_seconds: float) -> None:
         """Let the writer hold a lease for as long as it lives. Blocks until it does."""
         self._send(Request(kind="lease", storage_url=storage_url, key=key), [])
-        self.receive(timeout_seconds=timeout_seconds)
-
-    def release_lease(self, *, timeout_seconds: float) -> None:
-        """Let the writer give its lease up. Blocks until it has."""
-        self._send(Request(kind="release"), [])
-        self.receive(timeout_seconds=timeout_seconds)
+        reply = self.receive(timeout_seconds=timeout_seconds)
+        if reply.error_kind:
+            raise SaveFailed(
+                f"the writer cannot hold the lease: {reply.error}", rank=self._rank, path=reply.path
+            )
 
     def submit(self, job: WriteJob, arena_descriptor: int) -> None:
         """Hand a job over; from then on it survives this process. Does not block."""
@@ -109,13 +116,22 @@ class WriterProcess:
         try:
             self._process.wait(timeout_seconds)
         except subprocess.TimeoutExpired as error:
-            self._process.kill()
-            self._process.wait()
+            self.kill()
             raise SaveFailed(
                 f"the writer (pid {self.pid}) did not end within {timeout_seconds:.0f} s and was killed",
                 rank=self._rank,
                 phase="close",
             ) from error
+
+    def kill(self) -> None:
+        """End it at once and reap it. Idempotent."""
+        self._closed = True
+        self._connection.close()
+        self._process.kill()
+        try:
+            self._process.wait(_KILL_SECONDS)
+        except subprocess.TimeoutExpired:
+            log.error("the writer (pid %d) cannot be killed; it hangs in the kernel", self.pid)
 
     def __enter__(self) -> WriterProcess:
         return self

@@ -6,6 +6,7 @@ the live tensors, a load fills them in place.
 
 from __future__ import annotations
 
+import torch
 from torch import nn
 
 from dcp_ckpt.state.component import Captured, Path, Problem, StoredState, Targets
@@ -52,8 +53,10 @@ class ModelComponent:
 
     def targets(self, stored: StoredState) -> Targets:
         """The live tensors under their stored names; a tied tensor is found under any of its names."""
-        tensors, values, problems = {}, set(), []
-        known = set()
+        tensors: dict[str, torch.Tensor] = {}
+        values: set[str] = set()
+        problems: list[Problem] = []
+        known: set[str] = set()
         for entry in self._names.tensors():
             names = [join_path((*self._prefix, name)) for name in (entry.name, *entry.aliases)]
             known.update(names)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -52,7 +53,7 @@ class _Visit:
     """One module as the walk saw it; cheap to compare with what it is now."""
 
     module: nn.Module
-    kind: type
+    kind: type[nn.Module]
     children: tuple[tuple[str, nn.Module | None], ...]
     parameters: tuple[str, ...]
     buffers: tuple[str, ...]
@@ -107,7 +108,8 @@ class ModuleNames:
             key = id(tensor)
             if owners.setdefault(name, key) != key:
                 raise StateError(
-                    f"two tensors of the model have the name {name!r} once wrappers are left out; rename one of them"
+                    f"two tensors of the model have the name {name!r} once wrappers are left out; "
+                    "rename one of them"
                 )
             live[key] = tensor
             names.setdefault(key, []).append(name)
@@ -151,11 +153,11 @@ class ModuleNames:
             visits = list(_walk(self._module, "", wrappers, ()))
             _refuse_flat_parameters(visits)
             self._visits = visits
-        fsdp = _loaded(*_FSDP2)
+        fsdp: Any = _loaded(*_FSDP2)
         if fsdp is not None:
             for _, visit in self._visits:
                 if isinstance(visit.module, fsdp):
-                    visit.module.reshard()
+                    fsdp.reshard(visit.module)
 
 
 def _loaded(module: str, name: str) -> type | None:
@@ -189,7 +191,7 @@ def _refuse_flat_parameters(visits: list[tuple[str, _Visit]]) -> None:
         )
         if flattened or (fsdp is not None and isinstance(visit.module, fsdp)):
             raise StateError(
-                f"module {prefix.removesuffix('.') or 'the root'} is sharded by FSDP1 (FullyShardedDataParallel), "
-                "whose flat parameters cannot be resharded; shard it with "
+                f"module {prefix.removesuffix('.') or '(root)'} is sharded by FSDP1 "
+                "(FullyShardedDataParallel), whose flat parameters cannot be resharded; shard it with "
                 "torch.distributed.fsdp.fully_shard (FSDP2) instead"
             )

@@ -1,8 +1,8 @@
 """Nested Python state to tensors and values by path, and back.
 
-Owns the rule of what becomes a key: dictionaries whose keys are all strings are entered, every
-other leaf is one tensor or one value, and tensors inside of other containers are stored as tensors that the value
-refers to. Knows no component, no file and no rank; every component captures through a `StateCollector`.
+Owns the rule of what becomes a key: dictionaries whose keys are all strings are entered, every other leaf is
+one tensor or one value, and tensors inside of other containers are stored as tensors that the value refers
+to. Knows no component, no file and no rank; every component captures through a `StateCollector`.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch.distributed.tensor import DTensor
+from torch.nn.parameter import is_lazy
 
 from dcp_ckpt.errors import CorruptCheckpoint, StateError
 from dcp_ckpt.format.dtypes import DTYPES
@@ -22,7 +23,9 @@ from dcp_ckpt.state.component import Captured, Path, StoredState, StoredTensor, 
 __all__ = [
     "StateCollector",
     "attach_tensors",
+    "by_name",
     "check_tensor",
+    "fill_in_place",
     "fits",
     "is_branch",
     "join_path",
@@ -34,12 +37,18 @@ __all__ = [
     "tree_targets",
 ]
 
+_DTYPES = frozenset(getattr(torch, name) for name in DTYPES)
 _ATOMS = frozenset({type(None), bool, int, float, complex, str, bytes})
 
 
 def join_path(path: Path) -> str:
     """The name of a path: its parts joined with dots, as DCP flattens them."""
     return ".".join(path)
+
+
+def by_name(tensors: Mapping[Path, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Captured tensors under their names."""
+    return {join_path(path): tensor for path, tensor in tensors.items()}
 
 
 def names_under(names: Iterable[str], prefix: Path) -> list[str]:
@@ -57,21 +66,24 @@ def path_of(stored: StoredState, name: str) -> Path:
     return tensor.path if tensor is not None else stored.value_paths[name]
 
 
-def fits(live: Any, stored: StoredTensor) -> bool:
-    """Whether `live` is a tensor with the stored dtype and global shape, so that it can be filled in place."""
-    return (
-        isinstance(live, torch.Tensor)
-        and live.dtype == stored.dtype
-        and tuple(live.shape) == stored.shape
-    )
+def fits(live: torch.Tensor, stored: StoredTensor) -> bool:
+    """Whether `live` has the stored dtype and global shape, so that it can be filled in place."""
+    return live.dtype == stored.dtype and tuple(live.shape) == stored.shape
+
+
+def fill_in_place(live: Any, stored: StoredTensor) -> torch.Tensor:
+    """The tensor to fill: `live` where it fits, else a new one on the CPU."""
+    if isinstance(live, torch.Tensor) and fits(live, stored):
+        return live
+    return torch.empty(stored.shape, dtype=stored.dtype)
 
 
 def check_tensor(tensor: torch.Tensor, name: str) -> None:
     """Refuse a tensor whose bytes are not one plain strided payload.
 
     Raises:
-        StateError: sparse, nested, quantized, meta, uninitialised or partial tensors, tensor subclasses of other
-            libraries, and dtypes that the format does not know; the message names the key.
+        StateError: sparse, nested, quantized, meta, uninitialised or partial tensors, tensor subclasses of
+            other libraries, and dtypes that the format does not know; the message names the key.
     """
     reason = _unsuitable(tensor)
     if reason:
@@ -79,7 +91,7 @@ def check_tensor(tensor: torch.Tensor, name: str) -> None:
 
 
 def _unsuitable(tensor: torch.Tensor) -> str | None:
-    if isinstance(tensor, torch.nn.parameter.UninitializedTensorMixin):
+    if is_lazy(tensor):
         return "it is uninitialised; run one forward before saving"
     if isinstance(tensor, DTensor):
         if any(placement.is_partial() for placement in tensor.placements):
@@ -92,7 +104,7 @@ def _unsuitable(tensor: torch.Tensor) -> str | None:
         return "it is quantized; store int_repr(), scale and zero point"
     if tensor.device.type == "meta":
         return "it is on the meta device and has no data; materialise it first (to_empty, then load)"
-    if str(tensor.dtype).removeprefix("torch.") not in DTYPES:
+    if tensor.dtype not in _DTYPES:
         return f"the format has no dtype {tensor.dtype}"
     return None
 
@@ -148,8 +160,8 @@ def _holds_tensor(value: Any, depth: int = 0) -> bool:
 class StateCollector:
     """Collects what a component holds, and refuses keys that cannot be told apart.
 
-    What it collects is safe from later changes of Python state: values are encoded and copied at once. Tensors
-    stay live.
+    What it collects is safe from later changes of Python state: values are encoded and copied at once.
+    Tensors stay live.
     """
 
     def __init__(self) -> None:
@@ -240,7 +252,8 @@ def _detach(value: Any, path: Path, found: dict[Path, torch.Tensor]) -> Any:
     if isinstance(value, torch.Tensor):
         if path in found:
             raise StateError(
-                f"two tensors have the name {join_path(path)!r}; keys that differ in type only cannot be told apart"
+                f"two tensors have the name {join_path(path)!r}; keys that differ in type only "
+                "cannot be told apart"
             )
         found[path] = value
         return TensorRef(join_path(path))
@@ -313,19 +326,14 @@ def tree_targets(stored: StoredState, prefix: Path, live: Mapping[str, torch.Ten
         live: tensors by name that may be filled in place where dtype and global shape fit; others
             are filled into new CPU tensors.
     """
-    tensors = {}
-    for name in names_under(stored.tensors, prefix):
-        entry, candidate = stored.tensors[name], live.get(name)
-        usable = candidate is not None and fits(candidate, entry)
-        tensors[name] = (
-            candidate if candidate is not None and usable else torch.empty(entry.shape, dtype=entry.dtype)
-        )
+    tensors = {
+        name: fill_in_place(live.get(name), stored.tensors[name])
+        for name in names_under(stored.tensors, prefix)
+    }
     return Targets(tensors=tensors, values=frozenset(names_under(stored.values, prefix)))
 
 
-def rebuild(
-    stored: StoredState, targets: Targets, names: Iterable[str], *, depth: int
-) -> Any:
+def rebuild(stored: StoredState, targets: Targets, names: Iterable[str], *, depth: int) -> Any:
     """Nested state from stored names; the inverse of `StateCollector.add_object` and `add_tree`.
 
     Args:
@@ -334,12 +342,13 @@ def rebuild(
         depth: how many leading parts of each path lead to the root that is rebuilt.
 
     Returns:
-        The single value or tensor whose path ends at the root, or nested plain dictionaries.
+        The single value or tensor whose path ends at the root, or nested plain dictionaries with sorted keys.
 
     Raises:
         CorruptCheckpoint: the stored paths contradict each other.
     """
-    names = list(names)
+    # Neither JSON nor the fragments keep an order among keys, so one is fixed here.
+    names = sorted(names)
     referenced = {
         name
         for value_name in names

@@ -1,7 +1,7 @@
 """Durable directories: made, and known to survive a power loss.
 
-A new name is durable only when the directory that holds it has been fsynced. Called by the local storage; raises
-plain `OSError`.
+A new name is durable only when the directory that holds it has been fsynced. Called by the local storage;
+raises plain `OSError`.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ def sync_directory(directory: str) -> None:
 def make_directories(directory: str, *, root: str) -> None:
     """Make `directory` and its missing ancestors, durably. Idempotent; safe among processes.
 
-    Names from `root` down are synced even when they exist: whoever made them may not have come that far yet, and
-    what is written below them now must not depend on it.
+    Names from `root` down are synced even when they exist: whoever made them may not have come that far yet,
+    and what is written below them now must not depend on it.
 
     Args:
         directory: an absolute path, `root` or below it.

@@ -1,10 +1,10 @@
 """Leases as shared file locks, which the kernel releases when their holder ends, however it ends.
 
-Owns the lock file's handling. Must not know what is leased. Called by the local storage; raises plain `OSError`,
-and `StorageUnsuitable` where the file system does not lock.
+Owns the lock file's handling. Must not know what is leased. Called by the local storage; raises plain
+`OSError`, and `StorageUnsuitable` where the file system does not lock.
 
-The file stays when a lease is given up. To unlink a lock file is a race: one process may hold the lock of a file
-that has lost its name while the next one locks a new file of the same name, and both would be alone.
+The file stays when a lease is given up. To unlink a lock file is a race: one process may hold the lock of a
+file that has lost its name while the next one locks a new file of the same name, and both would be alone.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ _LONGEST_ASK_SECONDS = 10.0
 class FileLease:
     """Holds the lock file `path`, created if missing, together with any other holders.
 
-    The lock belongs to the open file. A forked child shares it: `close` releases it for both, but a parent that
-    dies without `close` leaves it to the child.
+    The lock belongs to the open file. A forked child shares it: `close` releases it for both, but a parent
+    that dies without `close` leaves it to the child.
 
     Raises:
         StorageUnsuitable: no file locks here.
@@ -45,7 +45,9 @@ class FileLease:
             deadline = time.monotonic() + _LONGEST_ASK_SECONDS
             while not _try_lock(self._fd, fcntl.LOCK_SH, path):
                 if time.monotonic() > deadline:
-                    message = f"somebody has held this lease alone for {_LONGEST_ASK_SECONDS:g} s; look for a stopped process"
+                    message = (
+                        f"another process has locked this file alone for {_LONGEST_ASK_SECONDS:g} s; end it"
+                    )
                     raise StorageTransient(message, path=path, errno=errno.EAGAIN)
                 time.sleep(_BETWEEN_ASKS_SECONDS)
         except BaseException:
@@ -112,8 +114,8 @@ def _try_lock(fd: int, operation: int, path: str) -> bool:
         if error.errno not in _NO_LOCKS:
             raise
         raise StorageUnsuitable(
-            "this file system has no file locks, so nobody can tell whether another start is alive; mount it with "
-            "them (Lustre: -o flock; NFS: version 4 or a lock daemon) or use another directory",
+            "this file system has no file locks, so nobody can tell whether another start is alive; mount it "
+            "with them (Lustre: -o flock; NFS: version 4 or a lock daemon) or use another directory",
             path=path,
             errno=error.errno,
         ) from error

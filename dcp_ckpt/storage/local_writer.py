@@ -1,7 +1,8 @@
 """One large local file, written in segments past the page cache.
 
-Owns how bytes reach the disk: O_DIRECT for what is aligned, the page cache for the rest, and the fallback where
-the file system or the memory does not suit. Must not know what the bytes mean. Made by `LocalStorage.open_writer`.
+Owns how bytes reach the disk: O_DIRECT for what is aligned, the page cache for the rest, and the fallback
+where the file system or the memory does not suit. Must not know what the bytes mean. Made by
+`LocalStorage.open_writer`.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from contextlib import suppress
 
 from dcp_ckpt.errors import ConfigError, StorageError
 from dcp_ckpt.storage.directories import sync_directory
-from dcp_ckpt.storage.os_errors import free_bytes, full_error, storage_error, translated
+from dcp_ckpt.storage.os_errors import free_bytes, full_error, storage_error
 from dcp_ckpt.storage.system_calls import SystemCalls
 
 __all__ = ["LocalObjectWriter"]
@@ -27,8 +28,8 @@ _NO_RESERVATION = frozenset({errno.EINVAL, errno.ENODEV, errno.ENOSYS, errno.ENO
 class LocalObjectWriter:
     """Writes `path`, which it creates; another file of that name is an error.
 
-    The file stands under its final name while it is written. That is safe because nothing reads a data file that
-    no fragment names, and saves a rename of every file.
+    The file stands under its final name while it is written. That is safe because nothing reads a data file
+    that no fragment names, and saves a rename of every file.
 
     Args:
         path: absolute path, in an existing directory.
@@ -54,7 +55,7 @@ class LocalObjectWriter:
         try:
             self._reserve()
             # Switched on afterwards: some kernels create the file and then refuse to open it with O_DIRECT.
-            self._direct = direct and self._switch_direct(True)
+            self._direct = direct and self._can_be_direct()
             self._direct_now = self._direct
         except BaseException:
             self.abort()
@@ -66,10 +67,10 @@ class LocalObjectWriter:
         view = memoryview(data).cast("B")
         if offset < self._end or offset + len(view) > self._size_bytes:
             raise ConfigError(
-                f"segment [{offset}, {offset + len(view)}) of {self._path} must start at {self._end} or later and "
-                f"end at {self._size_bytes} or before"
+                f"segment [{offset}, {offset + len(view)}) of {self._path} must start at {self._end} or "
+                f"later and end at {self._size_bytes} or before"
             )
-        self._end = offset + len(view)
+        end = offset + len(view)
         try:
             while view:
                 written = self._write_some(offset, view)
@@ -78,6 +79,7 @@ class LocalObjectWriter:
         except OSError as error:
             self._failure = storage_error(error, "write", self._path, needed_bytes=self._size_bytes - offset)
             raise self._failure from error
+        self._end = end
 
     def finish(self) -> None:
         """Sync the file and its name, and close it."""
@@ -87,8 +89,8 @@ class LocalObjectWriter:
         try:
             os.fsync(self._fd)
             size = os.fstat(self._fd).st_size
-            if size != self._size_bytes:
-                raise OSError(errno.EIO, f"{size} of {self._size_bytes} bytes were written")
+            if not size == self._end == self._size_bytes:
+                raise OSError(errno.EIO, f"{min(size, self._end)} of {self._size_bytes} bytes were written")
             sync_directory(os.path.dirname(self._path))
         except OSError as error:
             # Remembered: after a failed fsync the kernel drops the bytes, and a second fsync succeeds.
@@ -156,13 +158,12 @@ class LocalObjectWriter:
             self._calls.set_direct(self._fd, direct)
             self._direct_now = direct
 
-    def _switch_direct(self, direct: bool) -> bool:
+    def _can_be_direct(self) -> bool:
         try:
-            self._calls.set_direct(self._fd, direct)
+            self._calls.set_direct(self._fd, True)
         except OSError as error:
             if error.errno != errno.EINVAL:
-                with translated("switch direct I/O of", self._path):
-                    raise
+                raise
             log.debug("%s: the file system does no direct I/O; writing through the page cache", self._path)
             return False
         return True

@@ -1,7 +1,7 @@
 """From operating system errors to the one error tree, by errno.
 
-Owns the classification and the advice. Must not know what a checkpoint is. Called by the local storage wherever
-it asks the operating system for something.
+Owns the classification and the advice. Must not know what a checkpoint is. Called by the local storage
+wherever it asks the operating system for something.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def full_error(action: str, path: str, *, needed_bytes: int | None, code: int) -
     limit = "the quota is used up" if code == errno.EDQUOT else "no space left"
     available = "unknown free space" if free is None else f"{free} bytes free"
     return StorageFull(
-        f"cannot {action}: {limit} ({needed}{available}); delete something or prune checkpoints, then save again",
+        f"cannot {action}: {limit} ({needed}{available}); delete something or prune checkpoints",
         path=path,
         errno=code,
     )
@@ -126,6 +126,8 @@ def reading(path: str, *, root: str) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno in _MISSING_FOR_READERS and not os.path.isdir(root):
-            message = f"cannot read: there is no storage at {root}; check the path, and that it is mounted here"
+            message = (
+                f"cannot read: there is no storage at {root}; check the path, and that it is mounted here"
+            )
             raise StorageNotFound(message, path=path, errno=error.errno) from error
         raise storage_error(error, "read", path, missing=_MISSING_FOR_READERS) from error

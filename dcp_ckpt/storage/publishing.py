@@ -1,7 +1,7 @@
-"""Whole files under their final names: temporary file, fsync, then one atomic step, then fsync of the directory.
+"""Whole files under their final names: a durable temporary file, then one atomic step.
 
-Owns the order of section 8 of docs/format.md (steps 4 to 6 and 9 to 11) and the choice of the atomic step.
-Must not know keys. Called by the local storage; raises plain `OSError`, and `StorageUnsuitable`.
+Owns temporary files and the choice of the atomic step (docs/format.md, section 8). Must not know keys. Called
+by the local storage, which syncs the directory afterwards; raises plain `OSError`, and `StorageUnsuitable`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
 from dcp_ckpt.errors import StorageUnsuitable
-from dcp_ckpt.storage.directories import sync_directory
 from dcp_ckpt.storage.keys import temporary_name
 from dcp_ckpt.storage.system_calls import SystemCalls
 
@@ -39,8 +38,8 @@ _REFUSED = frozenset(
 class Publisher:
     """Gives finished temporary files their final names, never replacing anything.
 
-    Which way the file system offers is learned at the first use: hard link, else rename without replacing, else
-    (a single writer only) a look and a rename.
+    Which way the file system offers is learned at the first use: hard link, else rename without replacing,
+    else (a single writer only) a look and a rename.
 
     Args:
         calls: the system calls.
@@ -124,11 +123,6 @@ def temporary_file(final: str, data: Buffer, calls: SystemCalls) -> Iterator[str
             os.unlink(path)
 
 
-def sync_parent(path: str) -> None:
-    """Make the name `path` durable."""
-    sync_directory(os.path.dirname(path))
-
-
 def _write_whole(fd: int, data: memoryview, calls: SystemCalls) -> None:
     position = 0
     while position < len(data):
@@ -145,6 +139,7 @@ def _link(calls: SystemCalls, temporary: str, final: str) -> None:
     try:
         calls.link(temporary, final)
     except FileExistsError:
-        # A network file system that repeats a request whose answer was lost reports its own success as a collision.
+        # A network file system that repeats a request whose answer was lost reports its own success as a
+        # collision.
         if not os.path.samestat(os.lstat(temporary), os.lstat(final)):
             raise

@@ -30,7 +30,9 @@ def check_ranges(ranges: Sequence[ByteRange], *, concurrency: int) -> None:
             raise ConfigError(f"a range of {item.key} has offset {item.offset} and {item.num_bytes} bytes")
 
 
-def run_in_order(num_jobs: int, make_worker: Callable[[], Callable[[int], None]], *, concurrency: int) -> None:
+def run_in_order(
+    num_jobs: int, make_worker: Callable[[], Callable[[int], None]], *, concurrency: int
+) -> None:
     """Run jobs 0 to `num_jobs` - 1, started in ascending order; blocks until all threads are done.
 
     Args:

@@ -1,8 +1,8 @@
 """The system calls that some file systems refuse, as values.
 
-Python lacks two of them, so they are made through ctypes. They are gathered in one value so that the fallbacks
-can be tested on any file system. Each function raises `OSError` like its relatives in `os`. Called by the
-local storage only.
+Python lacks two of them, so they are made through ctypes. They are gathered in one value so that the
+fallbacks can be tested on any file system. Each function raises `OSError` like its relatives in `os`. Called
+by the local storage only.
 """
 
 from __future__ import annotations

@@ -82,8 +82,7 @@ def _write_file(writer: ObjectWriter, data: memoryview) -> str:
             segment = data[offset : offset + IO_BYTES]
             # Digest first: the pass over the block is the one that brings it into the cache.
             digests.extend(
-                digest(segment[start : start + BLOCK_BYTES])
-                for start in range(0, len(segment), BLOCK_BYTES)
+                digest(segment[start : start + BLOCK_BYTES]) for start in range(0, len(segment), BLOCK_BYTES)
             )
             writer.write_segment(offset, segment)
         writer.finish()

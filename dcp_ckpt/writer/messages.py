@@ -6,7 +6,7 @@ memfd with its JSON), so a packet always fits the socket buffer and `save()` nev
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import msgspec
 
@@ -23,7 +23,7 @@ class Request:
     """One packet to the writer.
 
     Args:
-        kind: `lease` (hold the lease `key` of `storage_url`), `release` (give leases up), or `write` (a job follows
+        kind: `lease` (hold the lease `key` of `storage_url`, instead of the one before), or `write` (a job follows
             as two file descriptors: the arena, then the job's JSON).
         job_bytes: length of the job's JSON.
     """
@@ -57,7 +57,7 @@ class Reply:
 
     Args:
         attempt: that of the job, empty for other requests.
-        fragment_bytes, digest: of the published fragment.
+        fragment_bytes, digest, file_bytes: of the published fragment and its data files.
         write_seconds: from the start of the job until the fragment was durable.
         error_kind, error, path, errno: set when it failed; `error_kind` names a class of dcp_ckpt.errors.
     """
@@ -65,6 +65,7 @@ class Reply:
     attempt: str = ""
     fragment_bytes: int = 0
     digest: str = ""
+    file_bytes: list[int] = field(default_factory=list)
     write_seconds: float = 0.0
     error_kind: str = ""
     error: str = ""

@@ -110,9 +110,6 @@ class Program:
             if request.kind == "lease":
                 self._hold(request)
                 return Reply()
-            if request.kind == "release":
-                self._release()
-                return Reply()
             job = self._open_job(request, descriptors)
             attempt = job.fragment.attempt
             return self._write(job)
@@ -131,14 +128,11 @@ class Program:
                 os.close(descriptor)
 
     def _hold(self, request: Request) -> None:
-        self._release()
-        self._storage = self._storage or open_storage(request.storage_url)
-        self._lease = self._storage.hold_lease(request.key)
-
-    def _release(self) -> None:
         if self._lease is not None:
             self._lease.close()
             self._lease = None
+        self._storage = self._storage or open_storage(request.storage_url)
+        self._lease = self._storage.hold_lease(request.key)
 
     def _open_job(self, request: Request, descriptors: list[int]) -> WriteJob:
         arena, job = descriptors
@@ -170,6 +164,7 @@ class Program:
             attempt=job.fragment.attempt,
             fragment_bytes=ref.size_bytes,
             digest=ref.digest,
+            file_bytes=ref.file_bytes,
             write_seconds=time.monotonic() - started,
         )
 

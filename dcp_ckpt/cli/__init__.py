@@ -1,0 +1,1 @@
+"""The command line `dcp-ckpt`: thin commands that start without torch, numpy and rich."""

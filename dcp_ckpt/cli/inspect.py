@@ -1,0 +1,149 @@
+"""`dcp-ckpt inspect REF`: what one checkpoint holds."""
+
+from __future__ import annotations
+
+import math
+from fnmatch import fnmatchcase
+from typing import Any
+
+import click
+
+from dcp_ckpt.cli.output import checkpoint_command, human_bytes, print_json, print_table
+from dcp_ckpt.errors import LoadError
+from dcp_ckpt.format.documents import encode_json
+from dcp_ckpt.format.dtypes import DTYPES
+from dcp_ckpt.lifecycle.runs import RunDocument, read_run
+from dcp_ckpt.ops.checkpoint import Checkpoint, open_checkpoint
+from dcp_ckpt.ops.stats import TensorStats, tensor_stats
+
+__all__ = ["inspect_command"]
+
+_MAX_VALUE_CHARACTERS = 60
+
+
+@click.command(name="inspect")
+@click.argument("ref")
+@click.option("--key", "pattern", metavar="GLOB", default="*", help="Only tensors and values of these names.")
+@click.option("--stats", is_flag=True, help="Read the tensors: minimum, maximum, mean, non-finite elements.")
+@checkpoint_command
+def inspect_command(ref: str, pattern: str, stats: bool, as_json: bool) -> None:
+    """Show the tensors, values and origin of the checkpoint REF."""
+    with open_checkpoint(ref) as checkpoint:
+        header = _describe(checkpoint)
+        tensors = [
+            _describe_tensor(checkpoint, name, stats)
+            for name in checkpoint.tensors
+            if fnmatchcase(name, pattern)
+        ]
+        values = {
+            name: entry.value
+            for name, entry in sorted(checkpoint.values.items())
+            if fnmatchcase(name, pattern)
+        }
+    if as_json:
+        print_json({**header, "tensors": tensors, "values": values})
+        return
+    _print_header(header)
+    _print_tensors(tensors, stats)
+    if values:
+        click.echo()
+        print_table(("value", "content"), [(name, _short(value)) for name, value in values.items()])
+
+
+def _describe(checkpoint: Checkpoint) -> dict[str, Any]:
+    manifest = checkpoint.manifest
+    run = _run(checkpoint)
+    return {
+        "directory": checkpoint.directory,
+        "step": manifest.step,
+        "epoch": manifest.epoch,
+        "attempt": manifest.attempt,
+        "world_size": manifest.world_size,
+        "created_at": manifest.created_at,
+        "bytes": manifest.total_bytes,
+        "metrics": manifest.metrics,
+        "tags": manifest.tags,
+        "run_id": manifest.run_id,
+        "format_version": manifest.format_version,
+        "run": run if run and run.run_id == manifest.run_id else None,
+    }
+
+
+def _run(checkpoint: Checkpoint) -> RunDocument | None:
+    """The run around the checkpoint; a copied step directory has none, and a damaged one is not needed."""
+    try:
+        return read_run(checkpoint.storage)
+    except LoadError:
+        return None
+
+
+def _describe_tensor(checkpoint: Checkpoint, name: str, stats: bool) -> dict[str, Any]:
+    entry = checkpoint.tensors[name]
+    mesh = checkpoint.mesh(name)
+    described: dict[str, Any] = {
+        "name": name,
+        "dtype": entry.dtype,
+        "shape": entry.shape,
+        "placements": entry.placements,
+        "mesh_shape": mesh.shape if mesh else None,
+        "bytes": math.prod(entry.shape) * DTYPES[entry.dtype].item_bytes,
+    }
+    if stats:
+        described["stats"] = tensor_stats(checkpoint.read_tensor(name))
+    return described
+
+
+def _print_header(header: dict[str, Any]) -> None:
+    run: RunDocument | None = header["run"]
+    lines = [
+        ("directory", header["directory"]),
+        ("step", f"{header['step']} (epoch {header['epoch']}, attempt {header['attempt']})"),
+        ("created", header["created_at"]),
+        ("world size", str(header["world_size"])),
+        ("size", human_bytes(header["bytes"])),
+        ("metrics", _short(header["metrics"]) if header["metrics"] else ""),
+        ("tags", ", ".join(header["tags"])),
+        ("run", f"{run.number} {run.name or ''} {run.run_id}" if run else header["run_id"]),
+        ("host", run.host if run else ""),
+        ("commit", str(run.git["commit"]) if run and run.git else ""),
+        ("versions", " ".join(f"{name} {version}" for name, version in run.versions.items()) if run else ""),
+    ]
+    for title, text in lines:
+        if text:
+            click.echo(f"{title:<11} {' '.join(text.split())}")
+
+
+def _print_tensors(tensors: list[dict[str, Any]], stats: bool) -> None:
+    columns = ["tensor", "dtype", "shape", "placements", "bytes"]
+    rows = [
+        [
+            tensor["name"],
+            tensor["dtype"],
+            "x".join(map(str, tensor["shape"])) or "scalar",
+            _placements(tensor),
+            human_bytes(tensor["bytes"]),
+            *(_stats_cells(tensor["stats"]) if stats else ()),
+        ]
+        for tensor in tensors
+    ]
+    if stats:
+        columns += ["min", "max", "mean", "non-finite"]
+    click.echo()
+    print_table(columns, rows)
+
+
+def _placements(tensor: dict[str, Any]) -> str:
+    if tensor["mesh_shape"] is None:
+        return "whole"
+    return f"{','.join(tensor['placements'])} on {'x'.join(map(str, tensor['mesh_shape']))}"
+
+
+def _stats_cells(stats: TensorStats) -> list[str]:
+    numbers = ["" if number is None else f"{number:.6g}" for number in (stats.min, stats.max, stats.mean)]
+    return [*numbers, str(stats.num_nonfinite)]
+
+
+def _short(value: Any) -> str:
+    # The typed JSON as it is stored: nothing is decoded, so nothing (numpy) is imported.
+    text = encode_json(value).decode()
+    return text if len(text) <= _MAX_VALUE_CHARACTERS else f"{text[: _MAX_VALUE_CHARACTERS - 3]}..."

@@ -1,0 +1,54 @@
+"""`dcp-ckpt recover RUN`: commit what was finished but not committed, and remove what never can be."""
+
+from __future__ import annotations
+
+from contextlib import closing
+from dataclasses import asdict
+
+import click
+
+from dcp_ckpt.cli.output import checkpoint_command, print_json
+from dcp_ckpt.config import CheckpointConfig
+from dcp_ckpt.errors import CheckpointNotFound
+from dcp_ckpt.lifecycle.catalogue import step_directories
+from dcp_ckpt.lifecycle.recover import RecoverReport, recover_run
+from dcp_ckpt.lifecycle.runs import read_run
+from dcp_ckpt.storage import open_storage
+
+__all__ = ["recover_command"]
+
+
+@click.command(name="recover")
+@click.argument("run")
+@click.option("--force", is_flag=True, help="Go on although a live owner holds the run; it is fenced then.")
+@checkpoint_command
+def recover_command(run: str, force: bool, as_json: bool) -> None:
+    """Complete and clean up RUN after a crash; a start does the same by itself.
+
+    Commits attempts that all ranks finished and removes those that never can be a checkpoint. Waits for
+    writers that still work, and refuses while a live owner holds the run.
+    """
+    with closing(open_storage(run)) as storage:
+        # Recovering claims an epoch: a mistyped path must not become a run by that.
+        if read_run(storage) is None and not step_directories(storage):
+            raise CheckpointNotFound("not a run: neither a run.json nor a step directory", path=run)
+        wait_seconds = CheckpointConfig().recover_wait_seconds
+        report = recover_run(storage, force=force, wait_seconds=wait_seconds)
+    if as_json:
+        print_json(asdict(report))
+    else:
+        _print_report(report)
+
+
+def _print_report(report: RecoverReport) -> None:
+    for title, entries in (
+        ("committed", report.committed),
+        ("debris", report.debris),
+        ("removed", report.removed),
+    ):
+        for entry in entries:
+            click.echo(f"{title} {entry}")
+    click.echo(
+        f"{len(report.committed)} committed, {len(report.debris)} found that cannot be, "
+        f"{len(report.removed)} removed (epoch {report.epoch})"
+    )

@@ -1,0 +1,124 @@
+"""The commit: checking the fragments of one attempt and publishing its manifest (docs/format.md, section 8).
+
+`check_fragments` and `check_layouts` decide and are pure; `publish_manifest` acts. Used by the coordinator of a save, which knows the
+fragments from its writers' reports, and by recover, which reads them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from dcp_ckpt.errors import CommitUnknown, SaveFailed, StorageExists, StorageTransient
+from dcp_ckpt.format.boxes import Box, tiling_problem
+from dcp_ckpt.format.fragment import Fragment, TensorEntry, decode_fragment
+from dcp_ckpt.format.manifest import FragmentSummary, Manifest, decode_manifest, encode_manifest
+from dcp_ckpt.format.names import MANIFEST, AttemptId, StepDir, fragment_name
+from dcp_ckpt.storage.base import ByteRange, Storage
+
+__all__ = ["check_layouts", "check_summaries", "publish_manifest", "read_fragments"]
+
+_TRIES = 3
+_CONCURRENT_READS = 8
+
+
+def check_summaries(summaries: Sequence[FragmentSummary]) -> str | None:
+    """Why these summaries are not one complete attempt, or None when they are. Pure."""
+    if not summaries:
+        return "no fragments"
+    first = summaries[0]
+    ranks = {summary.rank for summary in summaries}
+    missing = sorted(set(range(first.world_size)) - ranks)
+    if missing:
+        return f"rank(s) {', '.join(map(str, missing))} published no fragment"
+    for summary in summaries:
+        if summary.identity != first.identity:
+            return f"rank {summary.rank} published a fragment of another attempt, step or world"
+    differing = [summary.rank for summary in summaries if summary.replicated != first.replicated]
+    if differing:
+        return f"rank(s) {', '.join(map(str, differing))} hold other replicated state than rank 0"
+    return None
+
+
+def check_layouts(fragments: Iterable[Fragment]) -> str | None:
+    """Why the chunks of all ranks do not make up the tensors exactly, or None when they do. Pure."""
+    tensors: dict[str, TensorEntry] = {}
+    chunks: dict[str, list[Box]] = {}
+    for fragment in fragments:
+        for entry in fragment.tensors:
+            if entry.name in tensors:
+                return f"{entry.name} is described by two ranks that do not share a mesh"
+            tensors[entry.name] = entry
+        for chunk in fragment.chunks:
+            chunks.setdefault(chunk.tensor, []).append(chunk.box)
+    for name in chunks:
+        if name not in tensors:
+            return f"rank(s) store {name}, which the lowest rank of its mesh does not have"
+    for name, entry in tensors.items():
+        problem = tiling_problem(entry.shape, chunks.get(name, ()))
+        if problem:
+            return f"{name}: {problem}; do all ranks save the same model?"
+    return None
+
+
+def read_fragments(
+    storage: Storage, directory: StepDir, attempt: AttemptId, ranks: Sequence[int], sizes: Sequence[int]
+) -> list[tuple[Fragment, bytes]]:
+    """Read and decode fragments of one attempt, several at a time.
+
+    Raises:
+        StorageNotFound: one is missing.
+        CorruptCheckpoint: one is damaged.
+    """
+    keys = [f"{directory}/{fragment_name(rank, attempt)}" for rank in ranks]
+    found: dict[int, bytes] = {}
+    storage.read_ranges(
+        [ByteRange(key=key, offset=0, num_bytes=size) for key, size in zip(keys, sizes, strict=True)],
+        lambda index, data: found.__setitem__(index, bytes(data)),
+        concurrency=min(_CONCURRENT_READS, len(keys)),
+    )
+    return [(decode_fragment(found[index], path=key), found[index]) for index, key in enumerate(keys)]
+
+
+def publish_manifest(storage: Storage, directory: StepDir, manifest: Manifest) -> None:
+    """Make the checkpoint visible. Idempotent: publishing the same manifest again succeeds.
+
+    Raises:
+        SaveFailed: the name is taken by something else.
+        CommitUnknown: the storage gave no answer; call again to learn.
+        StorageError: the storage refused.
+    """
+    key = f"{directory}/{MANIFEST}"
+    data = encode_manifest(manifest)
+    for _ in range(_TRIES):
+        try:
+            storage.create_exclusive(key, data)
+            return
+        except StorageExists:
+            _require_same(storage.read(key), data, manifest, key)
+            return
+        except StorageTransient as error:
+            last = error
+    raise CommitUnknown(
+        f"the storage did not say whether the manifest was created: {last.message}",
+        step=manifest.step,
+        phase="commit",
+        path=key,
+    ) from last
+
+
+def _require_same(found: bytes, data: bytes, manifest: Manifest, key: str) -> None:
+    """Equal manifests mean that this attempt was committed already, by us or by whoever recovered it."""
+    if found == data:
+        return
+    other = decode_manifest(found, path=key)
+    if (other.attempt, other.epoch_id, other.fragments) != (
+        manifest.attempt,
+        manifest.epoch_id,
+        manifest.fragments,
+    ):
+        raise SaveFailed(
+            f"the step was committed by another attempt, {other.attempt}",
+            step=manifest.step,
+            phase="commit",
+            path=key,
+        )

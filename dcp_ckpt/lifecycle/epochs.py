@@ -1,0 +1,157 @@
+"""Epochs: claiming the run for one incarnation, waiting for the one before, and being fenced by the next.
+
+The protocol is in docs/format.md, section 9. Called by the coordinator (rank 0) and by commands that change a run.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import secrets
+import socket
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+
+from dcp_ckpt.errors import Fenced, StorageExists
+from dcp_ckpt.format.epoch import EpochClaim, Resumed, encode_epoch
+from dcp_ckpt.format.names import (
+    EPOCHS,
+    AttemptId,
+    StepDir,
+    epoch_name,
+    lease_name,
+    parse_epoch_name,
+    parse_lease_name,
+    resumed_name,
+)
+from dcp_ckpt.storage.base import Storage
+
+__all__ = ["claim_epoch", "newest_epoch", "record_resumed", "require_newest", "utc_now", "wait_for_leases"]
+
+log = logging.getLogger(__name__)
+
+_POLL_SECONDS = 0.2
+_ATTEMPT_IN_NAME = re.compile(r"\.(e[0-9]{4,}-s[0-9]{6,})\.")
+
+
+def utc_now() -> str:
+    """The time as RFC 3339 UTC with microseconds."""
+    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+
+
+def newest_epoch(storage: Storage) -> int:
+    """The greatest epoch that was claimed; 0 when there is none."""
+    names = storage.list_names(f"{EPOCHS}/")
+    return max((epoch for name in names if (epoch := parse_epoch_name(name)) is not None), default=0)
+
+
+def require_newest(storage: Storage, epoch: int) -> None:
+    """Make sure that nobody started after us.
+
+    Raises:
+        Fenced: a newer epoch exists.
+    """
+    newest = newest_epoch(storage)
+    if newest > epoch:
+        raise Fenced(
+            f"epoch {newest} has taken over this run from epoch {epoch}: another start of the same run owns it now; "
+            "this process must not save any more and should exit",
+            path=storage.url,
+        )
+
+
+def wait_for_leases(storage: Storage, *, wait_seconds: float) -> list[int]:
+    """Wait for writers of earlier epochs to finish what they have. Blocks up to `wait_seconds`.
+
+    Returns:
+        The epochs that still live after that; they will be fenced.
+    """
+    deadline = time.monotonic() + wait_seconds
+    announced = False
+    while True:
+        live = _live_epochs(storage)
+        if not live or time.monotonic() >= deadline:
+            return live
+        if not announced:
+            log.warning(
+                "epoch(s) %s of %s still live; waiting up to %.0f s for their writers to finish",
+                live, storage.url, wait_seconds,
+            )  # fmt: skip
+            announced = True
+        time.sleep(_POLL_SECONDS)
+
+
+def claim_epoch(
+    storage: Storage,
+    *,
+    run_id: str,
+    world_size: int,
+    purpose: str,
+    hold: Callable[[str], None],
+    wait_seconds: float,
+) -> EpochClaim:
+    """Wait for the epochs before, then claim the next one. Blocks.
+
+    Args:
+        hold: called with the key of the new epoch's lease, before the claim becomes visible; replaces the lease held before.
+        wait_seconds: for writers of earlier epochs.
+    """
+    while True:
+        live = wait_for_leases(storage, wait_seconds=wait_seconds)
+        if live:
+            log.warning("epoch(s) %s of %s are still live and will be fenced", live, storage.url)
+        claim = EpochClaim(
+            run_id=run_id,
+            epoch=_last_used_epoch(storage) + 1,
+            epoch_id=secrets.token_hex(16),
+            world_size=world_size,
+            host=socket.gethostname(),
+            pid=os.getpid(),
+            created_at=utc_now(),
+            purpose=purpose,
+        )
+        storage.make_directory(EPOCHS)
+        hold(f"{EPOCHS}/{lease_name(claim.epoch)}")
+        try:
+            storage.create_exclusive(f"{EPOCHS}/{epoch_name(claim.epoch)}", encode_epoch(claim))
+        except StorageExists:
+            log.warning("another start took epoch %d of %s at the same moment", claim.epoch, storage.url)
+            continue
+        return claim
+
+
+def record_resumed(storage: Storage, epoch: int, directory: StepDir, resumed_epoch: int, step: int) -> None:
+    """Write down from what an epoch went on; the first resume of an epoch is its lineage."""
+    document = Resumed(epoch=epoch, directory=str(directory), resumed_epoch=resumed_epoch, step=step)
+    try:
+        storage.create_exclusive(f"{EPOCHS}/{resumed_name(epoch)}", encode_epoch(document))
+    except StorageExists:
+        log.debug("epoch %d resumed before", epoch)
+
+
+def _live_epochs(storage: Storage) -> list[int]:
+    epochs = (parse_lease_name(name) for name in storage.list_names(f"{EPOCHS}/"))
+    return sorted(
+        epoch
+        for epoch in epochs
+        if epoch is not None and storage.lease_is_held(f"{EPOCHS}/{lease_name(epoch)}")
+    )
+
+
+def _last_used_epoch(storage: Storage) -> int:
+    """The greatest epoch that left any trace, so that a lost claim never lets a number come twice."""
+    used = [0]
+    for name in storage.list_names(f"{EPOCHS}/"):
+        used += [epoch for epoch in (parse_epoch_name(name), parse_lease_name(name)) if epoch]
+    for name in storage.list_names(""):
+        directory = StepDir.parse(name.removesuffix("/"))
+        if directory is None:
+            continue
+        used.append(directory.epoch or 0)
+        for file in storage.list_names(f"{directory}/"):
+            match = _ATTEMPT_IN_NAME.search(file)
+            attempt = AttemptId.parse(match[1]) if match else None
+            used.append(attempt.epoch if attempt else 0)
+    return max(used)

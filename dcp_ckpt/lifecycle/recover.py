@@ -1,0 +1,234 @@
+"""Recover: commit what earlier epochs finished without committing it, and clear away what can never be a checkpoint.
+
+docs/format.md, section 9. `plan_recovery` decides and is pure; `recover_older_epochs` acts. Called by rank 0 at a start, after it has
+claimed its epoch, and by `dcp-ckpt recover`.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from dcp_ckpt.errors import CheckpointError, ConfigError, LoadError, StorageError
+from dcp_ckpt.format.fragment import Fragment
+from dcp_ckpt.format.manifest import build_manifest, summarize
+from dcp_ckpt.format.names import (
+    AttemptId,
+    StepDir,
+    data_file_name,
+    parse_data_file_name,
+    parse_fragment_name,
+)
+from dcp_ckpt.lifecycle.catalogue import Catalogue, read_catalogue
+from dcp_ckpt.lifecycle.commit import check_layouts, check_summaries, publish_manifest, read_fragments
+from dcp_ckpt.lifecycle.epochs import claim_epoch, wait_for_leases
+from dcp_ckpt.lifecycle.runs import ensure_run
+from dcp_ckpt.lifecycle.sweep import delete_tree, empty_trash, seal
+from dcp_ckpt.storage.base import Lease, Storage
+
+__all__ = ["AttemptFiles", "RecoverReport", "plan_recovery", "recover_older_epochs", "recover_run"]
+
+log = logging.getLogger(__name__)
+
+OnCommit = Callable[[Storage, StepDir], None]
+"""Called after a commit; derives `.metadata` where torch is at hand."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttemptFiles:
+    """What a listing shows of one attempt: sizes of fragments by rank, sizes of data files by rank and index."""
+
+    directory: StepDir
+    attempt: AttemptId
+    fragments: Mapping[int, int]
+    data: Mapping[tuple[int, int], int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecoverReport:
+    """What a recovery did: directories committed, debris with the reason, what was deleted, and under which epoch."""
+
+    committed: list[str] = field(default_factory=list)
+    debris: list[str] = field(default_factory=list)
+    removed: list[str] = field(default_factory=list)
+    epoch: int = 0
+
+
+def plan_recovery(
+    attempts: Sequence[AttemptFiles], *, newest: tuple[int, int], epoch: int
+) -> list[list[AttemptFiles]]:
+    """Which attempts may be committed, in which order.
+
+    Args:
+        attempts: all attempts in directories without a manifest.
+        newest: (epoch, step) of the newest checkpoint that is committed or unreadable.
+        epoch: the epoch that recovers; only attempts of older epochs are touched.
+
+    Returns:
+        For each (epoch, step), ascending: its attempts, latest save first. Of each list the first that is complete is
+        to be committed.
+    """
+    groups: dict[tuple[int, int], list[AttemptFiles]] = {}
+    for files in attempts:
+        order = (files.attempt.epoch, files.directory.step)
+        if newest < order and files.attempt.epoch < epoch:
+            groups.setdefault(order, []).append(files)
+    return [sorted(groups[order], key=lambda files: files.attempt, reverse=True) for order in sorted(groups)]
+
+
+def recover_older_epochs(
+    storage: Storage, *, epoch: int, on_commit: OnCommit | None = None
+) -> tuple[Catalogue, RecoverReport]:
+    """Commit what can be committed and seal the rest. The caller holds the newest epoch.
+
+    Returns:
+        The catalogue afterwards, and what was done.
+    """
+    catalogue = read_catalogue(storage)
+    absent = [rejected.directory for rejected in catalogue.rejected if rejected.is_absent]
+    attempts = [files for directory in absent for files in _list_attempts(storage, directory)]
+    report = RecoverReport(epoch=epoch)
+    _refuse_newer_formats(catalogue)
+    newest = max((entry.manifest.order for entry in catalogue.entries), default=(0, 0))
+    committed = set()
+    for group in plan_recovery(attempts, newest=newest, epoch=epoch):
+        for files in group:
+            reason = _commit_if_complete(storage, files)
+            if reason is None:
+                log.info("recovered %s: committed attempt %s", files.directory, files.attempt)
+                report.committed.append(str(files.directory))
+                committed.add(files.directory)
+                if on_commit is not None:
+                    on_commit(storage, files.directory)
+                break
+            report.debris.append(f"{files.directory} attempt {files.attempt}: {reason}")
+    for directory in absent:
+        if directory not in committed:
+            _seal_debris(storage, directory, epoch, report)
+    report.removed.extend(empty_trash(storage))
+    return read_catalogue(storage), report
+
+
+def recover_run(storage: Storage, *, force: bool, wait_seconds: float) -> RecoverReport:
+    """Recover a run from the command line: claims an epoch of its own.
+
+    Args:
+        force: go on although the owner of the run lives; it is fenced then.
+        wait_seconds: how long to wait for writers that still work.
+
+    Raises:
+        ConfigError: a live owner holds the run and `force` is not given.
+    """
+    run = ensure_run(storage)
+    live = wait_for_leases(storage, wait_seconds=wait_seconds)
+    if live and not force:
+        raise ConfigError(
+            f"epoch(s) {live} of this run are still live; stop that training first, or insist with --force, "
+            "which makes it stop saving",
+            path=storage.url,
+        )
+    leases: list[Lease] = []
+
+    def hold(key: str) -> None:
+        _close_all(leases)
+        leases.append(storage.hold_lease(key))
+
+    try:
+        claim = claim_epoch(
+            storage, run_id=run.run_id, world_size=1, purpose="recover", hold=hold, wait_seconds=0.0
+        )
+        return recover_older_epochs(storage, epoch=claim.epoch)[1]
+    finally:
+        _close_all(leases)
+
+
+def _close_all(leases: list[Lease]) -> None:
+    while leases:
+        leases.pop().close()
+
+
+def _refuse_newer_formats(catalogue: Catalogue) -> None:
+    """A newer version's checkpoints may refer to files in ways that this version does not see."""
+    for rejected in catalogue.rejected:
+        if rejected.is_too_new:
+            raise rejected.error
+
+
+def _list_attempts(storage: Storage, directory: StepDir) -> list[AttemptFiles]:
+    fragments: dict[AttemptId, dict[int, int]] = {}
+    data: dict[AttemptId, dict[tuple[int, int], int]] = {}
+    for info in storage.list(f"{directory}/"):
+        name = info.key.rpartition("/")[2]
+        if parsed := parse_fragment_name(name):
+            fragments.setdefault(parsed[1], {})[parsed[0]] = info.size_bytes
+        elif file := parse_data_file_name(name):
+            data.setdefault(file[2], {})[file[0], file[1]] = info.size_bytes
+    return [
+        AttemptFiles(
+            directory=directory,
+            attempt=attempt,
+            fragments=fragments.get(attempt, {}),
+            data=data.get(attempt, {}),
+        )
+        for attempt in sorted({*fragments, *data})
+    ]
+
+
+def _commit_if_complete(storage: Storage, files: AttemptFiles) -> str | None:
+    """Commit an attempt if it is complete; returns the reason why it is not."""
+    if not files.fragments:
+        return "no rank published a fragment"
+    ranks = sorted(files.fragments)
+    try:
+        found = read_fragments(
+            storage, files.directory, files.attempt, ranks, [files.fragments[rank] for rank in ranks]
+        )
+    except (LoadError, StorageError) as error:
+        return str(error)
+    fragments = [fragment for fragment, _ in found]
+    summaries = [summarize(fragment, data) for fragment, data in found]
+    reason = (
+        _identity_problem(files, ranks, fragments)
+        or check_summaries(summaries)
+        or _size_problem(files, fragments)
+        or check_layouts(fragments)
+    )
+    if reason is None:
+        try:
+            publish_manifest(storage, files.directory, build_manifest(summaries))
+        except (CheckpointError, ValueError) as error:
+            return str(error)
+    return reason
+
+
+def _identity_problem(files: AttemptFiles, ranks: Sequence[int], fragments: Sequence[Fragment]) -> str | None:
+    """Names are only names: each fragment must itself say that it is what its name says."""
+    for rank, fragment in zip(ranks, fragments, strict=True):
+        if (fragment.rank, fragment.attempt, fragment.step, fragment.epoch) != (
+            rank, str(files.attempt), files.directory.step, files.attempt.epoch,
+        ):  # fmt: skip
+            return f"the fragment of rank {rank} is of another rank, attempt or step"
+    return None
+
+
+def _size_problem(files: AttemptFiles, fragments: Sequence[Fragment]) -> str | None:
+    for fragment in fragments:
+        for index, file in enumerate(fragment.files):
+            found = files.data.get((fragment.rank, index))
+            if found != file.size_bytes:
+                name = data_file_name(fragment.rank, index, files.attempt)
+                return f"{name} has {found} bytes instead of {file.size_bytes}"
+    return None
+
+
+def _seal_debris(storage: Storage, directory: StepDir, epoch: int, report: RecoverReport) -> None:
+    sealed = seal(storage, directory, epoch=epoch)
+    if sealed is None:
+        return
+    log.info("removing %s: it holds no checkpoint", directory)
+    if not any(entry.startswith(f"{directory} ") for entry in report.debris):
+        report.debris.append(f"{directory}: no attempt that may be committed")
+    if not storage.capabilities.directories:
+        report.removed.append(str(directory))
+        delete_tree(storage, sealed)

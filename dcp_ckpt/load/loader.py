@@ -1,0 +1,181 @@
+"""The loader: rank 0 chooses, all ranks restore, and a damaged checkpoint sends all of them to the next older one.
+
+Runs on the main thread of every rank. Used by the Checkpointer, which owns the run, and by `load_checkpoint`, which only reads.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from dcp_ckpt.config import CheckpointConfig
+from dcp_ckpt.coordination import Channel, broadcast
+from dcp_ckpt.errors import CheckpointError, CheckpointNotFound, CorruptCheckpoint, StorageNotFound
+from dcp_ckpt.format.manifest import Manifest, decode_manifest
+from dcp_ckpt.format.names import MANIFEST, StepDir
+from dcp_ckpt.format.values import decode_value
+from dcp_ckpt.lifecycle.catalogue import read_catalogue
+from dcp_ckpt.lifecycle.marks import write_mark
+from dcp_ckpt.load.choose import Which, choose
+from dcp_ckpt.load.report import LoadReport, RejectedCheckpoint
+from dcp_ckpt.load.restore import Restored, restore
+from dcp_ckpt.state.component import Component
+from dcp_ckpt.storage.base import Storage
+
+__all__ = ["Loader"]
+
+log = logging.getLogger(__name__)
+
+_CONCURRENT_READS = 2
+"""Reads under way at once on each rank; with a rank on every core, two keep the device busy while one is checked."""
+
+
+class Loader:
+    """Loads from one storage root; stateless but for its place.
+
+    Args:
+        storage: a run, or the parent of a step directory.
+        url: its name for messages.
+        tag: unique in the life of the channel; names the messages of this load.
+    """
+
+    def __init__(
+        self, storage: Storage, url: str, channel: Channel, config: CheckpointConfig, *, tag: str
+    ) -> None:
+        self._storage = storage
+        self._url = url
+        self._channel = channel
+        self._config = config
+        self._tag = tag
+        self._started = time.monotonic()
+
+    def load(self, components: Sequence[Component], which: Which) -> LoadReport | None:
+        """Load what `which` names in this run; see `Checkpointer.load`."""
+        candidates, rejected = self._choose(which)
+        failure: CheckpointError | None = None
+        for number, directory in enumerate(candidates):
+            try:
+                return self._load(components, directory, rejected, f"{self._tag}/{number}")
+            except CorruptCheckpoint as error:
+                failure = error
+                if which != "latest":
+                    break
+                self._mark_bad(directory, error)
+                rejected.append(RejectedCheckpoint(path=f"{self._url}/{directory}", reason=str(error)))
+        if failure is None:
+            return None
+        if which == "latest":
+            failure.message += (
+                "; no older checkpoint is left to fall back to, and training is not started over it"
+            )
+        raise failure
+
+    def load_directory(self, components: Sequence[Component], directory: str) -> LoadReport:
+        """Load one step directory, named by the caller: no choice and no falling back."""
+        return self._load(components, directory, [], f"{self._tag}/0")
+
+    def _choose(self, which: Which) -> tuple[list[str], list[RejectedCheckpoint]]:
+        """The directories to try, best first, decided by rank 0; the same on all ranks."""
+
+        def decide() -> dict[str, Any]:
+            found = choose(read_catalogue(self._storage), which, keep=self._config.keep, url=self._url)
+            for rejected in found.rejected:
+                log.warning("not loading %s: %s", rejected.path, rejected.reason)
+            return {
+                "directories": [str(entry.directory) for entry in found.entries],
+                "rejected": [[rejected.path, rejected.reason] for rejected in found.rejected],
+            }
+
+        timeout = self._config.timeout_seconds
+        answer = broadcast(self._channel, f"{self._tag}/choose", decide, timeout_seconds=timeout)
+        rejected = [RejectedCheckpoint(path=path, reason=reason) for path, reason in answer["rejected"]]
+        return answer["directories"], rejected
+
+    def _load(
+        self,
+        components: Sequence[Component],
+        directory: str,
+        rejected: Sequence[RejectedCheckpoint],
+        tag: str,
+    ) -> LoadReport:
+        manifest = self._manifest(directory, tag)
+        restored = restore(
+            self._storage,
+            directory,
+            manifest,
+            components,
+            self._channel,
+            tag=tag,
+            verify=self._config.verify,
+            concurrency=_CONCURRENT_READS,
+            timeout_seconds=self._config.timeout_seconds,
+        )
+        report = self._report(manifest, directory, restored, rejected)
+        if self._channel.rank == 0:
+            log.info("%s", report)
+        return report
+
+    def _manifest(self, directory: str, tag: str) -> Manifest:
+        """The manifest as rank 0 reads it, so that all ranks load the same one."""
+        key = f"{directory}/{MANIFEST}"
+
+        def read() -> str:
+            try:
+                return self._storage.read(key).decode()
+            except StorageNotFound as error:
+                raise CheckpointNotFound(
+                    f"{self._url}/{directory} is not a checkpoint: it has no {MANIFEST}", path=error.path
+                ) from error
+            except UnicodeDecodeError as error:
+                raise CorruptCheckpoint("the manifest is not text", phase="read", path=key) from error
+
+        timeout = self._config.timeout_seconds
+        text = broadcast(self._channel, f"{tag}/manifest", read, timeout_seconds=timeout)
+        return decode_manifest(text.encode(), path=key)
+
+    def _report(
+        self,
+        manifest: Manifest,
+        directory: str,
+        restored: Restored,
+        rejected: Sequence[RejectedCheckpoint],
+    ) -> LoadReport:
+        return LoadReport(
+            step=manifest.step,
+            path=os.path.join(self._url, directory),
+            epoch=manifest.epoch,
+            saved_world_size=manifest.world_size,
+            world_size=self._channel.world_size,
+            restored=restored.names,
+            notes=restored.notes,
+            skipped=restored.skipped,
+            rejected=tuple(rejected),
+            metrics={name: decode_value(value, path=name) for name, value in manifest.metrics.items()},
+            bytes_read=restored.bytes_read,
+            seconds=time.monotonic() - self._started,
+        )
+
+    def _mark_bad(self, directory: str, error: CorruptCheckpoint) -> None:
+        """Remember the damage, so that no later start has to find it again."""
+        if self._channel.rank != 0:
+            return
+        log.error("%s/%s is damaged and is left out from now on: %s", self._url, directory, error)
+        step_dir = StepDir.parse(directory)
+        assert step_dir is not None, "it came from the catalogue"
+        try:
+            key = f"{directory}/{MANIFEST}"
+            manifest = decode_manifest(self._storage.read(key), path=key)
+            write_mark(
+                self._storage,
+                step_dir,
+                kind="bad",
+                epoch=manifest.epoch,
+                step=manifest.step,
+                attempt=manifest.attempt,
+                detail={"reason": str(error)},
+            )
+        except CheckpointError as failure:
+            log.warning("the damage could not be marked: %s", failure)

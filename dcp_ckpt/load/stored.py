@@ -1,0 +1,144 @@
+"""A committed checkpoint as a load sees it: its tables, read from as few fragments as possible.
+
+Torch-free in what it decides: which fragments hold parts of a box follows from placements and owners alone, so a rank
+that resumes on the same layout reads the indexing fragments and its own (docs/format.md, section 5).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+from dcp_ckpt.errors import CorruptCheckpoint, StorageNotFound
+from dcp_ckpt.format.boxes import Box, Mesh, Placement, expand_ranks, intersect, shard_box
+from dcp_ckpt.format.digests import digest
+from dcp_ckpt.format.fragment import ChunkEntry, Fragment, TensorEntry, ValueEntry, decode_fragment
+from dcp_ckpt.format.manifest import Manifest
+from dcp_ckpt.format.names import StepDir, data_file_name, fragment_name
+from dcp_ckpt.storage.base import ByteRange, Storage
+
+__all__ = ["StoredCheckpoint"]
+
+_CONCURRENT_READS = 8
+
+
+class StoredCheckpoint:
+    """The tables of one committed checkpoint. Local to a rank; reads fragments when they are asked for.
+
+    Args:
+        storage: the run, or the parent of the step directory.
+        directory: the name of the step directory.
+        manifest: decoded and valid.
+    """
+
+    def __init__(self, storage: Storage, directory: StepDir | str, manifest: Manifest) -> None:
+        self.storage = storage
+        self.directory = str(directory)
+        self.manifest = manifest
+        self._fragments: dict[int, Fragment] = {}
+        self._meshes: dict[str, Mesh | None] = {}
+        self.tensors: dict[str, TensorEntry] = {}
+        self.values: dict[str, ValueEntry] = {}
+        index = expand_ranks(manifest.index)
+        self._require(index)
+        for rank in index:
+            self._add_index(self._fragments[rank])
+
+    def per_rank(self, rank: int) -> Mapping[str, ValueEntry]:
+        """The values of one saved rank."""
+        self._require([rank])
+        return self._fragments[rank].per_rank
+
+    def chunks(self, wanted: Mapping[str, Box]) -> dict[str, list[tuple[int, ChunkEntry]]]:
+        """For each tensor: the chunks that intersect the wanted box, with the rank that stored them.
+
+        Reads the fragments it needs, all at once.
+
+        Raises:
+            CorruptCheckpoint: a fragment is missing or damaged.
+        """
+        holders = {name: self.holders(name, box) for name, box in wanted.items() if box.num_elements}
+        needed = sorted({rank for ranks in holders.values() for rank in ranks})
+        self._require(needed)
+        by_name: dict[str, list[tuple[int, ChunkEntry]]] = {name: [] for name in wanted}
+        for rank in needed:
+            for chunk in self._fragments[rank].chunks:
+                box = wanted.get(chunk.tensor)
+                if box is not None and intersect(chunk.box, box):
+                    by_name[chunk.tensor].append((rank, chunk))
+        return by_name
+
+    def holders(self, name: str, box: Box) -> list[int]:
+        """The ranks whose fragments may hold chunks of a tensor's box."""
+        entry, mesh = self.tensors[name], self._meshes[name]
+        owners = expand_ranks(entry.owners)
+        if mesh is None:
+            return list(owners)
+        placements = [Placement.parse(text) for text in entry.placements]
+        held = dict(zip(mesh.ranks, mesh.coordinates(), strict=True))
+        return [
+            rank
+            for rank in owners
+            if intersect(shard_box(entry.shape, mesh.shape, placements, held[rank]), box)
+        ]
+
+    def block_digest(self, rank: int, file: int, block: int) -> str:
+        """The stored digest of one block of a data file."""
+        return self._fragments[rank].files[file].block_digest(block)
+
+    def file_bytes(self, rank: int, file: int) -> int:
+        return self._fragments[rank].files[file].size_bytes
+
+    def file_key(self, rank: int, file: int) -> str:
+        """The storage key of a data file; computed, never taken from the checkpoint."""
+        return f"{self.directory}/{data_file_name(rank, file, self.manifest.attempt_id)}"
+
+    def _require(self, ranks: Sequence[int]) -> None:
+        """Read the fragments of `ranks` that are not here yet, and check them against the manifest."""
+        missing = [rank for rank in ranks if rank not in self._fragments]
+        if not missing:
+            return
+        attempt = self.manifest.attempt_id
+        keys = [f"{self.directory}/{fragment_name(rank, attempt)}" for rank in missing]
+        refs = [self.manifest.fragments[rank] for rank in missing]
+        found: dict[int, bytes] = {}
+        try:
+            self.storage.read_ranges(
+                [
+                    ByteRange(key=key, offset=0, num_bytes=ref.size_bytes)
+                    for key, ref in zip(keys, refs, strict=True)
+                ],
+                lambda position, data: found.__setitem__(position, bytes(data)),
+                concurrency=min(_CONCURRENT_READS, len(keys)),
+            )
+        except StorageNotFound as error:
+            raise self.vanished(error) from error
+        for position, (rank, key, ref) in enumerate(zip(missing, keys, refs, strict=True)):
+            if digest(found[position]) != ref.digest:
+                raise CorruptCheckpoint(
+                    "the fragment differs from its digest in the manifest", phase="read", path=key
+                )
+            fragment = decode_fragment(found[position], path=key)
+            if (fragment.rank, fragment.attempt) != (rank, self.manifest.attempt):
+                raise CorruptCheckpoint("the fragment is another rank's", phase="read", path=key)
+            self._fragments[rank] = fragment
+
+    def vanished(self, error: StorageNotFound) -> CorruptCheckpoint:
+        """What a missing file of a committed checkpoint means."""
+        try:
+            self.storage.read(f"{self.directory}/manifest.json")
+        except StorageNotFound:
+            return CorruptCheckpoint(
+                "the checkpoint was deleted while it was being read", phase="read", path=error.path
+            )
+        return CorruptCheckpoint("a file of the checkpoint is missing", phase="read", path=error.path)
+
+    def _add_index(self, fragment: Fragment) -> None:
+        meshes = [Mesh(tuple(entry.shape), expand_ranks(entry.ranks)) for entry in fragment.meshes]
+        for entry in fragment.tensors:
+            self.tensors[entry.name] = entry
+            self._meshes[entry.name] = None if entry.mesh is None else meshes[entry.mesh]
+        self.values.update(fragment.values)
+
+    def names(self) -> Iterable[str]:
+        """All stored names: tensors, then replicated values."""
+        return (*self.tensors, *self.values)

@@ -1,1 +1,0 @@
-"""Events of saves and loads, and the sinks that receive them."""

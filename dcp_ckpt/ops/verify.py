@@ -1,0 +1,256 @@
+"""Verify: is every byte of a checkpoint, or of all checkpoints of a run, still what was written?
+
+Reads everything once, block by block, in bounded memory, and reports every problem with what it touches.
+Changes nothing and needs no torch. Called by the command line and by users' own maintenance jobs.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from typing import Literal
+
+from dcp_ckpt.errors import (
+    CheckpointError,
+    CheckpointNotFound,
+    CorruptCheckpoint,
+    FormatTooNew,
+    StorageError,
+    StorageNotFound,
+)
+from dcp_ckpt.format.fragment import Fragment
+from dcp_ckpt.format.manifest import Manifest
+from dcp_ckpt.format.names import MANIFEST, data_file_name, fragment_name
+from dcp_ckpt.lifecycle.catalogue import read_catalogue
+from dcp_ckpt.ops.blocks import FileCheck, check_file
+from dcp_ckpt.ops.checkpoint import read_fragment, read_manifest
+from dcp_ckpt.ops.refs import parse_ref, resolve_ref, split_location
+from dcp_ckpt.ops.touched import FileMap, Touched
+from dcp_ckpt.storage import open_storage
+from dcp_ckpt.storage.base import Storage
+
+__all__ = ["Problem", "ProblemKind", "Skipped", "VerifiedCheckpoint", "VerifyReport", "verify"]
+
+ProblemKind = Literal["manifest", "fragment", "missing", "truncated", "trailing", "block", "unreadable"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problem:
+    """One thing that is wrong.
+
+    Args:
+        path: the file, relative to the run (or to the parent of the checkpoint directory).
+        block: number of the damaged 1 MiB block.
+        start: first affected byte, if bytes are affected.
+        stop: one after the last affected byte.
+        tensors: names of the tensors stored there; empty for padding, or when the fragment cannot tell.
+        values: names of the replicated values whose copy for stock readers is stored there.
+    """
+
+    kind: ProblemKind
+    path: str
+    message: str
+    block: int | None = None
+    start: int | None = None
+    stop: int | None = None
+    tensors: tuple[str, ...] = ()
+    values: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        where = "" if self.block is None else f"block {self.block}, "
+        where += "" if self.start is None else f"bytes {self.start} to {self.stop}: "
+        touched = [f"tensor {name}" for name in self.tensors]
+        touched += [f"value {name}" for name in self.values]
+        return f"{self.path}: {where}{self.message}" + (f"; touches {', '.join(touched)}" if touched else "")
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerifiedCheckpoint:
+    """What was checked of one checkpoint, and everything that is wrong with it."""
+
+    directory: str
+    step: int | None
+    num_files: int
+    num_bytes: int
+    problems: tuple[Problem, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Skipped:
+    """A step directory that was not checked, since it is no checkpoint or cannot be read by this version."""
+
+    directory: str
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerifyReport:
+    """The result for one checkpoint or for a whole run."""
+
+    checkpoints: tuple[VerifiedCheckpoint, ...]
+    skipped: tuple[Skipped, ...] = ()
+
+    @property
+    def problems(self) -> tuple[Problem, ...]:
+        return tuple(problem for checked in self.checkpoints for problem in checked.problems)
+
+    @property
+    def ok(self) -> bool:
+        return not self.problems
+
+
+def verify(target: str | os.PathLike[str]) -> VerifyReport:
+    """Check all bytes of one checkpoint or of every checkpoint of a run. Never stops at the first problem.
+
+    Args:
+        target: a reference as in `open_checkpoint`, or the directory or URL of a run.
+
+    Raises:
+        CheckpointNotFound: there is no such checkpoint or run.
+        FormatTooNew: the one checkpoint asked for was written by a newer version.
+        StorageError: the run could not be listed.
+    """
+    if parse_ref(target) is None:
+        root, directory = split_location(os.fspath(target))
+        with closing(open_storage(root)) as storage:
+            if _exists(storage, f"{directory}/{MANIFEST}"):
+                return _report([_verify_directory(storage, directory)])
+        return _verify_run(target)
+    try:
+        location = resolve_ref(target)
+    except CorruptCheckpoint as error:
+        return _report([_unusable(error.path or os.fspath(target), error)])
+    with closing(open_storage(location.root)) as storage:
+        return _report([_verify_directory(storage, location.directory)])
+
+
+def _report(checked: list[VerifiedCheckpoint]) -> VerifyReport:
+    return VerifyReport(checkpoints=tuple(checked))
+
+
+def _verify_run(target: str | os.PathLike[str]) -> VerifyReport:
+    checked: list[VerifiedCheckpoint] = []
+    skipped: list[Skipped] = []
+    with closing(open_storage(os.fspath(target))) as storage:
+        catalogue = read_catalogue(storage)
+        if catalogue.run is None and not catalogue.entries and not catalogue.rejected:
+            raise CheckpointNotFound("neither a checkpoint nor a run", path=os.fspath(target))
+        for rejected in catalogue.rejected:
+            if rejected.state == "unreadable" and not rejected.is_too_new:
+                checked.append(_unusable(f"{rejected.directory}/{MANIFEST}", rejected.error))
+            else:
+                skipped.append(Skipped(directory=str(rejected.directory), reason=rejected.reason))
+        for entry in catalogue.entries:
+            directory = str(entry.directory)
+            try:
+                checked.append(_verify_manifest(storage, directory, entry.manifest))
+            except CheckpointNotFound as error:
+                skipped.append(Skipped(directory=directory, reason=error.message))
+    checked.sort(key=lambda one: one.directory)
+    return VerifyReport(checkpoints=tuple(checked), skipped=tuple(skipped))
+
+
+def _verify_directory(storage: Storage, directory: str) -> VerifiedCheckpoint:
+    try:
+        manifest = read_manifest(storage, directory)
+    except CorruptCheckpoint as error:
+        return _unusable(f"{directory}/{MANIFEST}", error)
+    return _verify_manifest(storage, directory, manifest)
+
+
+def _unusable(path: str, error: CheckpointError) -> VerifiedCheckpoint:
+    problem = Problem(kind="manifest", path=path, message=error.message)
+    directory = path.removesuffix(f"/{MANIFEST}")
+    return VerifiedCheckpoint(directory=directory, step=None, num_files=0, num_bytes=0, problems=(problem,))
+
+
+def _verify_manifest(storage: Storage, directory: str, manifest: Manifest) -> VerifiedCheckpoint:
+    """Check everything that a valid manifest names.
+
+    Raises:
+        CheckpointNotFound: it was deleted meanwhile.
+    """
+    problems: list[Problem] = []
+    for rank in range(manifest.world_size):
+        problems.extend(_check_rank(storage, directory, manifest, rank))
+    lost = any(problem.kind == "missing" for problem in problems)
+    if lost and not _exists(storage, f"{directory}/{MANIFEST}"):
+        raise CheckpointNotFound("deleted while reading", step=manifest.step, path=directory)
+    return VerifiedCheckpoint(
+        directory=directory,
+        step=manifest.step,
+        num_files=1 + manifest.world_size + sum(len(ref.file_bytes) for ref in manifest.fragments),
+        num_bytes=manifest.total_bytes + sum(ref.size_bytes for ref in manifest.fragments),
+        problems=tuple(problems),
+    )
+
+
+def _check_rank(storage: Storage, directory: str, manifest: Manifest, rank: int) -> Iterator[Problem]:
+    key = f"{directory}/{fragment_name(rank, manifest.attempt_id)}"
+    fragment: Fragment | None = None
+    try:
+        fragment = read_fragment(storage, directory, manifest, rank)
+    except StorageNotFound:
+        yield Problem(kind="missing", path=key, message="the fragment is missing")
+    except StorageError as error:
+        yield Problem(kind="unreadable", path=key, message=error.message)
+    except (CorruptCheckpoint, FormatTooNew) as error:
+        yield Problem(kind="fragment", path=key, message=error.message)
+    for index, size_bytes in enumerate(manifest.fragments[rank].file_bytes):
+        name = data_file_name(rank, index, manifest.attempt_id)
+        # Without its fragment a file's blocks have no digests, but its size is in the manifest.
+        entry = fragment.files[index] if fragment and index < len(fragment.files) else None
+        digests = entry.block_digests if entry and entry.size_bytes == size_bytes else ""
+        check = check_file(storage, f"{directory}/{name}", size_bytes, digests)
+        yield from _describe(check, FileMap(fragment, index))
+
+
+def _describe(check: FileCheck, file_map: FileMap) -> Iterator[Problem]:
+    """Problems of one data file, in the terms of what is stored in it."""
+    size_bytes = check.size_bytes
+    if check.found_bytes is None:
+        message = f"the file is {'missing' if check.error is None else 'unreadable: ' + check.error}"
+        kind: ProblemKind = "missing" if check.error is None else "unreadable"
+        yield _located(kind, check.key, message, None, (0, size_bytes), file_map)
+        return
+    if check.found_bytes > size_bytes:
+        message = f"{check.found_bytes - size_bytes} bytes too many: {check.found_bytes}, not {size_bytes}"
+        yield _located("trailing", check.key, message, None, (size_bytes, check.found_bytes), file_map)
+    if check.found_bytes < size_bytes:
+        message = f"truncated: {check.found_bytes} of {size_bytes} bytes"
+        yield _located("truncated", check.key, message, None, (check.lost_from, size_bytes), file_map)
+    for bad in check.bad_blocks:
+        message = "differs from its digest" if bad.error is None else f"unreadable: {bad.error}"
+        kind = "block" if bad.error is None else "unreadable"
+        yield _located(kind, check.key, message, bad.block, (bad.start, bad.stop), file_map)
+
+
+def _located(
+    kind: ProblemKind,
+    path: str,
+    message: str,
+    block: int | None,
+    span: tuple[int, int],
+    file_map: FileMap,
+) -> Problem:
+    touched: Touched = file_map.touched(*span)
+    return Problem(
+        kind=kind,
+        path=path,
+        message=message,
+        block=block,
+        start=span[0],
+        stop=span[1],
+        tensors=touched.tensors,
+        values=touched.values,
+    )
+
+
+def _exists(storage: Storage, key: str) -> bool:
+    try:
+        storage.size(key)
+    except StorageNotFound:
+        return False
+    return True

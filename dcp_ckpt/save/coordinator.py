@@ -1,0 +1,122 @@
+"""Rank 0's part of a save: collect every rank's report, commit or refuse, and publish one verdict.
+
+Runs on rank 0's background thread only (docs/format.md, section 8, steps 7 to 11). It decides the outcome for all ranks; what happens
+after a commit (`.metadata`, retention) is the caller's.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+
+from dcp_ckpt.coordination import Channel, error_fields, error_from_fields
+from dcp_ckpt.errors import CheckpointError, CommitUnknown, SaveFailed, StorageError
+from dcp_ckpt.format.fragment import Fragment
+from dcp_ckpt.format.manifest import FragmentSummary, Manifest, build_manifest
+from dcp_ckpt.format.names import AttemptId, StepDir
+from dcp_ckpt.lifecycle.commit import check_layouts, check_summaries, publish_manifest, read_fragments
+from dcp_ckpt.lifecycle.epochs import require_newest
+from dcp_ckpt.save.record import Report, SaveKeys, Verdict, from_message
+from dcp_ckpt.storage.base import Storage
+
+__all__ = ["Coordinator"]
+
+log = logging.getLogger(__name__)
+
+
+class Coordinator:
+    """Commits the attempts of one epoch."""
+
+    def __init__(self, storage: Storage, channel: Channel, *, epoch: int) -> None:
+        self._storage = storage
+        self._channel = channel
+        self._epoch = epoch
+        self._checked_layouts: set[tuple[str, ...]] = set()
+
+    def conclude(
+        self, keys: SaveKeys, *, step: int, directory: StepDir, attempt: AttemptId, deadline: float
+    ) -> Verdict:
+        """Wait for all ranks, then commit or refuse. Blocks until `deadline` (monotonic seconds) at most.
+
+        Returns:
+            The verdict. It is published by the caller once it has acted on it.
+        """
+        reports, silent = self._collect(keys, deadline)
+        try:
+            self._raise_failures(reports, silent, step)
+            manifest = self._commit(
+                directory, attempt, [report.summary for report in reports if report.summary]
+            )
+        except CheckpointError as error:
+            error.step = step if error.step is None else error.step
+            if not silent and not isinstance(error, CommitUnknown):
+                self._remove(directory, attempt)
+            outcome = "unknown" if isinstance(error, CommitUnknown) else "failed"
+            return Verdict(outcome=outcome, error=error_fields(error))
+        return Verdict(outcome="committed", total_bytes=manifest.total_bytes)
+
+    def _collect(self, keys: SaveKeys, deadline: float) -> tuple[list[Report], list[int]]:
+        reports, silent = [], []
+        for rank in range(self._channel.world_size):
+            try:
+                left = max(deadline - time.monotonic(), 0.0)
+                reports.append(
+                    from_message(Report, self._channel.get(keys.report(rank), timeout_seconds=left))
+                )
+            except TimeoutError:
+                silent.append(rank)
+        return reports, silent
+
+    def _raise_failures(self, reports: list[Report], silent: list[int], step: int) -> None:
+        failures = [error_from_fields(report.error) for report in reports if report.error is not None]
+        if failures:
+            first = failures[0]
+            if len(failures) > 1:
+                others = ", ".join(str(failure.rank) for failure in failures[1:])
+                first.message += f" (rank(s) {others} failed too)"
+            raise first
+        if silent:
+            raise SaveFailed(
+                f"rank(s) {', '.join(map(str, silent))} did not finish the save in time: not called, stuck or dead",
+                rank=silent[0],
+                step=step,
+                phase="write",
+            )
+
+    def _commit(self, directory: StepDir, attempt: AttemptId, summaries: list[FragmentSummary]) -> Manifest:
+        problem = check_summaries(summaries) or self._layout_problem(directory, attempt, summaries)
+        if problem:
+            raise SaveFailed(problem, phase="commit", path=str(directory))
+        require_newest(self._storage, self._epoch)
+        manifest = build_manifest(summaries)
+        publish_manifest(self._storage, directory, manifest)
+        return manifest
+
+    def _layout_problem(
+        self, directory: StepDir, attempt: AttemptId, summaries: list[FragmentSummary]
+    ) -> str | None:
+        """Check once for each combination of layouts that the ranks' chunks make up the tensors."""
+        layouts = tuple(summary.layout for summary in summaries)
+        if layouts in self._checked_layouts:
+            return None
+        problem = check_layouts(self.fragments(directory, attempt, summaries))
+        if problem is None:
+            self._checked_layouts.add(layouts)
+        return problem
+
+    def fragments(
+        self, directory: StepDir, attempt: AttemptId, summaries: list[FragmentSummary]
+    ) -> list[Fragment]:
+        """All fragments of an attempt, from storage."""
+        sizes = [summary.ref.size_bytes for summary in summaries]
+        found = read_fragments(self._storage, directory, attempt, range(len(summaries)), sizes)
+        return [fragment for fragment, _ in found]
+
+    def _remove(self, directory: StepDir, attempt: AttemptId) -> None:
+        """Free the space of an attempt that all ranks have finished with and that failed for good."""
+        try:
+            keys = [info.key for info in self._storage.list(f"{directory}/") if f".{attempt}." in info.key]
+            self._storage.delete(keys)
+            self._storage.remove_directory(str(directory))
+        except StorageError as error:
+            log.warning("the files of the failed attempt %s stay until the next start: %s", attempt, error)

@@ -1,0 +1,234 @@
+"""The background thread of one rank: brings each staged save from the writer's reply to its verdict.
+
+One save at a time, in order. Talks to other ranks over the channel only, never through a process group. Every way out
+resolves the handle, so nobody waits for a save that nobody works on.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from dcp_ckpt.coordination import Channel, error_fields, error_from_fields
+from dcp_ckpt.errors import CheckpointError, CoordinationError, SaveFailed
+from dcp_ckpt.format.digests import digest
+from dcp_ckpt.format.documents import encode_json
+from dcp_ckpt.format.fragment import Fragment
+from dcp_ckpt.format.manifest import FragmentRef, FragmentSummary
+from dcp_ckpt.format.names import AttemptId, StepDir
+from dcp_ckpt.save.coordinator import Coordinator
+from dcp_ckpt.save.handle import CheckpointInfo, SaveHandle
+from dcp_ckpt.save.record import Report, SaveKeys, Verdict, from_message, to_message
+from dcp_ckpt.save.writer_link import WriterLink
+
+__all__ = ["Flight", "Pilot"]
+
+log = logging.getLogger(__name__)
+
+_VERDICT_GRACE_SECONDS = 15.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Flight:
+    """One save under way on this rank.
+
+    Args:
+        fragment: what the writer was given; None when staging failed with `error`.
+        replicated: name -> digest of what must be equal on all ranks.
+        started: monotonic time of the call of `save()`.
+    """
+
+    keys: SaveKeys
+    step: int
+    attempt: AttemptId
+    directory: StepDir
+    path: str
+    handle: SaveHandle
+    started: float
+    stall_seconds: float = 0.0
+    created_at: str = ""
+    metrics: dict[str, object] = field(default_factory=dict)
+    tags: tuple[str, ...] = ()
+    fragment: Fragment | None = None
+    replicated: dict[str, str] = field(default_factory=dict)
+    error: CheckpointError | None = None
+
+
+class Pilot:
+    """Owns the thread.
+
+    Args:
+        channel: a connection of its own.
+        link: this rank's writer.
+        coordinator: on rank 0, else None.
+        after_commit: on rank 0, called after the verdict of a committed save is out.
+        timeout_seconds: deadline of a save, from its call to its verdict.
+    """
+
+    def __init__(
+        self,
+        channel: Channel,
+        link: WriterLink,
+        coordinator: Coordinator | None,
+        after_commit: Callable[[Flight], None],
+        *,
+        timeout_seconds: float,
+    ) -> None:
+        self._channel = channel
+        self._link = link
+        self._coordinator = coordinator
+        self._after_commit = after_commit
+        self._timeout_seconds = timeout_seconds
+        self._flights: queue.SimpleQueue[Flight | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name="dcp_ckpt-pilot", daemon=True)
+        self._thread.start()
+        self._closed = False
+
+    def take(self, flight: Flight) -> None:
+        """Accept a save. Does not block."""
+        self._flights.put(flight)
+
+    def close(self) -> None:
+        """Finish all saves that were taken, and join the thread. Idempotent; bounded by their deadlines."""
+        if self._closed:
+            return
+        self._closed = True
+        self._flights.put(None)
+        self._thread.join()
+        self._channel.close()
+
+    def _run(self) -> None:
+        while (flight := self._flights.get()) is not None:
+            try:
+                self._fly(flight)
+            except CheckpointError as error:
+                self._resolve(flight, Verdict(outcome="unknown", error=error_fields(error)))
+            except Exception as error:
+                log.exception("the background thread failed in the save of step %d", flight.step)
+                failure = SaveFailed(f"internal error: {error!r}", rank=self._channel.rank, step=flight.step)
+                self._resolve(flight, Verdict(outcome="unknown", error=error_fields(failure)))
+
+    def _fly(self, flight: Flight) -> None:
+        if self._channel.rank == 0:
+            combined = digest(encode_json(flight.replicated))
+            self._channel.put(flight.keys.replicated, {"digest": combined, "names": flight.replicated})
+        report = self._report(flight)
+        self._channel.put(flight.keys.report(self._channel.rank), to_message(report))
+        deadline = flight.started + self._timeout_seconds
+        if self._coordinator is None:
+            self._resolve(flight, self._await_verdict(flight, deadline + _VERDICT_GRACE_SECONDS))
+            return
+        verdict = self._coordinator.conclude(
+            flight.keys,
+            step=flight.step,
+            directory=flight.directory,
+            attempt=flight.attempt,
+            deadline=deadline,
+        )
+        self._channel.put(flight.keys.verdict, to_message(verdict))
+        self._resolve(flight, verdict)
+        if verdict.outcome == "committed":
+            self._after_commit(flight)
+
+    def _report(self, flight: Flight) -> Report:
+        """What this rank has to say: its fragment is durable, or why it is not."""
+        rank = self._channel.rank
+        try:
+            if flight.fragment is None:
+                raise flight.error or SaveFailed("nothing was staged")
+            ref = self._link.wait(str(flight.attempt), deadline=flight.started + self._timeout_seconds)
+            self._require_same_replicas(flight)
+            return Report(summary=_summary(flight.fragment, ref))
+        except CheckpointError as error:
+            error.rank = rank if error.rank is None else error.rank
+            error.step = flight.step if error.step is None else error.step
+            return Report(error=error_fields(error))
+
+    def _require_same_replicas(self, flight: Flight) -> None:
+        """Compare what must be equal with rank 0, and name what differs."""
+        if self._channel.rank == 0:
+            return
+        left = flight.started + self._timeout_seconds - time.monotonic()
+        try:
+            message = self._channel.get(flight.keys.replicated, timeout_seconds=left)
+        except TimeoutError as error:
+            raise CoordinationError("rank 0 did not stage this save in time", phase="write") from error
+        if message["digest"] == digest(encode_json(flight.replicated)):
+            return
+        theirs = message["names"]
+        names = sorted(
+            name for name in {*theirs, *flight.replicated} if theirs.get(name) != flight.replicated.get(name)
+        )
+        shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+        raise SaveFailed(
+            f"state that must be equal on all ranks differs from rank 0's: {shown}; if it belongs to each rank, "
+            "pass it as per_rank",
+            rank=self._channel.rank,
+            step=flight.step,
+            phase="stage",
+        )
+
+    def _await_verdict(self, flight: Flight, deadline: float) -> Verdict:
+        try:
+            message = self._channel.get(
+                flight.keys.verdict, timeout_seconds=max(deadline - time.monotonic(), 0.0)
+            )
+        except TimeoutError as error:
+            raise CoordinationError(
+                "rank 0 published no verdict in time; whether the checkpoint was committed is not known here",
+                rank=self._channel.rank,
+                step=flight.step,
+                phase="commit",
+            ) from error
+        return from_message(Verdict, message)
+
+    def _resolve(self, flight: Flight, verdict: Verdict) -> None:
+        if flight.handle.outcome != "pending":
+            return
+        durable_seconds = time.monotonic() - flight.started
+        if verdict.error is not None:
+            error = error_from_fields(verdict.error)
+            if self._channel.rank == 0 or error.rank == self._channel.rank:
+                log.error("the save of step %d is not a checkpoint: %s", flight.step, error)
+            flight.handle.resolve(verdict.outcome, error=error)
+            return
+        info = CheckpointInfo(
+            step=flight.step,
+            path=flight.path,
+            bytes=verdict.total_bytes,
+            stall_seconds=flight.stall_seconds,
+            durable_seconds=durable_seconds,
+            metrics=flight.metrics,
+            tags=flight.tags,
+            world_size=self._channel.world_size,
+            created_at=flight.created_at,
+        )
+        if self._channel.rank == 0:
+            log.info(
+                "saved step %d: %d bytes, stall %.3f s, durable after %.3f s, %s",
+                info.step, info.bytes, info.stall_seconds, info.durable_seconds, info.path,
+            )  # fmt: skip
+        flight.handle.resolve(verdict.outcome, info=info)
+
+
+def _summary(fragment: Fragment, ref: FragmentRef) -> FragmentSummary:
+    return FragmentSummary(
+        run_id=fragment.run_id,
+        epoch=fragment.epoch,
+        epoch_id=fragment.epoch_id,
+        attempt=fragment.attempt,
+        step=fragment.step,
+        rank=fragment.rank,
+        world_size=fragment.world_size,
+        ref=ref,
+        layout=fragment.layout,
+        replicated=fragment.replicated,
+        created_at=fragment.created_at,
+        metrics=fragment.metrics,
+        tags=fragment.tags,
+        indexes=bool(fragment.tensors or fragment.values),
+    )

@@ -1,0 +1,84 @@
+"""What ranks tell each other about one save: rank 0's record, every rank's report, the verdict.
+
+Published as JSON under keys that name the call, never the step or the path, so a repeated step meets no stale key.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, TypeVar
+
+import msgspec
+
+from dcp_ckpt.format.manifest import FragmentSummary
+
+__all__ = ["Record", "Report", "SaveKeys", "Verdict", "from_message", "to_message"]
+
+_Document = TypeVar("_Document")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """Rank 0's decision about one call of `save()`.
+
+    Args:
+        step: the step rank 0 saves; a rank that was called with another one fails the save.
+        decision: `save`, `skip` (the one before is still under way), or `raise` (an earlier save failed, or this call is
+            refused; `error` says why).
+        directory: name of the step directory.
+        created_at: RFC 3339 UTC.
+        error: fields of a CheckpointError, with `raise`.
+    """
+
+    step: int
+    decision: str
+    directory: str = ""
+    created_at: str = ""
+    error: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """One rank's part of one save is durable, or why it is not."""
+
+    summary: FragmentSummary | None = None
+    error: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """The outcome of one save, the same on every rank: `committed`, `failed` or `unknown`."""
+
+    outcome: str
+    total_bytes: int = 0
+    error: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class SaveKeys:
+    """Where the messages of save call number `call` are."""
+
+    call: int
+
+    @property
+    def record(self) -> str:
+        return f"save/{self.call}/record"
+
+    @property
+    def replicated(self) -> str:
+        return f"save/{self.call}/replicated"
+
+    @property
+    def verdict(self) -> str:
+        return f"save/{self.call}/verdict"
+
+    def report(self, rank: int) -> str:
+        return f"save/{self.call}/report/{rank}"
+
+
+def to_message(document: Record | Report | Verdict) -> dict[str, Any]:
+    return asdict(document)
+
+
+def from_message(kind: type[_Document], message: Any) -> _Document:
+    return msgspec.convert(message, type=kind)

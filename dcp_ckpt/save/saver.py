@@ -1,0 +1,276 @@
+"""The saver: one call of `save()`, from rank 0's decision to the job in the writer's hands.
+
+Runs on the main thread of every rank; what comes after is the pilot's. In a steady save it copies payload and sends two
+small messages: no plan, no collective, no storage access.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from dcp_ckpt.config import CheckpointConfig
+from dcp_ckpt.coordination import Channel, error_fields, error_from_fields
+from dcp_ckpt.errors import CheckpointError, CoordinationError, StateError, StepAlreadySaved
+from dcp_ckpt.format.digests import digest
+from dcp_ckpt.format.documents import encode_json
+from dcp_ckpt.format.epoch import EpochClaim
+from dcp_ckpt.format.fragment import Fragment
+from dcp_ckpt.format.names import AttemptId, StepDir
+from dcp_ckpt.format.values import encode_value
+from dcp_ckpt.lifecycle.epochs import utc_now
+from dcp_ckpt.save.handle import SaveHandle
+from dcp_ckpt.save.pilot import Flight, Pilot
+from dcp_ckpt.save.record import Record, SaveKeys, from_message, to_message
+from dcp_ckpt.save.staging import Staged, Stager, capture
+from dcp_ckpt.save.writer_link import WriterLink
+from dcp_ckpt.state.component import Component
+from dcp_ckpt.writer.messages import WriteJob
+
+__all__ = ["Saver", "StepPolicy"]
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class StepPolicy:
+    """Rank 0's knowledge of which step goes where. Used on rank 0's main thread only.
+
+    Args:
+        floor: steps must be greater; the step resumed from, then the last one committed.
+        taken: step directories that stood there when the epoch was claimed.
+    """
+
+    epoch: int
+    floor: int
+    taken: frozenset[StepDir]
+
+    def refuse(self, step: int, *, in_flight: int | None) -> CheckpointError | None:
+        """Why a step cannot be saved; `in_flight` is that of the save that has no outcome yet."""
+        floor = self.floor if in_flight is None else max(self.floor, in_flight)
+        if step > floor:
+            return None
+        return StepAlreadySaved(
+            f"step {step} is not after step {floor}, which is committed or being committed; steps of a run "
+            "grow, and a committed step is never replaced",
+            step=step,
+        )
+
+    def directory(self, step: int) -> StepDir:
+        plain = StepDir(step)
+        return StepDir(step, self.epoch) if plain in self.taken else plain
+
+
+class Saver:
+    """Owns staging, the writer and the background thread of one rank, for one epoch.
+
+    Args:
+        url: the run directory, as `open_storage` takes it.
+        claim: the epoch, the same on all ranks.
+        steps: on rank 0, else None.
+        stager, link, pilot: owned from now on.
+    """
+
+    def __init__(
+        self,
+        *,
+        url: str,
+        config: CheckpointConfig,
+        channel: Channel,
+        claim: EpochClaim,
+        steps: StepPolicy | None,
+        stager: Stager,
+        link: WriterLink,
+        pilot: Pilot,
+    ) -> None:
+        self._url = url
+        self._config = config
+        self._channel = channel
+        self._claim = claim
+        self._steps = steps
+        self._stager = stager
+        self._link = link
+        self._pilot = pilot
+        self._calls = 0
+        self._handles: list[SaveHandle] = []
+
+    @property
+    def last(self) -> SaveHandle | None:
+        """The handle of the newest call that was not skipped."""
+        return self._handles[-1] if self._handles else None
+
+    def save(
+        self, components: Sequence[Component], *, step: int, metrics: Mapping[str, Any], tags: Sequence[str]
+    ) -> SaveHandle:
+        """One save; see `Checkpointer.save`."""
+        started = time.monotonic()
+        self._calls += 1
+        keys = SaveKeys(self._calls)
+        record = self._agree(keys, step)
+        handle = SaveHandle(step)
+        if record.decision == "skip":
+            log.warning("skipping the save of step %d: the one before is still under way", step)
+            handle.resolve("skipped")
+            return handle
+        self._handles = [*self._handles[-1:], handle]
+        attempt = AttemptId(self._claim.epoch, self._calls)
+        directory = StepDir.parse(record.directory)
+        assert directory is not None, "made by rank 0 from a StepDir"
+        flight = Flight(
+            keys=keys,
+            step=step,
+            attempt=attempt,
+            directory=directory,
+            path=f"{self._url}/{directory}",
+            handle=handle,
+            started=started,
+            created_at=record.created_at,
+            metrics=dict(metrics),
+            tags=tuple(tags),
+        )
+        try:
+            self._require_same_step(step, record)
+            flight = self._stage(flight, components)
+            handle.mark_staged()
+        except CheckpointError as error:
+            # Raising here would leave the other ranks in the next collective without us: the failure travels with
+            # the verdict instead, and surfaces on all ranks at the same call.
+            error.rank = self._channel.rank if error.rank is None else error.rank
+            flight = replace(flight, error=error)
+        self._pilot.take(replace(flight, stall_seconds=time.monotonic() - started))
+        return handle
+
+    def wait(self, timeout_seconds: float | None) -> None:
+        """Wait for the newest save; failures are left in its handle.
+
+        Raises:
+            TimeoutError: it is still under way.
+        """
+        if self.last is None:
+            return
+        try:
+            self.last.result(timeout_seconds)
+        except CheckpointError:
+            return
+
+    def close(self) -> None:
+        """Finish all saves, end the thread and the writer. Idempotent.
+
+        Raises:
+            SaveFailed: the writer had to be killed.
+        """
+        self._pilot.close()
+        try:
+            self._link.close(timeout_seconds=self._config.timeout_seconds)
+        finally:
+            self._stager.close()
+
+    def _agree(self, keys: SaveKeys, step: int) -> Record:
+        """Rank 0 decides about this call; all ranks learn it here, so what it raises is raised on all of them."""
+        if self._channel.rank == 0:
+            record = self._decide(step)
+            self._channel.put(keys.record, to_message(record))
+        else:
+            record = self._read_record(keys, step)
+        if record.decision == "raise":
+            assert record.error is not None
+            for handle in self._handles:
+                handle.mark_failure_seen()
+            raise error_from_fields(record.error)
+        return record
+
+    def _decide(self, step: int) -> Record:
+        assert self._steps is not None, "rank 0 knows the steps"
+        busy = self.last if self.last is not None and self.last.outcome == "pending" else None
+        refusal = self._steps.refuse(step, in_flight=busy.step if busy else None) or self._unread_failure()
+        if refusal is not None:
+            return Record(step=step, decision="raise", error=error_fields(refusal))
+        if busy and self._config.when_busy == "skip":
+            return Record(step=step, decision="skip")
+        return Record(
+            step=step,
+            decision="save",
+            directory=str(self._steps.directory(step)),
+            created_at=utc_now(),
+        )
+
+    def _unread_failure(self) -> CheckpointError | None:
+        if self._config.on_failure != "raise":
+            return None
+        unread = [handle.error for handle in self._handles if handle.error and not handle.failure_seen]
+        return unread[0] if unread else None
+
+    def _read_record(self, keys: SaveKeys, step: int) -> Record:
+        timeout = self._config.timeout_seconds
+        try:
+            return from_message(Record, self._channel.get(keys.record, timeout_seconds=timeout))
+        except TimeoutError as error:
+            raise CoordinationError(
+                f"rank 0 did not call save() within {timeout:.0f} s of this rank's call for step {step}; all ranks "
+                "must call it for the same steps",
+                rank=self._channel.rank,
+                step=step,
+                phase="stage",
+            ) from error
+
+    def _require_same_step(self, step: int, record: Record) -> None:
+        if step != record.step:
+            raise CoordinationError(
+                f"rank {self._channel.rank} called save(step={step}) where rank 0 called save(step={record.step})",
+                rank=self._channel.rank,
+                step=record.step,
+                phase="stage",
+            )
+
+    def _stage(self, flight: Flight, components: Sequence[Component]) -> Flight:
+        self._link.wait_idle(timeout_seconds=self._config.timeout_seconds)
+        try:
+            staged = self._stager.stage(capture(components))
+            fragment = self._fragment(flight, staged)
+        except CheckpointError:
+            raise
+        except (RuntimeError, TypeError, ValueError, AttributeError) as error:
+            raise StateError(
+                f"the state could not be staged: {error!r}", step=flight.step, phase="stage"
+            ) from error
+        job = WriteJob(
+            storage_url=self._url, directory=str(flight.directory), fragment=fragment, direct_io=True
+        )
+        self._link.submit(job, staged.arena.descriptor)
+        return replace(flight, fragment=fragment, replicated=staged.replicated)
+
+    def _fragment(self, flight: Flight, staged: Staged) -> Fragment:
+        coordinates = self._channel.rank == 0
+        return Fragment(
+            run_id=self._claim.run_id,
+            epoch=self._claim.epoch,
+            epoch_id=self._claim.epoch_id,
+            attempt=str(flight.attempt),
+            step=flight.step,
+            rank=self._channel.rank,
+            world_size=self._channel.world_size,
+            files=staged.files,
+            meshes=staged.plan.meshes,
+            tensors=staged.plan.tensors,
+            chunks=staged.plan.chunks,
+            layout=staged.plan.digest,
+            values=staged.values,
+            per_rank=staged.per_rank,
+            replicated=digest(encode_json(staged.replicated)),
+            created_at=flight.created_at if coordinates else None,
+            metrics=_encoded_metrics(flight.metrics) if coordinates else {},
+            tags=list(flight.tags) if coordinates else [],
+        )
+
+
+def _encoded_metrics(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: encode_value(_plain(value), path=f"metrics[{name!r}]") for name, value in metrics.items()}
+
+
+def _plain(value: Any) -> Any:
+    """A 0-dim tensor or numpy number as the Python number that a metric is."""
+    item: Callable[[], Any] | None = getattr(value, "item", None)
+    return item() if callable(item) else value

@@ -1,0 +1,307 @@
+"""Objects with `state_dict()` and `load_state_dict()`, and nested dictionaries loaded in place.
+
+Owns how user state comes and goes: schedulers, scalers, loaders, `extra`, `per_rank` and plain
+dictionaries. Knows no file and no rank.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, OrderedDict
+from collections.abc import Iterator
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import nn
+
+from dcp_ckpt.errors import CheckpointError, LoadError, StateError
+from dcp_ckpt.state.component import Captured, Component, Path, Problem, StoredState, Targets
+from dcp_ckpt.state.model import ModelComponent
+from dcp_ckpt.state.optimizer import OptimizerComponent
+from dcp_ckpt.state.tree import (
+    StateCollector,
+    attach_tensors,
+    by_name,
+    fill_in_place,
+    is_branch,
+    join_path,
+    names_under,
+    rebuild,
+    referenced_names,
+    tree_targets,
+)
+
+__all__ = ["DictComponent", "PerRankComponent", "Stateful", "StatefulComponent"]
+
+
+@runtime_checkable
+class Stateful(Protocol):
+    """An object that gives its state as a dictionary and takes it back."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> Any: ...
+
+
+class StatefulComponent:
+    """One object with `state_dict()`: a single value if it holds no tensors, else one key per leaf."""
+
+    def __init__(self, prefix: Path, stateful: Stateful) -> None:
+        self._prefix = prefix
+        self._stateful = stateful
+
+    @property
+    def prefix(self) -> Path:
+        return self._prefix
+
+    def capture(self) -> Captured:
+        collector = StateCollector()
+        collector.add_object(self._prefix, self._stateful.state_dict())
+        return collector.captured()
+
+    def targets(self, stored: StoredState) -> Targets:
+        """Everything that is stored under the prefix; the object itself judges it in `load_state_dict`."""
+        targets = tree_targets(stored, self._prefix, by_name(self.capture().tensors))
+        if targets.tensors or targets.values:
+            return targets
+        return Targets(problems=(_missing(self._prefix),))
+
+    def install(self, stored: StoredState, targets: Targets) -> list[str]:
+        names = names_under((*targets.values, *targets.tensors), self._prefix)
+        if names:
+            state = rebuild(stored, targets, names, depth=len(self._prefix))
+            _load_into(self._stateful, state, join_path(self._prefix))
+        return []
+
+
+def _load_into(stateful: Stateful, state: Any, name: str) -> None:
+    try:
+        stateful.load_state_dict(state)
+    except CheckpointError:
+        raise
+    # The boundary to code that is not ours: whatever it raises means that the load failed at this key.
+    except Exception as error:
+        raise LoadError(
+            f"{name}: {type(stateful).__qualname__}.load_state_dict refused the stored state: {error}",
+            phase="restore",
+        ) from error
+
+
+class DictComponent:
+    """A nested dictionary of tensors, values and objects, loaded in place.
+
+    Modules and optimizers in it are kept like those of a TrainState (an optimizer's parameters are
+    named by the modules in the same dictionary), other objects with `state_dict()` keep their own state. On
+    load, tensors are filled, lists, dictionaries and sets updated, everything else is replaced in its
+    dictionary. The live dictionary is the template: keys on one side only are problems, except that an empty
+    dictionary inside of it takes whatever is stored below it.
+
+    Args:
+        prefix: may be empty, for a dictionary that is the whole state.
+        mapping: the live dictionary.
+    """
+
+    def __init__(self, prefix: Path, mapping: dict[str, Any]) -> None:
+        self._prefix = prefix
+        self._mapping = mapping
+        self._models: dict[Path, ModelComponent] = {}
+
+    @property
+    def prefix(self) -> Path:
+        return self._prefix
+
+    def capture(self) -> Captured:
+        collector = StateCollector()
+        for component in self._components():
+            collector.add_captured(component.capture())
+        for path, _, leaf in self._leaves():
+            collector.add_leaf(path, leaf)
+        return collector.captured()
+
+    def targets(self, stored: StoredState) -> Targets:
+        tensors: dict[str, torch.Tensor] = {}
+        values: set[str] = set()
+        problems: list[Problem] = []
+        components = self._components()
+        for component in components:
+            part = component.targets(stored)
+            tensors.update(part.tensors)
+            values.update(part.values)
+            problems += part.problems
+        for path, _, leaf in self._leaves():
+            part = _leaf_targets(stored, path, leaf)
+            tensors.update(part.tensors)
+            values.update(part.values)
+            problems += part.problems
+        known = {*tensors, *values, *(problem.key for problem in problems)}
+        for component in components:
+            known.update(names_under((*stored.tensors, *stored.values), component.prefix))
+        problems += [
+            Problem(kind="unexpected", key=name, detail="the checkpoint has it, the live dictionary does not")
+            for name in names_under((*stored.tensors, *stored.values), self._prefix)
+            if name not in known
+        ]
+        return Targets(tensors=tensors, values=frozenset(values), problems=tuple(problems))
+
+    def install(self, stored: StoredState, targets: Targets) -> list[str]:
+        notes: list[str] = []
+        for component in self._components():
+            notes += component.install(stored, targets)
+        for path, parent, leaf in list(self._leaves()):
+            names = names_under((*targets.values, *targets.tensors), path)
+            if names:
+                _put(parent, path[-1], leaf, rebuild(stored, targets, names, depth=len(path)))
+        return notes
+
+    def _leaves(self) -> Iterator[tuple[Path, dict[str, Any], Any]]:
+        """Leaves that are no objects: path, the dictionary that holds it, the leaf."""
+        for path, parent, leaf in _entries(self._mapping, self._prefix):
+            if not isinstance(leaf, (nn.Module, torch.optim.Optimizer, Stateful)):
+                yield path, parent, leaf
+
+    def _components(self) -> list[Component]:
+        """The objects in the dictionary: models first, since they name the optimizers' parameters."""
+        entries = [(path, leaf) for path, _, leaf in _entries(self._mapping, self._prefix)]
+        models = {path: self._model(path, leaf) for path, leaf in entries if isinstance(leaf, nn.Module)}
+        self._models = models
+        names: dict[int, str] = {}
+        for path, model in models.items():
+            inner = join_path(path[len(self._prefix) :]) + "." if len(models) > 1 else ""
+            for key, name in model.parameter_names().items():
+                names.setdefault(key, inner + name)
+        components: list[Component] = list(models.values())
+        for path, leaf in entries:
+            if isinstance(leaf, torch.optim.Optimizer):
+                components.append(OptimizerComponent(path, leaf, names))
+            elif isinstance(leaf, Stateful) and not isinstance(leaf, nn.Module):
+                components.append(StatefulComponent(path, leaf))
+        return components
+
+    def _model(self, path: Path, module: nn.Module) -> ModelComponent:
+        known = self._models.get(path)
+        return known if known is not None and known.module is module else ModelComponent(path, module)
+
+
+def _entries(mapping: dict[str, Any], path: Path) -> Iterator[tuple[Path, dict[str, Any], Any]]:
+    for key, item in mapping.items():
+        if type(key) is not str:
+            where = join_path(path) or "the state"
+            raise StateError(f"{where} has the key {key!r}; keys at this level must be strings")
+        if is_branch(item):
+            yield from _entries(item, (*path, key))
+        else:
+            yield (*path, key), mapping, item
+
+
+def _leaf_targets(stored: StoredState, path: Path, leaf: Any) -> Targets:
+    name = join_path(path)
+    if name in stored.tensors:
+        # A live tensor of another shape or dtype is offered as it is: the caller compares and reports.
+        target = leaf if isinstance(leaf, torch.Tensor) else fill_in_place(None, stored.tensors[name])
+        return Targets(tensors={name: target})
+    if name in stored.values:
+        if isinstance(leaf, torch.Tensor):
+            problem = Problem(kind="other", key=name, detail="is a value in the checkpoint and a tensor here")
+            return Targets(problems=(problem,))
+        live = _tensors_inside(path, leaf)
+        tensors = {
+            inner: fill_in_place(live.get(inner), stored.tensors[inner])
+            for inner in referenced_names(stored.values[name])
+            if inner in stored.tensors
+        }
+        return Targets(tensors=tensors, values=frozenset({name}))
+    below = tree_targets(stored, path, {}) if type(leaf) is dict and not leaf else Targets()
+    return below if below.tensors or below.values else Targets(problems=(_missing(path),))
+
+
+def _tensors_inside(path: Path, leaf: Any) -> dict[str, torch.Tensor]:
+    collector = StateCollector()
+    collector.add_value(path, leaf)
+    return by_name(collector.captured().tensors)
+
+
+def _put(parent: dict[str, Any], key: str, live: Any, value: Any) -> None:
+    """Make the live object equal to `value`, in place where it can change."""
+    if live is value:
+        return
+    same_kind = type(live) is type(value)
+    if same_kind and isinstance(live, list):
+        live[:] = value
+    elif same_kind and type(live) in (dict, OrderedDict, Counter, set):
+        live.clear()
+        live.update(value)
+    else:
+        parent[key] = value
+
+
+class PerRankComponent:
+    """Values of this rank only: one per entry of a dictionary, or the state of an object in it.
+
+    On a world of another size nobody can say whose values are whose: they are left untouched.
+    """
+
+    def __init__(self, prefix: Path, mapping: dict[str, Any]) -> None:
+        self._prefix = prefix
+        self._mapping = mapping
+
+    @property
+    def prefix(self) -> Path:
+        return self._prefix
+
+    def capture(self) -> Captured:
+        """Encode the values.
+
+        Raises:
+            StateError: a tensor, or a type that cannot be stored exactly.
+        """
+        per_rank: dict[Path, Any] = {}
+        for key, item in self._mapping.items():
+            path = (*self._prefix, key)
+            collector = StateCollector()
+            collector.add_value(path, item.state_dict() if isinstance(item, Stateful) else item)
+            if collector.captured().tensors or isinstance(item, torch.Tensor):
+                raise StateError(
+                    f"{join_path(path)} holds a tensor, and per-rank state holds values only; convert it "
+                    "with tensor.numpy(), or put a DTensor into extra"
+                )
+            per_rank.update(collector.captured().values)
+        return Captured(per_rank=per_rank)
+
+    def targets(self, stored: StoredState) -> Targets:
+        if stored.saved_world_size != stored.world_size:
+            return Targets()
+        known = {join_path((*self._prefix, key)) for key in self._mapping}
+        saved = names_under(stored.per_rank, self._prefix)
+        problems = [
+            _missing((*self._prefix, key))
+            for key in self._mapping
+            if join_path((*self._prefix, key)) not in stored.per_rank
+        ]
+        problems += [
+            Problem(kind="unexpected", key=name, detail="the checkpoint has it, per_rank does not")
+            for name in saved
+            if name not in known
+        ]
+        return Targets(problems=tuple(problems))
+
+    def install(self, stored: StoredState, targets: Targets) -> list[str]:
+        if stored.saved_world_size != stored.world_size:
+            return [
+                f"{join_path(self._prefix)}: saved on {stored.saved_world_size} ranks, loaded on "
+                f"{stored.world_size}; left untouched"
+            ]
+        for key, live in list(self._mapping.items()):
+            name = join_path((*self._prefix, key))
+            if name not in stored.per_rank:
+                continue
+            value = attach_tensors(stored.per_rank[name], {})
+            if isinstance(live, Stateful):
+                _load_into(live, value, name)
+            else:
+                _put(self._mapping, key, live, value)
+        return []
+
+
+def _missing(path: Path) -> Problem:
+    return Problem(
+        kind="missing", key=join_path(path), detail="the live state has it, the checkpoint does not"
+    )

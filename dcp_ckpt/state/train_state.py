@@ -1,0 +1,151 @@
+"""What a training run saves: the user's objects, and the components that adapt them.
+
+Owns the prefixes and the order of loading. Called by the checkpointer; the only module of this layer that
+users meet by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import nn
+
+from dcp_ckpt.errors import ConfigError
+from dcp_ckpt.state.component import Component, Path
+from dcp_ckpt.state.model import ModelComponent
+from dcp_ckpt.state.optimizer import OptimizerComponent
+from dcp_ckpt.state.rng import RngComponent
+from dcp_ckpt.state.stateful import DictComponent, PerRankComponent, Stateful, StatefulComponent
+from dcp_ckpt.state.tree import join_path
+
+__all__ = ["TrainState", "components_of"]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class TrainState:
+    """The objects of a training run, saved and loaded in place. Holds references, copies nothing.
+
+    `model`, `optimizer` and `lr_scheduler` take one object, a sequence or a mapping of them; it is stored
+    under `model`, `model.<index>` or `model.<key>`, and likewise for the others.
+
+    Args:
+        model: modules, plain or wrapped (DDP, FSDP2, torch.compile, activation checkpointing).
+        optimizer: optimizers over parameters of these models.
+        lr_scheduler: anything with `state_dict()` and `load_state_dict()`.
+        scaler: a GradScaler or the like.
+        dataloader: a sampler or loader whose state is equal on all ranks, such as `ElasticSampler`; one whose
+            state differs between ranks belongs into `per_rank`.
+        extra: replicated state by name: values, tensors, objects with `state_dict()`, nested.
+        per_rank: values of this rank only; restored on a world of the same size.
+        rng: keep the global random number generators of this rank.
+    """
+
+    model: nn.Module | Sequence[nn.Module] | Mapping[str, nn.Module]
+    optimizer: (
+        torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | Mapping[str, torch.optim.Optimizer] | None
+    ) = None
+    lr_scheduler: Stateful | Sequence[Stateful] | Mapping[str, Stateful] | None = None
+    scaler: Stateful | None = None
+    dataloader: Stateful | None = None
+    extra: dict[str, Any] | None = None
+    per_rank: dict[str, Any] | None = None
+    rng: bool = True
+    _models: dict[Path, ModelComponent] = field(default_factory=dict, init=False, repr=False)
+
+    def components(self) -> list[Component]:
+        """The components in load order. Local, cheap, and read anew: call it for each save and load.
+
+        Raises:
+            ConfigError: an argument is of the wrong kind, or mapping keys make names ambiguous.
+            StateError: a model whose parameters cannot be named.
+        """
+        models = self._model_components()
+        names = _parameter_names(models)
+        components: list[Component] = list(models)
+        components += [
+            OptimizerComponent(path, optimizer, names)
+            for path, optimizer in _parts("optimizer", self.optimizer, torch.optim.Optimizer)
+        ]
+        components += [
+            StatefulComponent(path, scheduler)
+            for path, scheduler in _parts("lr_scheduler", self.lr_scheduler, Stateful)
+        ]
+        for name, stateful in (("scaler", self.scaler), ("dataloader", self.dataloader)):
+            if stateful is None:
+                continue
+            if not isinstance(stateful, Stateful):
+                raise ConfigError(f"{name} has no state_dict() and load_state_dict()")
+            components.append(StatefulComponent((name,), stateful))
+        if self.extra is not None:
+            components.append(DictComponent(("extra",), self.extra))
+        if self.per_rank is not None:
+            components.append(PerRankComponent(("per_rank",), self.per_rank))
+        # Last: whatever is installed before may draw random numbers.
+        if self.rng:
+            components.append(RngComponent())
+        _refuse_ambiguous([component.prefix for component in components])
+        return components
+
+    def _model_components(self) -> list[ModelComponent]:
+        """One component per model, kept between calls for the sake of its walk over the modules."""
+        components = []
+        for path, module in _parts("model", self.model, nn.Module):
+            component = self._models.get(path)
+            if component is None or component.module is not module:
+                component = self._models[path] = ModelComponent(path, module)
+            components.append(component)
+        return components
+
+
+def components_of(state: TrainState | dict[str, Any]) -> list[Component]:
+    """The components of a TrainState, or of a plain nested dictionary that is the whole state.
+
+    Raises:
+        ConfigError: neither of the two.
+    """
+    if isinstance(state, TrainState):
+        return state.components()
+    if isinstance(state, dict):
+        return [DictComponent((), state)]
+    raise ConfigError(f"the state must be a TrainState or a dict, not {type(state).__qualname__}")
+
+
+def _parts(name: str, given: Any, kind: Any) -> list[tuple[Path, Any]]:
+    """One, several or none of `kind`, with their prefixes."""
+    if given is None:
+        return []
+    if isinstance(given, kind):
+        return [((name,), given)]
+    parts: list[tuple[Path, Any]]
+    if isinstance(given, Mapping):
+        parts = [((name, str(key)), part) for key, part in given.items()]
+    elif isinstance(given, Sequence):
+        parts = [((name, str(index)), part) for index, part in enumerate(given)]
+    else:
+        parts = [((name,), given)]
+    for path, part in parts:
+        if not isinstance(part, kind):
+            raise ConfigError(f"{join_path(path)} is a {type(part).__qualname__}, not a {kind.__name__}")
+    return parts
+
+
+def _parameter_names(models: Sequence[ModelComponent]) -> dict[int, str]:
+    """Names of all models' parameters by id; with the model's index or key in front when it has one."""
+    names: dict[int, str] = {}
+    for model in models:
+        for key, name in model.parameter_names().items():
+            names.setdefault(key, join_path((*model.prefix[1:], name)))
+    return names
+
+
+def _refuse_ambiguous(prefixes: Iterable[Path]) -> None:
+    names = sorted(join_path(path) for path in prefixes)
+    for name, following in pairwise(names):
+        if following == name or following.startswith(name + "."):
+            raise ConfigError(
+                f"{following!r} lies below {name!r}; choose keys that are not part of each other"
+            )

@@ -1,0 +1,284 @@
+"""Checkpoints in a directory: a POSIX file system, on this machine or shared by many.
+
+Owns keys as paths and the durability of names: whatever a method made or removed survives a power loss once
+it has returned. Must not know what a checkpoint is. Made by `open_storage`, used by lifecycle, writer and
+load.
+"""
+
+from __future__ import annotations
+
+import builtins
+import errno
+import os
+import secrets
+import stat
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from itertools import groupby
+from typing import TypeVar
+from urllib.parse import quote
+
+from dcp_ckpt.errors import StorageExists, StorageNotFound, StorageTransient, StorageUnsuitable
+from dcp_ckpt.storage.base import ByteRange, Lease, ObjectInfo, ObjectWriter, StorageCapabilities
+from dcp_ckpt.storage.directories import make_directories, sync_directory
+from dcp_ckpt.storage.keys import check_key, check_prefix, temporary_name
+from dcp_ckpt.storage.local_lease import FileLease, file_lease_is_held
+from dcp_ckpt.storage.local_listing import list_objects, list_parts
+from dcp_ckpt.storage.local_reader import read_file, read_file_ranges
+from dcp_ckpt.storage.local_writer import LocalObjectWriter
+from dcp_ckpt.storage.os_errors import reading, translated
+from dcp_ckpt.storage.publishing import Publisher, temporary_file
+from dcp_ckpt.storage.ranges import check_ranges
+from dcp_ckpt.storage.system_calls import SystemCalls
+
+__all__ = ["SINGLE_WRITER_SCHEME", "LocalStorage"]
+
+SINGLE_WRITER_SCHEME = "file+single-writer"
+Buffer = bytes | bytearray | memoryview
+T = TypeVar("T")
+
+
+class LocalStorage:
+    """Files below `root`; see `Storage` for the methods.
+
+    `root` is made, with its parents, when something is first written below it. `put`, `open_writer` and
+    `hold_lease` make missing directories; `create_exclusive` never does. A symbolic link in the last part of
+    a key is never written through.
+
+    Args:
+        root: a path; relative ones are made absolute now.
+        single_writer: accept a file system that cannot create exclusively, because no other process writes
+            here.
+        calls: the system calls that file systems may refuse.
+    """
+
+    def __init__(
+        self,
+        root: str | os.PathLike[str],
+        *,
+        single_writer: bool = False,
+        calls: SystemCalls | None = None,
+    ) -> None:
+        self._root = os.path.abspath(root)
+        self._single_writer = single_writer
+        self._calls = calls or SystemCalls()
+        self._publisher = Publisher(self._calls, single_writer=single_writer)
+        self._lock = threading.Lock()
+        self._capabilities: StorageCapabilities | None = None
+
+    @property
+    def url(self) -> str:
+        """The absolute path; with `single_writer` an URL that says so."""
+        return f"{SINGLE_WRITER_SCHEME}://{quote(self._root)}" if self._single_writer else self._root
+
+    @property
+    def capabilities(self) -> StorageCapabilities:
+        """Learned by trial in `root` at the first use, leaving nothing behind.
+
+        Where `root` is missing or cannot be written there is nothing to try: the usual abilities are
+        reported, and the first write says if they are not there.
+        """
+        with self._lock:
+            if self._capabilities is not None:
+                return self._capabilities
+            try:
+                self._capabilities = self._try_out()
+            except OSError:
+                return _capabilities(exclusive_create=True, direct_io=hasattr(os, "O_DIRECT"))
+            return self._capabilities
+
+    def read(self, key: str) -> bytes:
+        return read_file(self._path(key), root=self._root)
+
+    def read_ranges(
+        self,
+        ranges: Sequence[ByteRange],
+        consume: Callable[[int, memoryview], None],
+        *,
+        concurrency: int,
+    ) -> None:
+        """Each thread has one buffer as long as the longest range: keep ranges to a few MiB."""
+        check_ranges(ranges, concurrency=concurrency)
+        read_file_ranges(ranges, consume, concurrency=concurrency, root=self._root)
+
+    def size(self, key: str) -> int:
+        path = self._path(key)
+        with reading(path, root=self._root):
+            status = os.stat(path)
+            if not stat.S_ISREG(status.st_mode):
+                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
+        return status.st_size
+
+    def create_exclusive(self, key: str, data: Buffer) -> None:
+        path = self._path(key)
+        with translated("create the file", path, needed_bytes=memoryview(data).nbytes):
+            self._create(path, data)
+
+    def put(self, key: str, data: Buffer) -> None:
+        path = self._path(key)
+        with translated("write the file", path, needed_bytes=memoryview(data).nbytes):
+            self._in_directory(path, lambda: self._put(path, data))
+
+    def open_writer(self, key: str, *, size_bytes: int, direct: bool) -> ObjectWriter:
+        path = self._path(key)
+        with translated("create the file", path, needed_bytes=size_bytes):
+            return self._in_directory(
+                path,
+                lambda: LocalObjectWriter(path, size_bytes=size_bytes, direct=direct, calls=self._calls),
+            )
+
+    def list(self, prefix: str) -> list[ObjectInfo]:
+        check_prefix(prefix)
+        with translated("list the directory", os.path.join(self._root, prefix)):
+            return list_objects(self._root, prefix)
+
+    def list_names(self, prefix: str) -> builtins.list[str]:
+        check_prefix(prefix)
+        with translated("list the directory", os.path.join(self._root, prefix)):
+            return list_parts(self._root, prefix)
+
+    def make_directory(self, key: str) -> None:
+        path = self._path(key)
+        with translated("make the directory", path):
+            make_directories(path, root=self._root)
+
+    def delete(self, keys: Iterable[str]) -> None:
+        paths = [self._path(key) for key in keys]
+        # One sync per run of equal parents: the order holds across directories, too.
+        for directory, siblings in groupby(paths, key=os.path.dirname):
+            for path in siblings:
+                with translated("delete the file", path), suppress(FileNotFoundError, NotADirectoryError):
+                    os.unlink(path)
+            with (
+                translated("sync the directory", directory),
+                suppress(FileNotFoundError, NotADirectoryError),
+            ):
+                sync_directory(directory)
+
+    def remove_directory(self, key: str) -> None:
+        path = self._path(key)
+        with translated("remove the directory", path):
+            try:
+                os.rmdir(path)
+            except FileNotFoundError:
+                return
+            except OSError as error:
+                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                    raise
+                return
+            sync_directory(os.path.dirname(path))
+
+    def rename_directory(self, key: str, new_key: str) -> None:
+        """A directory that stands under the new name is an error, unless it is empty."""
+        path, new_path = self._path(key), self._path(new_key)
+        with translated("rename the directory", path):
+            if not stat.S_ISDIR(os.stat(path).st_mode):
+                raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), path)
+            try:
+                self._in_directory(new_path, lambda: os.rename(path, new_path))
+            except OSError as error:
+                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                    raise
+                message = f"cannot rename the directory {path}: the new name is taken"
+                raise StorageExists(message, path=new_path, errno=error.errno) from error
+            # The new name first: should the power fail in between, two names are better than none.
+            sync_directory(os.path.dirname(new_path))
+            sync_directory(os.path.dirname(path))
+
+    def hold_lease(self, key: str) -> Lease:
+        path = self._path(key)
+        with translated("hold the lease", path):
+            return self._in_directory(path, lambda: FileLease(path))
+
+    def lease_is_held(self, key: str) -> bool:
+        path = self._path(key)
+        with translated("look at the lease", path):
+            return file_lease_is_held(path)
+
+    def close(self) -> None:
+        """Nothing is held between calls."""
+
+    def _path(self, key: str) -> str:
+        return os.path.join(self._root, check_key(key))
+
+    def _in_directory(self, path: str, write: Callable[[], T]) -> T:
+        """Call `write`, which makes `path`; make the directory first if it turns out to be missing."""
+        try:
+            return write()
+        except FileNotFoundError:
+            make_directories(os.path.dirname(path), root=self._root)
+            return write()
+
+    def _create(self, path: str, data: Buffer) -> None:
+        directory = os.path.dirname(path)
+        try:
+            if os.path.lexists(path):
+                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), path)
+            with temporary_file(path, data, self._calls) as temporary:
+                self._publish(temporary, path)
+        except FileExistsError:
+            # The caller may find its own bytes there and call them durable: its creator may not have come so
+            # far.
+            sync_directory(directory)
+            raise
+        except FileNotFoundError as error:
+            # Not made here: it may have been moved away so that nothing more is published in it.
+            message = "cannot create the file: its directory was never made, or is gone"
+            raise StorageNotFound(message, path=path, errno=error.errno) from error
+        try:
+            sync_directory(directory)
+        except OSError as error:
+            raise _outcome_unknown(error, path) from error
+
+    def _publish(self, temporary: str, path: str) -> None:
+        try:
+            self._publisher.publish(temporary, path)
+        except OSError as error:
+            if error.errno != errno.EIO:
+                raise
+            raise _outcome_unknown(error, path) from error
+
+    def _put(self, path: str, data: Buffer) -> None:
+        with temporary_file(path, data, self._calls) as temporary:
+            os.replace(temporary, path)
+        sync_directory(os.path.dirname(path))
+
+    def _try_out(self) -> StorageCapabilities:
+        second = os.path.join(self._root, temporary_name("probe", secrets.token_hex(8)))
+        with temporary_file(os.path.join(self._root, "probe"), b"", self._calls) as first:
+            direct_io = self._does_direct_io(first)
+            try:
+                self._publisher.publish(first, second)
+            except StorageUnsuitable:
+                return _capabilities(exclusive_create=False, direct_io=direct_io)
+            finally:
+                with suppress(FileNotFoundError):
+                    os.unlink(second)
+        return _capabilities(exclusive_create=bool(self._publisher.atomic), direct_io=direct_io)
+
+    def _does_direct_io(self, path: str) -> bool:
+        fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+        try:
+            self._calls.set_direct(fd, True)
+        except OSError:
+            return False
+        finally:
+            os.close(fd)
+        return True
+
+
+def _capabilities(*, exclusive_create: bool, direct_io: bool) -> StorageCapabilities:
+    return StorageCapabilities(
+        exclusive_create=exclusive_create,
+        directories=True,
+        direct_io=direct_io,
+        lease_ends_with_holder=True,
+    )
+
+
+def _outcome_unknown(error: OSError, path: str) -> StorageTransient:
+    message = (
+        f"the file may or may not have been created durably ({error.strerror}); create it again to learn"
+    )
+    return StorageTransient(message, path=path, errno=error.errno)

@@ -1,0 +1,103 @@
+"""The driver's data: the same text everywhere, every sample once, on any number of ranks."""
+
+from __future__ import annotations
+
+from itertools import islice
+
+import pytest
+import torch
+
+from dcp_ckpt import ElasticSampler
+from launch.data import IGNORED, Windows, read_corpus, training_batches, validation_batches
+
+
+@pytest.fixture
+def sources(tmp_path):
+    for name, text in {
+        "b.py": "bbbb",
+        "a/z.py": "zz",
+        "a/test/t.py": "no",
+        "site-packages/s.py": "no",
+    }.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    (tmp_path / "c.txt").write_text("no")
+    return tmp_path
+
+
+def text_of(tensor: torch.Tensor) -> str:
+    return bytes(tensor.tolist()).decode()
+
+
+def test_corpus_is_the_sources_in_order_of_path(sources):
+    corpus = read_corpus(sources, validation_fraction=0.5)
+    assert (text_of(corpus.train), text_of(corpus.validation)) == ("zzb", "bbb")
+    assert text_of(read_corpus(sources, max_bytes=3, validation_fraction=0).train) == "zzb"
+
+
+def test_fingerprint_tells_texts_apart(sources):
+    before = read_corpus(sources).fingerprint
+    assert before == read_corpus(sources).fingerprint
+    (sources / "b.py").write_text("bbbc")
+    assert before != read_corpus(sources).fingerprint
+
+
+def test_corpus_without_sources_is_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no Python sources"):
+        read_corpus(tmp_path)
+
+
+def test_this_python_has_enough_text():
+    corpus = read_corpus()
+    assert len(corpus.train) > 1 << 20
+    assert len(corpus.validation) > 1 << 16
+
+
+def test_targets_are_the_inputs_one_byte_later():
+    windows = Windows(torch.arange(11, dtype=torch.uint8), context=5)
+    assert len(windows) == 2
+    batch = windows.batch([1], [0, 1])
+    assert batch.inputs.tolist() == [[5, 6, 7, 8, 9]]
+    assert batch.targets.tolist() == [[6, 7, 8, 9, 10]]
+    assert batch.num_tokens == 10
+
+
+def test_rank_without_samples_gets_one_that_counts_nothing():
+    windows = Windows(torch.arange(11, dtype=torch.uint8), context=5)
+    batch = windows.batch([], [1])
+    assert batch.inputs.shape == (1, 5)
+    assert (batch.targets == IGNORED).all()
+    assert batch.num_tokens == 5
+    assert windows.batch([0], [0]).targets.tolist() == [[1, 2, 3, 4, 5]]
+
+
+@pytest.mark.parametrize("world_size", [1, 3, 4])
+def test_an_epoch_has_every_sample_once_on_any_world(world_size):
+    windows = Windows(torch.arange(24, dtype=torch.uint8), context=1)
+    samplers = [
+        ElasticSampler(len(windows), 5, rank, world_size, seed=3, drop_last=False)
+        for rank in range(world_size)
+    ]
+    epochs = [list(islice(training_batches(windows, sampler), 5)) for sampler in samplers]
+    seen = []
+    for parts in zip(*epochs, strict=True):
+        assert all(part.sample_ids == parts[0].sample_ids for part in parts)
+        real = [part for part in parts if (part.targets != IGNORED).all()]
+        seen += [int(value) for part in real for value in part.inputs.flatten()]
+    assert sorted(seen) == list(range(23))
+
+
+@pytest.mark.parametrize("world_size", [1, 3, 8])
+def test_validation_is_the_same_at_every_call_and_on_any_world(world_size):
+    windows = Windows(torch.arange(24, dtype=torch.uint8), context=1)
+
+    def inputs() -> list[int]:
+        found = []
+        for rank in range(world_size):
+            for batch in validation_batches(
+                windows, num_batches=9, global_batch_size=10, rank=rank, world_size=world_size
+            ):
+                found += batch.inputs[batch.targets != IGNORED].tolist()
+        return sorted(found)
+
+    assert inputs() == inputs() == list(range(23))

@@ -1,0 +1,78 @@
+"""The driver's flags: what is refused, and how."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from launch.model import MODEL_SIZES
+from launch.options import parse_options
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["--epochs", "2"], "--epochs"),
+        (["--save-every-minutes", "5"], "--save-every-minutes"),
+        (["--keep-every", "5"], "--keep-every"),
+        (["--lora-rank", "4"], "--lora-rank"),
+        (["--amp"], "--amp"),
+        (["--compile"], "--compile"),
+        (["--grad-accum", "2"], "--grad-accum"),
+        (["--workers", "2"], "--workers"),
+        (["--max-minutes", "2"], "--max-minutes"),
+        (["--parallel", "hsdp"], "--parallel hsdp"),
+        (["--parallel", "fsdp+tp"], "--parallel fsdp+tp"),
+        (["--parallel", "pp"], "--parallel pp"),
+        (["--save-strategy", "epoch"], "--save-strategy epoch"),
+        (["--overlap", "step"], "--overlap step"),
+        (["--resume", "ask"], "--resume ask"),
+        (["--resume", "runs/run-001@100"], "--resume runs/run-001@100"),
+    ],
+)
+def test_flag_of_a_later_version_is_refused_in_one_line(arguments, named, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        parse_options(arguments)
+    assert stopped.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"{named} is not available in this version" in line
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--steps", "0"],
+        ["--steps", "x"],
+        ["--batch-size", "-1"],
+        ["--parallel", "magic"],
+        ["--step", "3"],
+        ["--run-number", "2", "--resume", "never"],
+    ],
+)
+def test_wrong_flag_is_refused_in_one_line_of_one_rank(arguments, capsys):
+    for announce in (True, False):
+        with pytest.raises(SystemExit) as stopped:
+            parse_options(arguments, announce=announce)
+        assert stopped.value.code == 2
+        assert len(capsys.readouterr().err.splitlines()) == (1 if announce else 0)
+
+
+def test_defaults_need_no_flag():
+    options = parse_options([])
+    assert (options.run_dir, options.resume, options.parallel) == ("runs", "auto", "fsdp")
+    assert all(options.batch_size % world_size == 0 for world_size in (1, 2, 3, 4, 5, 6, 8))
+    assert options.model_size in MODEL_SIZES
+    assert options.saves
+
+
+def test_options_are_recorded_as_json():
+    options = parse_options(["--log-json", "logs/a.jsonl", "--save-strategy", "no"])
+    assert not options.saves
+    assert options.log_json == Path("logs/a.jsonl")
+    assert json.loads(json.dumps(options.as_json()))["log_json"] == "logs/a.jsonl"
+
+
+def test_every_model_size_can_be_chosen():
+    assert [parse_options(["--model-size", size]).model_size for size in MODEL_SIZES] == list(MODEL_SIZES)

@@ -1,0 +1,96 @@
+"""A save and a load in memory, as the real ones use components: for tests of the state layer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+import torch
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from dcp_ckpt.format.documents import encode_json
+from dcp_ckpt.format.values import decode_value
+from dcp_ckpt.state import Captured, Component, Path, Problem, StoredState, StoredTensor
+
+
+@dataclass
+class InMemory:
+    """One checkpoint: whole tensors on the CPU and values as canonical JSON."""
+
+    world_size: int = 1
+    payloads: dict[str, torch.Tensor] = field(default_factory=dict)
+    paths: dict[str, Path] = field(default_factory=dict)
+    values: dict[str, bytes] = field(default_factory=dict)
+    per_rank: dict[str, bytes] = field(default_factory=dict)
+
+    def stored(self, *, rank: int = 0, world_size: int = 1) -> StoredState:
+        same_world = world_size == self.world_size
+        return StoredState(
+            tensors={
+                name: StoredTensor(path=self.paths[name], dtype=tensor.dtype, shape=tuple(tensor.shape))
+                for name, tensor in self.payloads.items()
+            },
+            values={name: _decode(data) for name, data in self.values.items()},
+            value_paths={name: self.paths[name] for name in self.values},
+            per_rank={name: _decode(data) for name, data in self.per_rank.items()} if same_world else {},
+            step=7,
+            saved_world_size=self.world_size,
+            rank=rank,
+            world_size=world_size,
+            seed_material="run/7",
+        )
+
+    @property
+    def names(self) -> set[str]:
+        return {*self.payloads, *self.values}
+
+
+def _decode(data: bytes) -> Any:
+    return decode_value(msgspec.json.decode(data), path="test")
+
+
+def save(components: Iterable[Component], *, world_size: int = 1) -> InMemory:
+    """Capture everything; collective when tensors are DTensors."""
+    saved = InMemory(world_size=world_size)
+    for component in components:
+        captured: Captured = component.capture()
+        for path, tensor in captured.tensors.items():
+            whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+            saved.payloads[".".join(path)] = whole.detach().clone()
+        for path, value in captured.values.items():
+            saved.values[".".join(path)] = encode_json(value)
+        for path, value in captured.per_rank.items():
+            saved.per_rank[".".join(path)] = encode_json(value)
+        for path in (*captured.tensors, *captured.values, *captured.per_rank):
+            assert ".".join(path) not in saved.paths
+            saved.paths[".".join(path)] = path
+    return saved
+
+
+def problems_of(
+    saved: InMemory, components: Iterable[Component], *, rank: int = 0, world_size: int = 1
+) -> list[Problem]:
+    stored = saved.stored(rank=rank, world_size=world_size)
+    return [problem for component in components for problem in component.targets(stored).problems]
+
+
+def load(
+    saved: InMemory, components: Iterable[Component], *, rank: int = 0, world_size: int = 1
+) -> list[str]:
+    """Fill all targets, then install; the notes. Fails on any problem, like a strict load."""
+    stored = saved.stored(rank=rank, world_size=world_size)
+    wanted = [(component, component.targets(stored)) for component in components]
+    assert [problem for _, targets in wanted for problem in targets.problems] == []
+    for _, targets in wanted:
+        for name, target in targets.tensors.items():
+            payload = saved.payloads[name]
+            assert (target.dtype, tuple(target.shape)) == (payload.dtype, tuple(payload.shape)), name
+            with torch.no_grad():
+                if isinstance(target, DTensor):
+                    part = distribute_tensor(payload, target.device_mesh, target.placements)
+                    target.to_local().copy_(part.to_local())
+                else:
+                    target.copy_(payload)
+    return [note for component, targets in wanted for note in component.install(stored, targets)]
