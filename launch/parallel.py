@@ -6,10 +6,9 @@ Called by `train.py`; knows nothing of data or checkpoints.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -18,9 +17,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-__all__ = ["Topology", "global_sum", "join", "on_rank_zero", "parallelise"]
-
-T = TypeVar("T")
+__all__ = ["Topology", "global_sum", "join", "parallelise"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,19 +79,3 @@ def global_sum(values: torch.Tensor, topology: Topology) -> torch.Tensor:
     if topology.distributed:
         dist.all_reduce(values)
     return values
-
-
-def on_rank_zero(function: Callable[[], T], topology: Topology) -> T:
-    """Call `function` on rank 0 and give its result, or its exception, to every rank; all ranks call it."""
-    outcome: list[tuple[T | None, Exception | None]] = [(None, None)]
-    if topology.rank == 0:
-        try:
-            outcome = [(function(), None)]
-        except Exception as error:
-            outcome = [(None, error)]
-    if topology.distributed:
-        dist.broadcast_object_list(outcome, src=0, device=torch.device("cpu"))
-    result, failure = outcome[0]
-    if failure is not None:
-        raise failure
-    return result  # type: ignore[return-value]  # None only where `function` returned None

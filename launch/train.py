@@ -40,7 +40,7 @@ from dcp_ckpt import (
 from launch.data import IGNORED, Batch, Windows, read_corpus, training_batches, validation_batches
 from launch.model import GPT, MODEL_SIZES
 from launch.options import Options, parse_options
-from launch.parallel import Topology, global_sum, join, on_rank_zero, parallelise
+from launch.parallel import Topology, global_sum, join, parallelise
 from launch.report import Reporter, exit_code, print_runs
 
 WARM_UP_STEPS = 20
@@ -133,12 +133,9 @@ def train(options: Options, topology: Topology) -> None:
     torch.manual_seed(options.seed + 1 + topology.rank)  # dropout differs between ranks
     state = TrainState(model=model, optimizer=optimizer, lr_scheduler=scheduler, dataloader=sampler)
 
-    # Run: chosen or created by rank 0, then everything is loaded from its newest checkpoint.
+    # Run: chosen or created once for all ranks, then everything is loaded from its newest checkpoint.
     choice = options.run_number or options.resume
-    run = on_rank_zero(
-        lambda: open_run(options.run_dir, resume=choice, name=options.name, config=options.as_json()),
-        topology,
-    )
+    run = open_run(options.run_dir, resume=choice, name=options.name, config=options.as_json())
     reporter = Reporter(rank=topology.rank, log_json=options.log_json)
     reporter.say(f"run {run.number} in {run.path}: {topology.world_size} ranks, {options.parallel}")
     with Checkpointer(run.path, config=checkpoint_config(options)) as checkpointer:

@@ -147,7 +147,7 @@ def test_a_manifest_that_is_damaged_or_too_new_is_not_opened(step: Path) -> None
     with pytest.raises(CorruptCheckpoint, match="not an attempt id"):
         open_checkpoint(step)
     manifest.write_bytes(good.replace(b'"format_version":1', b'"format_version":2'))
-    with pytest.raises(FormatTooNew, match="format version 2.*reads up to 1"):
+    with pytest.raises(FormatTooNew, match=r"format version 2.*reads up to 1"):
         open_checkpoint(step)
     manifest.write_bytes(b"")
     with pytest.raises(CorruptCheckpoint):

@@ -220,8 +220,7 @@ def test_a_newer_version_is_not_damage(step: Path) -> None:
         verify(step)
 
 
-def test_an_unreadable_place_does_not_stop_the_rest(step: Path) -> None:
-    # A directory in place of a file cannot be read, whoever asks.
+def test_a_directory_in_place_of_a_file_does_not_stop_the_rest(step: Path) -> None:
     (step / FRAGMENT_0).unlink()
     (step / FRAGMENT_0).mkdir()
     flip(step / DATA_1, 0)
