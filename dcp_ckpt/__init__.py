@@ -1,6 +1,7 @@
 """Sharded, asynchronous, verified checkpoints for PyTorch training, on torch.distributed.checkpoint.
 
-Names are imported when they are first used, so that the command line and the writer process start without torch.
+Names are imported when they are first used, so that the command line and the writer process start without
+torch.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""The facade: `Checkpointer`, the one stateful object of this package, and `load_checkpoint` for reading only.
+"""The facade: `Checkpointer`, the one stateful object of this package, and `load_checkpoint` for reading.
 
-Owns the life of an epoch on one rank: the channel to the other ranks, the claim, the saver, the janitor. Knows the order in which things
-happen; how each is done is below.
+Owns the life of an epoch on one rank: the channel to the other ranks, the claim, the saver, the janitor.
+Knows the order in which things happen; how each is done is below.
 """
 
 from __future__ import annotations
@@ -102,8 +102,9 @@ class Checkpointer:
     ) -> SaveHandle:
         """Save the state as it is now. Called on all ranks, at an optimizer-step boundary.
 
-        Returns as soon as this rank's bytes are copied and in its writer's hands; from then on the save survives the death of this
-        process. It blocks for that copy, and for the bytes of the save before to be durable (`when_busy`).
+        Returns as soon as this rank's bytes are copied and in its writer's hands; from then on the save
+        survives the death of this process. It blocks for that copy, and for the bytes of the save before to
+        be durable (`when_busy`).
 
         Args:
             state: a TrainState, or a nested dict of tensors, DTensors, Statefuls and values.
@@ -120,7 +121,7 @@ class Checkpointer:
             CoordinationError: rank 0 did not call `save` in time.
         """
         self._require_open()
-        if isinstance(step, bool) or not isinstance(step, int) or step < 0:
+        if type(step) is not int or step < 0:
             raise ConfigError(f"step must be a whole number of at least 0, not {step!r}")
         saver = self._started()
         handle = saver.save(components_of(state), step=step, metrics=metrics or {}, tags=tags)
@@ -132,8 +133,8 @@ class Checkpointer:
 
         Args:
             state: as for `save`; filled in place, values are put back through their objects.
-            which: "latest", "best", a step, or the path of a checkpoint directory. Only "latest" falls back to an older checkpoint when
-                one is damaged; the damaged one is marked and kept.
+            which: "latest", "best", a step, or the path of a checkpoint directory. Only "latest" falls back
+                to an older checkpoint when one is damaged; the damaged one is marked and kept.
 
         Returns:
             What was done; None when nothing was ever committed in this run and `which` is "latest".
@@ -158,7 +159,9 @@ class Checkpointer:
         return report
 
     def should_save(self, step: int) -> bool:
-        """Whether `config.save_when` asks for a save after this step. Called on all ranks; the answer is the same on all of them.
+        """Whether `config.save_when` asks for a save after this step.
+
+        Called on all ranks; the answer is the same on all of them.
 
         Raises:
             ConfigError: there is no `save_when`.
@@ -198,7 +201,10 @@ class Checkpointer:
         return None if entry is None else self._info(entry)
 
     def best(self) -> CheckpointInfo | None:
-        """The best committed checkpoint by the BestN of `config.keep`; None when none has the metric. Local to the rank."""
+        """The best committed checkpoint by the BestN of `config.keep`; None when none has the metric.
+
+        Local to the rank.
+        """
         try:
             found = choose(read_catalogue(self._storage), "best", keep=self._config.keep, url=self._url)
         except CheckpointNotFound:
@@ -315,7 +321,8 @@ class Checkpointer:
 
     def _after_commit(self, flight: Flight) -> None:
         """On rank 0's background thread, after the verdict is out. What fails here fails no save."""
-        assert self._steps is not None and self._janitor is not None
+        assert self._steps is not None
+        assert self._janitor is not None
         self._steps.floor = max(self._steps.floor, flight.step)
         try:
             self._derive_metadata(self._storage, flight.directory)
@@ -331,7 +338,8 @@ class Checkpointer:
 
     def _resumed_from(self, report: LoadReport) -> None:
         """Rank 0: steps go on after this one, and it is never removed while this epoch lives."""
-        assert self._steps is not None and self._janitor is not None
+        assert self._steps is not None
+        assert self._janitor is not None
         directory = StepDir.parse(os.path.basename(report.path))
         assert directory is not None, "it came from the catalogue"
         self._steps.floor = report.step
@@ -360,9 +368,10 @@ def load_checkpoint(
     config: CheckpointConfig | None = None,
     process_group: dist.ProcessGroup | None = None,
 ) -> LoadReport:
-    """Load one checkpoint without owning its run: for evaluation, fine-tuning, or a look. Called on all ranks; blocks.
+    """Load one checkpoint without owning its run: for evaluation, fine-tuning, or a look.
 
-    Claims nothing and writes nothing, so it may read the run of a training that is going on.
+    Called on all ranks; blocks. Claims nothing and writes nothing, so it may read the run of a training that
+    is going on.
 
     Args:
         path: a checkpoint directory or URL.

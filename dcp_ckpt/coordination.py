@@ -1,8 +1,8 @@
 """How ranks talk about checkpoints: a key-value store of our own, deadlines, and one verdict for all ranks.
 
-Owns the store, which rank 0 hosts for the life of one Checkpointer, so nothing here runs a collective on the user's process
-groups off the main thread and a rank that stays silent can be named. Knows nothing of storage or state.
-Messages are JSON, never pickle.
+Owns the store, which rank 0 hosts for the life of one Checkpointer, so nothing here runs a collective on the
+user's process groups off the main thread and a rank that stays silent can be named. Knows nothing of storage
+or state. Messages are JSON, never pickle.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any, Protocol, TypeVar
 
 import msgspec
 import torch.distributed as dist
+from torch.distributed import Store, TCPStore  # type: ignore[attr-defined]  # public, but not in its __all__
 
 from dcp_ckpt import errors
 from dcp_ckpt.errors import CheckpointError, ConfigError, CoordinationError
@@ -36,8 +37,6 @@ __all__ = [
 
 _Result = TypeVar("_Result")
 
-_POLL_SECONDS = 0.2
-
 
 class Channel(Protocol):
     """A shared map of keys to JSON messages. Every method may be called from any thread."""
@@ -47,6 +46,11 @@ class Channel(Protocol):
 
     @property
     def world_size(self) -> int: ...
+
+    @property
+    def ranks_on_host(self) -> int:
+        """How many ranks share this host's cores."""
+        ...
 
     def put(self, key: str, message: Any) -> None:
         """Publish a message under a key that is used once."""
@@ -66,7 +70,10 @@ class Channel(Protocol):
         ...
 
     def clone(self) -> Channel:
-        """The same channel over a connection of its own: a connection serialises its calls, so each thread has one."""
+        """The same channel over a connection of its own.
+
+        A connection serialises its calls, so each thread has one.
+        """
         ...
 
     def close(self) -> None:
@@ -79,6 +86,7 @@ class SoloChannel:
 
     rank = 0
     world_size = 1
+    ranks_on_host = 1
 
     def __init__(self) -> None:
         self._messages: dict[str, Any] = {}
@@ -106,17 +114,26 @@ class StoreChannel:
     """The channel of a world of several ranks, over a TCPStore hosted by rank 0."""
 
     def __init__(
-        self, store: dist.Store, rank: int, world_size: int, *, close_seconds: float, is_clone: bool = False
+        self,
+        store: Store,
+        rank: int,
+        world_size: int,
+        *,
+        ranks_on_host: int,
+        close_seconds: float,
+        is_clone: bool = False,
     ) -> None:
-        self._store: dist.Store | None = store
+        self._store: Store | None = store
         self.rank = rank
         self.world_size = world_size
+        self.ranks_on_host = ranks_on_host
         self._close_seconds = close_seconds
         self._is_clone = is_clone
 
     def put(self, key: str, message: Any) -> None:
         with _store_errors(self.rank):
-            self._alive().set(key, msgspec.json.encode(message))
+            data = msgspec.json.encode(message)
+            self._alive().set(key, data)  # type: ignore[arg-type]  # the stub leaves bytes out
 
     def get(self, key: str, *, timeout_seconds: float) -> Any:
         store = self._alive()
@@ -135,9 +152,10 @@ class StoreChannel:
     def clone(self) -> StoreChannel:
         with _store_errors(self.rank):
             return StoreChannel(
-                self._alive().clone(),
+                self._alive().clone(),  # type: ignore[attr-defined]  # the stub leaves it out
                 self.rank,
                 self.world_size,
+                ranks_on_host=self.ranks_on_host,
                 close_seconds=self._close_seconds,
                 is_clone=True,
             )
@@ -156,7 +174,7 @@ class StoreChannel:
         finally:
             self._store = None
 
-    def _alive(self) -> dist.Store:
+    def _alive(self) -> Store:
         if self._store is None:
             raise CoordinationError("the channel is closed", rank=self.rank)
         return self._store
@@ -176,16 +194,16 @@ def connect(process_group: dist.ProcessGroup | None, *, timeout_seconds: float) 
     """Make the channel of this world. Called on all ranks, collectively, on the main thread; blocks.
 
     Args:
-        process_group: the ranks that save and load together; None means the default group, or a single process
-            when torch.distributed is not initialised.
+        process_group: the ranks that save and load together; None means the default group, or a single
+            process when torch.distributed is not initialised.
         timeout_seconds: deadline of the connection and of closing.
 
     Raises:
         ConfigError: several processes were started but torch.distributed is not initialised.
     """
     if process_group is None and not dist.is_initialized():
-        # The one read of the environment below the entry points: torchrun tells the world size nowhere else, and
-        # several processes that each believe to be alone would overwrite each other's state.
+        # The one read of the environment below the entry points: torchrun tells the world size nowhere else,
+        # and several processes that each believe to be alone would overwrite each other's state.
         started = os.environ.get("WORLD_SIZE", "1")
         if started not in ("", "1"):
             raise ConfigError(
@@ -206,17 +224,23 @@ def _connect_store(
     dist.all_gather_object(hosts, socket.gethostname(), group=process_group)
     timeout = timedelta(seconds=timeout_seconds)
     address = "127.0.0.1" if len(set(hosts)) == 1 else _reachable_address()
-    store: dist.Store | None = None
+    store: Store | None = None
     port = 0
     if rank == 0:
-        store = dist.TCPStore(address, 0, None, True, timeout, wait_for_workers=False)
+        store = TCPStore(address, 0, None, True, timeout, wait_for_workers=False)
         port = store.port
     where: list[Any] = [address, port]
     source = 0 if process_group is None else dist.get_global_rank(process_group, 0)
     dist.broadcast_object_list(where, src=source, group=process_group)
     if store is None:
-        store = dist.TCPStore(where[0], where[1], None, False, timeout, wait_for_workers=False)
-    return StoreChannel(store, rank, world_size, close_seconds=min(timeout_seconds, 60.0))
+        store = TCPStore(where[0], where[1], None, False, timeout, wait_for_workers=False)
+    return StoreChannel(
+        store,
+        rank,
+        world_size,
+        ranks_on_host=hosts.count(hosts[rank]),
+        close_seconds=min(timeout_seconds, 60.0),
+    )
 
 
 def _reachable_address() -> str:
@@ -258,8 +282,8 @@ def broadcast(
         ) from error
     if "error" in message:
         raise error_from_fields(message["error"])
-    result = message["result"]
-    return result  # type: ignore[no-any-return]  # JSON of what rank 0 returned
+    answer: _Result = message["result"]
+    return answer
 
 
 def gather(channel: Channel, tag: str, message: Any, *, timeout_seconds: float) -> list[Any]:

@@ -24,7 +24,8 @@ def open_run(
 ) -> Run:
     """Choose the run to continue, or create the next one. Called on all ranks, collectively; blocks.
 
-    Without torch.distributed it is the choice of this process. Two jobs that create at the same moment get two numbers.
+    Without torch.distributed it is the choice of this process. Two jobs that create at the same moment get
+    two numbers.
 
     Args:
         base: directory or URL that holds the runs; made if missing.

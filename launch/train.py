@@ -108,6 +108,21 @@ def checkpoint_config(options: Options) -> CheckpointConfig:
     return CheckpointConfig(save_when=EverySteps(options.save_every), keep=keep, overlap=options.overlap)
 
 
+def training_sampler(
+    num_samples: int, fingerprint: str, options: Options, topology: Topology
+) -> ElasticSampler:
+    """This rank's share of the training samples, in shuffled order."""
+    return ElasticSampler(
+        num_samples=num_samples,
+        global_batch_size=options.batch_size,
+        rank=topology.rank,
+        world_size=topology.world_size,
+        seed=options.seed,
+        fingerprint=fingerprint,
+        drop_last=False,
+    )
+
+
 def train(options: Options, topology: Topology) -> None:
     """Train up to `--steps`, from the newest checkpoint of the run if it has one; all ranks call it."""
     # Data: the order of samples depends on seed and epoch only, so it is the same on any number of ranks.
@@ -115,15 +130,8 @@ def train(options: Options, topology: Topology) -> None:
     corpus = read_corpus()
     train_windows = Windows(corpus.train, model_config.context)
     validation_windows = Windows(corpus.validation, model_config.context)
-    sampler = ElasticSampler(
-        num_samples=len(train_windows),
-        global_batch_size=options.batch_size,
-        rank=topology.rank,
-        world_size=topology.world_size,
-        seed=options.seed,
-        fingerprint=f"{corpus.fingerprint}-{model_config.context}",
-        drop_last=False,
-    )
+    fingerprint = f"{corpus.fingerprint}-{model_config.context}"
+    sampler = training_sampler(len(train_windows), fingerprint, options, topology)
 
     # Model: equal weights on every rank, then spread over the ranks.
     gpt = GPT(model_config, dropout=options.dropout, seed=options.seed).to(topology.device)
@@ -131,7 +139,14 @@ def train(options: Options, topology: Topology) -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=options.lr, betas=(0.9, 0.95), weight_decay=0.1)
     scheduler = LambdaLR(optimizer, lambda step: lr_factor(step, options.lr_steps))
     torch.manual_seed(options.seed + 1 + topology.rank)  # dropout differs between ranks
-    state = TrainState(model=model, optimizer=optimizer, lr_scheduler=scheduler, dataloader=sampler)
+    history: list[float] = []
+    state = TrainState(
+        model=model,
+        optimizer=optimizer,
+        lr_scheduler=scheduler,
+        dataloader=sampler,
+        extra={"loss_history": history},
+    )
 
     # Run: chosen or created once for all ranks, then everything is loaded from its newest checkpoint.
     choice = options.run_number or options.resume
@@ -152,6 +167,7 @@ def train(options: Options, topology: Topology) -> None:
             lr = float(scheduler.get_last_lr()[0])
             batch = next(batches)
             loss = train_step(model, batch, optimizer, scheduler, topology)
+            history.append(loss)
             reporter.stepped(step=step, last_step=last_step, loss=loss, lr=lr, batch=batch)
 
             is_last = step == last_step

@@ -141,7 +141,7 @@ def split_rows(box: Box, num_parts: int) -> list[Box]:
     bounds = [rows * i // parts for i in range(parts + 1)]
     return [
         Box((box.offsets[0] + start, *box.offsets[1:]), (stop - start, *box.sizes[1:]))
-        for start, stop in zip(bounds, bounds[1:], strict=False)
+        for start, stop in itertools.pairwise(bounds)
     ]
 
 

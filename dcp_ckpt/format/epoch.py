@@ -1,4 +1,7 @@
-"""Epoch documents: the claim of one incarnation of a run, and what it resumed from (docs/format.md, section 11)."""
+"""Epoch documents: the claim of one incarnation of a run, and what it resumed from.
+
+docs/format.md, section 11.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """The commit: checking the fragments of one attempt and publishing its manifest (docs/format.md, section 8).
 
-`check_fragments` and `check_layouts` decide and are pure; `publish_manifest` acts. Used by the coordinator of a save, which knows the
-fragments from its writers' reports, and by recover, which reads them.
+`check_fragments` and `check_layouts` decide and are pure; `publish_manifest` acts. Used by the coordinator of
+a save, which knows the fragments from its writers' reports, and by recover, which reads them.
 """
 
 from __future__ import annotations

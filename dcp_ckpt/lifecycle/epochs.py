@@ -1,6 +1,7 @@
 """Epochs: claiming the run for one incarnation, waiting for the one before, and being fenced by the next.
 
-The protocol is in docs/format.md, section 9. Called by the coordinator (rank 0) and by commands that change a run.
+The protocol is in docs/format.md, section 9. Called by the coordinator (rank 0) and by commands that change a
+run.
 """
 
 from __future__ import annotations
@@ -56,8 +57,8 @@ def require_newest(storage: Storage, epoch: int) -> None:
     newest = newest_epoch(storage)
     if newest > epoch:
         raise Fenced(
-            f"epoch {newest} has taken over this run from epoch {epoch}: another start of the same run owns it now; "
-            "this process must not save any more and should exit",
+            f"epoch {newest} has taken over this run from epoch {epoch}: another start of the same run owns "
+            "it now; this process must not save any more and should exit",
             path=storage.url,
         )
 
@@ -95,7 +96,8 @@ def claim_epoch(
     """Wait for the epochs before, then claim the next one. Blocks.
 
     Args:
-        hold: called with the key of the new epoch's lease, before the claim becomes visible; replaces the lease held before.
+        hold: called with the key of the new epoch's lease, before the claim becomes visible; replaces the
+            lease held before.
         wait_seconds: for writers of earlier epochs.
     """
     while True:

@@ -1,6 +1,8 @@
-"""The janitor: applies retention after each commit, and deletes what was un-committed once its grace period is over.
+"""The janitor: applies retention after each commit.
 
-Runs on rank 0's background thread. What to keep is decided by `plan_retention`; a failure here never fails a save.
+It also deletes what was un-committed, once its grace period is over.
+Runs on rank 0's background thread. What to keep is decided by `plan_retention`; a failure here never fails a
+save.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Recover: commit what earlier epochs finished without committing it, and clear away what can never be a checkpoint.
+"""Recover: commit what earlier epochs finished but did not commit, clear away what can never be a checkpoint.
 
-docs/format.md, section 9. `plan_recovery` decides and is pure; `recover_older_epochs` acts. Called by rank 0 at a start, after it has
-claimed its epoch, and by `dcp-ckpt recover`.
+docs/format.md, section 9. `plan_recovery` decides and is pure; `recover_older_epochs` acts. Called by rank 0
+at a start, after it has claimed its epoch, and by `dcp-ckpt recover`.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ OnCommit = Callable[[Storage, StepDir], None]
 
 @dataclass(frozen=True, kw_only=True)
 class AttemptFiles:
-    """What a listing shows of one attempt: sizes of fragments by rank, sizes of data files by rank and index."""
+    """What a listing shows of one attempt: sizes of fragments by rank, of data files by rank and index."""
 
     directory: StepDir
     attempt: AttemptId
@@ -47,7 +47,7 @@ class AttemptFiles:
 
 @dataclass(frozen=True, kw_only=True)
 class RecoverReport:
-    """What a recovery did: directories committed, debris with the reason, what was deleted, and under which epoch."""
+    """What a recovery did: directories committed, debris with reasons, files deleted, under which epoch."""
 
     committed: list[str] = field(default_factory=list)
     debris: list[str] = field(default_factory=list)
@@ -66,8 +66,8 @@ def plan_recovery(
         epoch: the epoch that recovers; only attempts of older epochs are touched.
 
     Returns:
-        For each (epoch, step), ascending: its attempts, latest save first. Of each list the first that is complete is
-        to be committed.
+        For each (epoch, step), ascending: its attempts, latest save first. Of each list the first that is
+        complete is to be committed.
     """
     groups: dict[tuple[int, int], list[AttemptFiles]] = {}
     for files in attempts:
@@ -90,7 +90,7 @@ def recover_older_epochs(
     attempts = [files for directory in absent for files in _list_attempts(storage, directory)]
     report = RecoverReport(epoch=epoch)
     _refuse_newer_formats(catalogue)
-    newest = max((entry.manifest.order for entry in catalogue.entries), default=(0, 0))
+    newest = _newest_order(storage, catalogue)
     committed = set()
     for group in plan_recovery(attempts, newest=newest, epoch=epoch):
         for files in group:
@@ -153,6 +153,22 @@ def _refuse_newer_formats(catalogue: Catalogue) -> None:
     for rejected in catalogue.rejected:
         if rejected.is_too_new:
             raise rejected.error
+
+
+def _newest_order(storage: Storage, catalogue: Catalogue) -> tuple[int, int]:
+    """(epoch, step) of the newest checkpoint, whether it can be read or not.
+
+    One whose manifest is damaged counts too: else steps that were un-committed when it was committed would
+    come back.
+    """
+    orders = [entry.manifest.order for entry in catalogue.entries]
+    for rejected in catalogue.rejected:
+        if rejected.state == "unreadable":
+            orders += [
+                (files.attempt.epoch, rejected.directory.step)
+                for files in _list_attempts(storage, rejected.directory)
+            ]
+    return max(orders, default=(0, 0))
 
 
 def _list_attempts(storage: Storage, directory: StepDir) -> list[AttemptFiles]:

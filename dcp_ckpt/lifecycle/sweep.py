@@ -1,5 +1,6 @@
-"""Removing: un-commit, seal, delete, in an order in which a crash leaves a checkpoint or debris, never a third thing.
+"""Removing: un-commit, seal, delete.
 
+The order is one in which a crash leaves a checkpoint or debris, never a third thing.
 docs/format.md, sections 9 and 10. Only the holder of the newest epoch calls this.
 """
 

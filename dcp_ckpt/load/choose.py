@@ -82,8 +82,8 @@ def _latest(catalogue: Catalogue, url: str) -> Candidates:
     if not entries and rejected:
         listed = "; ".join(f"{item.path}: {item.reason}" for item in rejected)
         raise CorruptCheckpoint(
-            f"every checkpoint of this run is damaged, so training is not started over it ({listed}); repair one, or "
-            "start a new run",
+            f"every checkpoint of this run is damaged, so training is not started over it ({listed}); "
+            "repair one, or start a new run",
             phase="choose",
             path=url,
         )

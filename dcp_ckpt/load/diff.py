@@ -1,4 +1,4 @@
-"""Everything that does not fit between a checkpoint and a state, found before a byte of payload is read. Pure."""
+"""Everything that does not fit between a checkpoint and a state, found before payload is read. Pure."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Filling target tensors from a checkpoint: read whole blocks, check them, copy what is wanted.
 
-Nothing unchecked ever reaches a target. Local to a rank; blocks; several reads are under way at once, each checked and copied by
-the thread that read it.
+Nothing unchecked ever reaches a target. Local to a rank; blocks; several reads are under way at once, each
+checked and copied by the thread that read it.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def fill(stored: StoredCheckpoint, targets: Mapping[str, Target], *, verify: boo
     Args:
         targets: by stored name; dtype as stored.
         verify: check the digest of every block read.
-        concurrency: reads under way at once.
+        concurrency: threads that read, check and copy.
 
     Returns:
         Bytes read from storage.
@@ -82,7 +82,7 @@ def fill(stored: StoredCheckpoint, targets: Mapping[str, Target], *, verify: boo
 
 
 def _require_covered(name: str, wanted: Box, pieces: Sequence[Piece]) -> None:
-    """The chunks were checked to tile the tensor when it was committed; a gap here means damage or a defect."""
+    """The chunks were checked to tile the tensor at the commit; a gap here means damage or a defect."""
     found = 0
     for piece in pieces:
         count = 1
@@ -112,14 +112,15 @@ def _check(stored: StoredCheckpoint, read: Read, data: memoryview, pieces: Seque
             }
         )
         raise CorruptCheckpoint(
-            f"block {block} (bytes {start} to {stop}) differs from its digest; it holds {', '.join(names) or 'framing'}",
+            f"block {block} (bytes {start} to {stop}) differs from its digest; "
+            f"it holds {', '.join(names) or 'framing'}",
             phase="read",
             path=stored.file_key(read.rank, read.file),
         )
 
 
 class _Landing:
-    """Where one piece's bytes go: straight into the target, or into a buffer that is copied when it is full."""
+    """Where one piece's bytes go: straight into the target, or into a buffer that is copied when full."""
 
     def __init__(self, piece: Piece, target: Target) -> None:
         self._piece = piece

@@ -1,6 +1,7 @@
-"""The loader: rank 0 chooses, all ranks restore, and a damaged checkpoint sends all of them to the next older one.
+"""The loader: rank 0 chooses, all ranks restore; a damaged checkpoint sends all to the next older one.
 
-Runs on the main thread of every rank. Used by the Checkpointer, which owns the run, and by `load_checkpoint`, which only reads.
+Runs on the main thread of every rank. Used by the Checkpointer, which owns the run, and by `load_checkpoint`,
+which only reads.
 """
 
 from __future__ import annotations
@@ -29,8 +30,8 @@ __all__ = ["Loader"]
 
 log = logging.getLogger(__name__)
 
-_CONCURRENT_READS = 2
-"""Reads under way at once on each rank; with a rank on every core, two keep the device busy while one is checked."""
+_MOST_READERS = 4
+"""Threads that read, check and copy on each rank, where the host has the cores for it."""
 
 
 class Loader:
@@ -110,7 +111,7 @@ class Loader:
             self._channel,
             tag=tag,
             verify=self._config.verify,
-            concurrency=_CONCURRENT_READS,
+            concurrency=self._num_readers(),
             timeout_seconds=self._config.timeout_seconds,
         )
         report = self._report(manifest, directory, restored, rejected)
@@ -135,6 +136,10 @@ class Loader:
         timeout = self._config.timeout_seconds
         text = broadcast(self._channel, f"{tag}/manifest", read, timeout_seconds=timeout)
         return decode_manifest(text.encode(), path=key)
+
+    def _num_readers(self) -> int:
+        cores = len(os.sched_getaffinity(0))
+        return max(1, min(_MOST_READERS, cores // self._channel.ranks_on_host))
 
     def _report(
         self,

@@ -1,8 +1,9 @@
 """Which bytes of which files go where: pure interval arithmetic.
 
-A rank needs boxes of tensors; checkpoints hold chunks in row-major order. A *piece* is what one chunk gives to one
-target: a byte range of a file, and the part of the target it fills. Pieces of one file are then covered by *reads* of whole
-blocks, merged when they are near each other, so each block is read and checked once.
+A rank needs boxes of tensors; checkpoints hold chunks in row-major order. A *piece* is what one chunk gives
+to one target: a byte range of a file, and the part of the target it fills. Pieces of one file are then
+covered by *reads* of whole blocks, merged when they are near each other, so each block is read and checked
+once.
 """
 
 from __future__ import annotations

@@ -49,8 +49,9 @@ class LoadReport:
 
     def __str__(self) -> str:
         lines = [
-            f"resumed from step {self.step} ({self.path}), saved by {self.saved_world_size} rank(s), loaded by "
-            f"{self.world_size}: {len(self.restored)} entries, {self.bytes_read / 1e6:.1f} MB in {self.seconds:.2f} s"
+            f"resumed from step {self.step} ({self.path}), saved by {self.saved_world_size} rank(s), "
+            f"loaded by {self.world_size}: {len(self.restored)} entries, "
+            f"{self.bytes_read / 1e6:.1f} MB in {self.seconds:.2f} s"
         ]
         lines += [f"  rejected {rejected.path}: {rejected.reason}" for rejected in self.rejected]
         lines += [f"  {note}" for note in self.notes]

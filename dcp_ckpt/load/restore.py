@@ -1,7 +1,7 @@
-"""Restoring one checkpoint into live components: diff, read, install, with one verdict of all ranks for each phase.
+"""Restoring one checkpoint into live components: diff, read, install; one verdict of all ranks per phase.
 
-Runs on the main thread of every rank. Nothing is changed before the diff has passed on all ranks; values are installed
-only after every rank has read and checked all its bytes.
+Runs on the main thread of every rank. Nothing is changed before the diff has passed on all ranks; values are
+installed only after every rank has read and checked all its bytes.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 
 from dcp_ckpt.coordination import Channel, agree, raise_first
 from dcp_ckpt.errors import CheckpointError, LoadError, StateMismatch
-from dcp_ckpt.format.boxes import Box, shard_box
+from dcp_ckpt.format.boxes import Box
 from dcp_ckpt.format.fragment import ValueEntry
 from dcp_ckpt.format.manifest import Manifest
 from dcp_ckpt.format.values import decode_value
@@ -145,10 +145,7 @@ def _held_box(name: str, tensor: torch.Tensor) -> Box:
     """The box of the global tensor that this rank holds."""
     if not isinstance(tensor, DTensor):
         return Box.whole(tuple(tensor.shape))
-    coordinate = tensor.device_mesh.get_coordinate()
-    assert coordinate is not None, "checked by placements_of"
-    mesh_shape = tuple(tensor.device_mesh.mesh.shape)
-    return shard_box(tuple(tensor.shape), mesh_shape, placements_of(tensor, name), coordinate)
+    return placements_of(tensor, name)[1]
 
 
 def _install(components: Sequence[Component], fitted: _Fitted) -> list[str]:

@@ -1,7 +1,8 @@
 """A committed checkpoint as a load sees it: its tables, read from as few fragments as possible.
 
-Torch-free in what it decides: which fragments hold parts of a box follows from placements and owners alone, so a rank
-that resumes on the same layout reads the indexing fragments and its own (docs/format.md, section 5).
+Torch-free in what it decides: which fragments hold parts of a box follows from placements and owners alone,
+so a rank that resumes on the same layout reads the indexing fragments and its own (docs/format.md, section
+5).
 """
 
 from __future__ import annotations

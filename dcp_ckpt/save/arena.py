@@ -1,7 +1,8 @@
 """The arena: anonymous shared memory with the layout of the data file.
 
-A memfd has no name that could leak, needs no /dev/shm, is handed to the writer as a file descriptor and vanishes with its
-last holder. It is allocated once and reused: fresh pages cost more than the copy itself (benchmarks/NOTES.md).
+A memfd has no name that could leak, needs no /dev/shm, is handed to the writer as a file descriptor and
+vanishes with its last holder. It is allocated once and reused: fresh pages cost more than the copy itself
+(benchmarks/NOTES.md).
 """
 
 from __future__ import annotations
@@ -59,8 +60,8 @@ class Arena:
             return
         self._closed = True
         os.close(self.descriptor)
-        # Not unmapped by hand: tensors over the map may still be referenced, and unmapping under them would crash.
-        # The map goes with the last of them.
+        # Not unmapped by hand: tensors over the map may still be referenced, and unmapping under them would
+        # crash. The map goes with the last of them.
         del self.bytes, self._map
 
     def __enter__(self) -> Arena:

@@ -1,7 +1,7 @@
 """Rank 0's part of a save: collect every rank's report, commit or refuse, and publish one verdict.
 
-Runs on rank 0's background thread only (docs/format.md, section 8, steps 7 to 11). It decides the outcome for all ranks; what happens
-after a commit (`.metadata`, retention) is the caller's.
+Runs on rank 0's background thread only (docs/format.md, section 8, steps 7 to 11). It decides the outcome for
+all ranks; what happens after a commit (`.metadata`, retention) is the caller's.
 """
 
 from __future__ import annotations
@@ -77,7 +77,8 @@ class Coordinator:
             raise first
         if silent:
             raise SaveFailed(
-                f"rank(s) {', '.join(map(str, silent))} did not finish the save in time: not called, stuck or dead",
+                f"rank(s) {', '.join(map(str, silent))} did not finish the save in time: "
+                "not called, stuck or dead",
                 rank=silent[0],
                 step=step,
                 phase="write",

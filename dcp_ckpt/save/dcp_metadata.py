@@ -1,7 +1,8 @@
 """`.metadata` for stock DCP readers, derived from the manifest and the fragments of a committed checkpoint.
 
 A function of what is committed: idempotent, may be done at any time by anyone, and never read by this project
-(docs/format.md, section 12). The classes are those of torch 2.13 (`torch/distributed/checkpoint/metadata.py`).
+(docs/format.md, section 12). The classes are those of torch 2.13
+(`torch/distributed/checkpoint/metadata.py`).
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from dcp_ckpt.storage.base import Storage
 __all__ = ["AUTO_MAX_CHUNKS", "build_metadata", "derive_metadata"]
 
 AUTO_MAX_CHUNKS = 100_000
-"""With `dcp_metadata="auto"`, larger checkpoints get no `.metadata` by themselves: it would cost more than the save."""
+"""With `dcp_metadata="auto"`, larger checkpoints get no `.metadata`: it would cost more than the save."""
 
 
 def derive_metadata(

@@ -8,6 +8,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from dcp_ckpt.errors import StateError
+from dcp_ckpt.format.boxes import Mesh, Placement
 from dcp_ckpt.format.dtypes import dtype_info
 from dcp_ckpt.save.placement import TensorSpec
 from dcp_ckpt.state.placements import mesh_of, placements_of
@@ -28,18 +29,20 @@ def _spec(path: tuple[str, ...], tensor: torch.Tensor) -> TensorSpec:
     name = ".".join(path)
     if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta:
         raise StateError(
-            f"{name} is a {'meta' if tensor.is_meta else str(tensor.layout)} tensor; only dense tensors with data "
-            "can be saved",
+            f"{name} is a {'meta' if tensor.is_meta else str(tensor.layout)} tensor; "
+            "only dense tensors with data can be saved"
         )
     dtype = str(tensor.dtype).removeprefix("torch.")
     try:
         item_bytes = dtype_info(dtype).item_bytes
     except StateError as error:
         raise StateError(f"{name}: {error.message}") from error
-    mesh, dim_names, placements = None, (), ()
+    mesh: Mesh | None = None
+    dim_names: tuple[str, ...] = ()
+    placements: tuple[Placement, ...] = ()
     if isinstance(tensor, DTensor):
         mesh, dim_names = mesh_of(tensor)
-        placements = placements_of(tensor, name)
+        placements, _ = placements_of(tensor, name)
     return TensorSpec(
         path=path,
         dtype=dtype,

@@ -18,7 +18,8 @@ class CheckpointInfo:
         step: the training step.
         path: URL or path of its directory.
         bytes: size of all data files.
-        stall_seconds: how long `save()` held this rank's training thread; 0.0 when it was not saved by this process.
+        stall_seconds: how long `save()` held this rank's training thread; 0.0 when it was not saved by this
+            process.
         durable_seconds: from the call of `save()` until the manifest was durable, on this rank's clock.
         metrics: as given to `save()`.
         tags: as given to `save()`.

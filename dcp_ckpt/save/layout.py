@@ -1,6 +1,7 @@
-"""The layout of one rank's data file: where each owned chunk's container lies. Pure, and computed once per layout.
+"""The layout of one rank's data file: where each owned chunk's container lies. Pure; made once per layout.
 
-The staging arena has the same layout as the file, so the writer writes memory as it is (docs/format.md, section 4).
+The staging arena has the same layout as the file, so the writer writes memory as it is (docs/format.md,
+section 4).
 """
 
 from __future__ import annotations
@@ -43,8 +44,9 @@ def round_up(value: int, multiple: int) -> int:
 
 
 def plan_file(specs: Sequence[TensorSpec], owned: Sequence[OwnedBox]) -> FileLayout:
-    """Lay out the owned chunks: large ones first, each in its own segment, then one slab of the small ones."""
-    small, large = [], []
+    """Lay out the owned chunks: large ones first, each in its own segment, then one slab of small ones."""
+    small: list[OwnedBox] = []
+    large: list[OwnedBox] = []
     for box in owned:
         spec = specs[box.tensor]
         is_large = box.box.num_elements * spec.item_bytes >= LARGE_BYTES

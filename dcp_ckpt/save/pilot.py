@@ -1,7 +1,7 @@
 """The background thread of one rank: brings each staged save from the writer's reply to its verdict.
 
-One save at a time, in order. Talks to other ranks over the channel only, never through a process group. Every way out
-resolves the handle, so nobody waits for a save that nobody works on.
+One save at a time, in order. Talks to other ranks over the channel only, never through a process group. Every
+way out resolves the handle, so nobody waits for a save that nobody works on.
 """
 
 from __future__ import annotations
@@ -165,8 +165,8 @@ class Pilot:
         )
         shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
         raise SaveFailed(
-            f"state that must be equal on all ranks differs from rank 0's: {shown}; if it belongs to each rank, "
-            "pass it as per_rank",
+            f"state that must be equal on all ranks differs from rank 0's: {shown}; "
+            "if it belongs to each rank, pass it as per_rank",
             rank=self._channel.rank,
             step=flight.step,
             phase="stage",

@@ -1,8 +1,9 @@
 """Who writes what: a pure rule that every rank computes alone, from placements only.
 
-No plan is exchanged between ranks. A sharded box that one rank holds is written by that rank. A box that several
-ranks hold (DDP, HSDP, plain tensors) is split among them: large ones into boxes along dimension 0, and each box goes to the
-member with the fewest bytes so far. All members see the same boxes in the same order, so they agree.
+No plan is exchanged between ranks. A sharded box that one rank holds is written by that rank. A box that
+several ranks hold (DDP, HSDP, plain tensors) is split among them: large ones into boxes along dimension 0,
+and each box goes to the member with the fewest bytes so far. All members see the same boxes in the same
+order, so they agree.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ class TensorSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class OwnedBox:
-    """A box this rank writes: of which tensor, in global and in local coordinates; part or all of what it holds."""
+    """A box this rank writes, in global and local coordinates: part or all of what it holds of a tensor."""
 
     tensor: int
     box: Box

@@ -1,7 +1,7 @@
 """The save plan: everything of a save that does not change while the layout does not.
 
-Built once per layout and reused: ownership, file layout, arena views, the fragment's tables. A steady save copies
-payload into the views and fills in values; it plans nothing and asks no other rank.
+Built once per layout and reused: ownership, file layout, arena views, the fragment's tables. A steady save
+copies payload into the views and fills in values; it plans nothing and asks no other rank.
 """
 
 from __future__ import annotations

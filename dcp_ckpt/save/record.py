@@ -1,6 +1,7 @@
 """What ranks tell each other about one save: rank 0's record, every rank's report, the verdict.
 
-Published as JSON under keys that name the call, never the step or the path, so a repeated step meets no stale key.
+Published as JSON under keys that name the call, never the step or the path, so a repeated step meets no stale
+key.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ class Record:
 
     Args:
         step: the step rank 0 saves; a rank that was called with another one fails the save.
-        decision: `save`, `skip` (the one before is still under way), or `raise` (an earlier save failed, or this call is
-            refused; `error` says why).
+        decision: `save`, `skip` (the one before is still under way), or `raise` (an earlier save failed, or
+            this call is refused; `error` says why).
         directory: name of the step directory.
         created_at: RFC 3339 UTC.
         error: fields of a CheckpointError, with `raise`.

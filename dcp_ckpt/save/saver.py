@@ -1,7 +1,7 @@
 """The saver: one call of `save()`, from rank 0's decision to the job in the writer's hands.
 
-Runs on the main thread of every rank; what comes after is the pilot's. In a steady save it copies payload and sends two
-small messages: no plan, no collective, no storage access.
+Runs on the main thread of every rank; what comes after is the pilot's. In a steady save it copies payload and
+sends two small messages: no plan, no collective, no storage access.
 """
 
 from __future__ import annotations
@@ -136,8 +136,8 @@ class Saver:
             flight = self._stage(flight, components)
             handle.mark_staged()
         except CheckpointError as error:
-            # Raising here would leave the other ranks in the next collective without us: the failure travels with
-            # the verdict instead, and surfaces on all ranks at the same call.
+            # Raising here would leave the other ranks in the next collective without us: the failure travels
+            # with the verdict instead, and surfaces on all ranks at the same call.
             error.rank = self._channel.rank if error.rank is None else error.rank
             flight = replace(flight, error=error)
         self._pilot.take(replace(flight, stall_seconds=time.monotonic() - started))
@@ -169,7 +169,7 @@ class Saver:
             self._stager.close()
 
     def _agree(self, keys: SaveKeys, step: int) -> Record:
-        """Rank 0 decides about this call; all ranks learn it here, so what it raises is raised on all of them."""
+        """Rank 0 decides about this call; all ranks learn it here: what it raises, all of them raise."""
         if self._channel.rank == 0:
             record = self._decide(step)
             self._channel.put(keys.record, to_message(record))
@@ -209,8 +209,8 @@ class Saver:
             return from_message(Record, self._channel.get(keys.record, timeout_seconds=timeout))
         except TimeoutError as error:
             raise CoordinationError(
-                f"rank 0 did not call save() within {timeout:.0f} s of this rank's call for step {step}; all ranks "
-                "must call it for the same steps",
+                f"rank 0 did not call save() within {timeout:.0f} s of this rank's call for step {step}; "
+                "all ranks must call it for the same steps",
                 rank=self._channel.rank,
                 step=step,
                 phase="stage",
@@ -219,7 +219,8 @@ class Saver:
     def _require_same_step(self, step: int, record: Record) -> None:
         if step != record.step:
             raise CoordinationError(
-                f"rank {self._channel.rank} called save(step={step}) where rank 0 called save(step={record.step})",
+                f"rank {self._channel.rank} called save(step={step}) "
+                f"where rank 0 called save(step={record.step})",
                 rank=self._channel.rank,
                 step=record.step,
                 phase="stage",

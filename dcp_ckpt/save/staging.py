@@ -1,6 +1,7 @@
 """Staging: copying one state's bytes into the arena, so that training may go on while they are written.
 
-Called on the main thread of every rank, at an optimizer-step boundary. It reads the live state exactly as it is now; what it returns shares no memory with it.
+Called on the main thread of every rank, at an optimizer-step boundary. It reads the live state exactly as it
+is now; what it returns shares no memory with it.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""This rank's line to its writer across the writer's death: hand over, wait, and start a new one when it died.
+"""This rank's line to its writer across the writer's death: hand over, wait, start a new one when it died.
 
-The main thread submits, the background thread waits; they never do so at once, because a job is only submitted when the arena is
-free, and the arena is free only when the last job was answered.
+The main thread submits, the background thread waits; they never do so at once, because a job is only
+submitted when the arena is free, and the arena is free only when the last job was answered.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class WriterLink:
             )
 
     def hold_lease(self, storage_url: str, key: str) -> None:
-        """Let the writer hold this epoch's lease, now and whenever it is started anew. Blocks until it does."""
+        """Let the writer hold this epoch's lease, now and whenever it starts anew. Blocks until it does."""
         self._lease = (storage_url, key)
         self._running().hold_lease(storage_url, key, timeout_seconds=_LEASE_SECONDS)
 

@@ -1,6 +1,7 @@
 """The trainer's end of its writer: starts the process, hands jobs over, reads replies, and joins it.
 
-One per rank and Checkpointer. The process has a session of its own, so what kills the trainer does not kill it.
+One per rank and Checkpointer. The process has a session of its own, so what kills the trainer does not kill
+it.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The seam between what is saved and how it is saved: captured state, stored state, targets.
 
-A component adapts one kind of training object (model, optimizer, RNG, ...). It knows torch and
-its object; it knows nothing of files, ranks' ownership or collectives. `save` calls `capture`, `load` calls `targets`,
-fills the returned tensors in place and then calls `install`.
+A component adapts one kind of training object (model, optimizer, RNG, ...). It knows torch and its object; it
+knows nothing of files, ranks' ownership or collectives. `save` calls `capture`, `load` calls `targets`, fills
+the returned tensors in place and then calls `install`.
 """
 
 from __future__ import annotations

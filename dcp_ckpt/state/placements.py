@@ -7,7 +7,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 
 from dcp_ckpt.errors import StateError
-from dcp_ckpt.format.boxes import Mesh, Placement, shard_box
+from dcp_ckpt.format.boxes import Box, Mesh, Placement, shard_box
 
 __all__ = ["local_tensor", "mesh_of", "placements_of"]
 
@@ -19,8 +19,8 @@ def mesh_of(tensor: DTensor) -> tuple[Mesh, tuple[str, ...]]:
     return Mesh(tuple(mesh.mesh.shape), ranks), tuple(mesh.mesh_dim_names or ())
 
 
-def placements_of(tensor: DTensor, name: str) -> tuple[Placement, ...]:
-    """The placements of a DTensor in the format's terms.
+def placements_of(tensor: DTensor, name: str) -> tuple[tuple[Placement, ...], Box]:
+    """The placements of a DTensor in the format's terms, and the box of it that this rank holds.
 
     Raises:
         StateError: `Partial` or unknown placements, or a local shape that does not follow from them.
@@ -28,7 +28,7 @@ def placements_of(tensor: DTensor, name: str) -> tuple[Placement, ...]:
     placements = []
     for placement in tensor.placements:
         if isinstance(placement, _StridedShard):
-            placements.append(Placement(placement.dim % tensor.ndim, placement.split_factor))
+            placements.append(Placement(placement.dim % tensor.ndim, int(placement.split_factor)))
         elif isinstance(placement, Shard):
             placements.append(Placement(placement.dim % tensor.ndim))
         elif isinstance(placement, Replicate):
@@ -39,13 +39,14 @@ def placements_of(tensor: DTensor, name: str) -> tuple[Placement, ...]:
     coordinate = tensor.device_mesh.get_coordinate()
     if coordinate is None:
         raise StateError(f"{name} lives on a mesh that this rank is not part of")
-    expected = shard_box(tensor.shape, tuple(tensor.device_mesh.mesh.shape), placements, coordinate)
+    # Not device_mesh.mesh: that builds a tensor at each call, 0.6 ms in torch 2.13.
+    expected = shard_box(tensor.shape, tensor.device_mesh.shape, placements, coordinate)
     if expected.sizes != tuple(local_tensor(tensor).shape):
         raise StateError(
-            f"{name} has local shape {tuple(local_tensor(tensor).shape)} where its placements give {expected.sizes}; "
-            "uneven shards must be those of torch.chunk"
+            f"{name} has local shape {tuple(local_tensor(tensor).shape)} where its placements give "
+            f"{expected.sizes}; uneven shards must be those of torch.chunk"
         )
-    return tuple(placements)
+    return tuple(placements), expected
 
 
 def local_tensor(tensor: torch.Tensor) -> torch.Tensor:

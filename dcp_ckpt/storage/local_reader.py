@@ -20,6 +20,8 @@ from dcp_ckpt.storage.ranges import run_in_order
 
 __all__ = ["read_file", "read_file_ranges"]
 
+_THREAD_BYTES = 8 << 20
+
 
 def read_file(path: str, *, root: str) -> bytes:
     """The whole file; raises `StorageNotFound` if there is none."""
@@ -37,6 +39,8 @@ def read_file_ranges(
     """As `Storage.read_ranges`, for checked ranges of files below `root`."""
     files = _OpenFiles(Counter(item.key for item in ranges), root)
     buffer_bytes = max((item.num_bytes for item in ranges), default=0)
+    # Starting a thread costs more than reading a few small files.
+    worthwhile = 1 + sum(item.num_bytes for item in ranges) // _THREAD_BYTES
 
     def make_worker() -> Callable[[int], None]:
         buffer = memoryview(bytearray(buffer_bytes))
@@ -54,7 +58,7 @@ def read_file_ranges(
         return read_one
 
     try:
-        run_in_order(len(ranges), make_worker, concurrency=concurrency)
+        run_in_order(len(ranges), make_worker, concurrency=min(concurrency, worthwhile))
     finally:
         files.close()
 

@@ -38,26 +38,24 @@ def run_in_order(
     Args:
         num_jobs: how many there are.
         make_worker: called once per thread; what it returns is called with job numbers.
-        concurrency: most threads; with 1 everything runs in the calling thread.
+        concurrency: most threads, the calling one included; with 1 everything runs in it.
 
     Raises:
         BaseException: whatever a job raised first; the jobs not yet started are not run.
     """
-    num_threads = min(concurrency, num_jobs)
-    if num_threads <= 1:
-        worker = make_worker()
-        for number in range(num_jobs):
-            worker(number)
-        return
     queue = _Queue(num_jobs)
-    with ThreadPoolExecutor(num_threads, thread_name_prefix="dcp_ckpt-read") as pool:
-        try:
-            for _ in range(num_threads):
-                pool.submit(_drain, queue, make_worker)
-            pool.shutdown(wait=True)
-        except BaseException as error:
-            queue.fail(error)
-            raise
+    num_helpers = min(concurrency, num_jobs) - 1
+    if num_helpers < 1:
+        _drain(queue, make_worker)
+    else:
+        with ThreadPoolExecutor(num_helpers, thread_name_prefix="dcp_ckpt-read") as pool:
+            try:
+                for _ in range(num_helpers):
+                    pool.submit(_drain, queue, make_worker)
+                _drain(queue, make_worker)
+            except BaseException as error:
+                queue.fail(error)
+                raise
     if queue.failure is not None:
         raise queue.failure
 

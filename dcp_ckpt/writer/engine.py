@@ -1,6 +1,7 @@
 """Writing one rank's part of one attempt: steps 1 to 6 of the commit protocol (docs/format.md, section 8).
 
-Called by the writer process only. Knows storage and format; knows no torch, no other rank and no process group.
+Called by the writer process only. Knows storage and format; knows no torch, no other rank and no process
+group.
 """
 
 from __future__ import annotations
@@ -33,13 +34,14 @@ def check_shared_storage(storage: Storage, fragment: Fragment) -> None:
         epoch_id = decode_epoch(storage.read(key), path=key).epoch_id
     except StorageError as error:
         raise StorageUnsuitable(
-            f"rank {fragment.rank} does not see the epoch that rank 0 claimed in {storage.url}; all ranks must see "
-            "the same shared storage",
+            f"rank {fragment.rank} does not see the epoch that rank 0 claimed in {storage.url}; "
+            "all ranks must see the same shared storage",
             path=key,
         ) from error
     if epoch_id != fragment.epoch_id:
         raise StorageUnsuitable(
-            f"rank {fragment.rank} sees another run's storage at {storage.url}; all ranks must see the same one",
+            f"rank {fragment.rank} sees another run's storage at {storage.url}; "
+            "all ranks must see the same one",
             path=key,
         )
 

@@ -1,7 +1,8 @@
 """What trainer and writer say to each other: small JSON packets over a SOCK_SEQPACKET pair.
 
-Large things travel as file descriptors: the arena (a memfd with the bytes of the data file) and the job itself (a
-memfd with its JSON), so a packet always fits the socket buffer and `save()` never blocks on a busy writer.
+Large things travel as file descriptors: the arena (a memfd with the bytes of the data file) and the job
+itself (a memfd with its JSON), so a packet always fits the socket buffer and `save()` never blocks on a busy
+writer.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ class Request:
     """One packet to the writer.
 
     Args:
-        kind: `lease` (hold the lease `key` of `storage_url`, instead of the one before), or `write` (a job follows
-            as two file descriptors: the arena, then the job's JSON).
+        kind: `lease` (hold the lease `key` of `storage_url`, instead of the one before), or `write` (a job
+            follows as two file descriptors: the arena, then the job's JSON).
         job_bytes: length of the job's JSON.
     """
 

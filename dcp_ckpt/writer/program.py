@@ -1,11 +1,13 @@
 """The writer program: takes jobs from its trainer, and finishes them even when the trainer is gone.
 
-One process per rank, started by `dcp_ckpt.save.writer_process`, in a session of its own, without torch. It ends when its trainer closes
-the connection or dies, after the jobs that were handed over; it holds the epoch's lease until then.
+One process per rank, started by `dcp_ckpt.save.writer_process`, in a session of its own, without torch. It
+ends when its trainer closes the connection or dies, after the jobs that were handed over; it holds the
+epoch's lease until then.
 """
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
 import select
@@ -68,10 +70,9 @@ class Program:
             if not packet:
                 return
             reply = self._answer(decode_request(packet), descriptors)
-            try:
+            # Where the trainer is gone, what was handed over is still finished.
+            with contextlib.suppress(OSError):
                 self._connection.send(encode(reply))
-            except OSError:
-                pass  # the trainer is gone; what was handed over is still finished
 
     def close(self) -> None:
         if self._lease is not None:
@@ -142,10 +143,9 @@ class Program:
     def _map_arena(self, descriptor: int) -> None:
         """Map the arena once; mapping it anew at each save would fault in every page again."""
         status = os.fstat(descriptor)
-        if status.st_ino == self._arena_inode and self._arena is not None:
-            if len(self._arena) == status.st_size:
-                return
         if self._arena is not None:
+            if status.st_ino == self._arena_inode and len(self._arena) == status.st_size:
+                return
             self._arena.close()
             self._arena = None
         if status.st_size:

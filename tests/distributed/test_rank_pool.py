@@ -1,0 +1,128 @@
+"""The pool of ranks that ships to users: results, first errors, stuck ranks, and nothing left running."""
+
+from __future__ import annotations
+
+import os
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
+
+from dcp_ckpt import errors
+from dcp_ckpt.testing.ranks import RankDied, RankPool, RankTimeout
+
+pytestmark = pytest.mark.distributed
+
+
+def describe(scale: int) -> tuple[int, int, float, str, int]:
+    total = torch.ones(1) * dist.get_rank()
+    dist.all_reduce(total)
+    return dist.get_rank(), dist.get_world_size(), total.item() * scale, os.environ["WORLD_SIZE"], os.getpid()
+
+
+def sum_of_shards() -> float:
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    tensor = distribute_tensor(torch.arange(10.0), mesh, [Shard(0)])
+    return float((tensor * 2).sum().full_tensor().item())
+
+
+def fail_on(rank: int) -> None:
+    if dist.get_rank() == rank:
+        raise errors.StateError("this key is wrong", rank=rank, step=7)
+
+
+def fail_while_others_wait(rank: int) -> None:
+    fail_on(rank)
+    threading.Event().wait()
+
+
+def wait_forever_in_some_function(rank: int) -> None:
+    if dist.get_rank() == rank:
+        threading.Event().wait()
+
+
+def end(rank: int) -> None:
+    if dist.get_rank() == rank:
+        os._exit(9)
+
+
+def fail_strangely() -> None:
+    class Strange(Exception):
+        def __reduce__(self) -> str:
+            return "nowhere"
+
+    raise Strange("cannot travel")
+
+
+def is_running(pid: int) -> bool:
+    status = Path(f"/proc/{pid}/stat")
+    try:
+        return status.read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_each_run_has_a_world_of_its_own_on_the_same_processes(pool):
+    first = pool.run(describe, 3, 2)
+    second = pool.run("test_rank_pool:describe", 5, 1)
+    assert [row[:4] for row in first] == [(rank, 3, 6.0, "3") for rank in range(3)]
+    assert [row[:4] for row in second] == [(rank, 5, 10.0, "5") for rank in range(5)]
+    assert [row[4] for row in first] == [row[4] for row in second[:3]]
+
+
+def test_device_meshes_of_changing_worlds_do_not_meet(pool):
+    assert [pool.run(sum_of_shards, world) for world in (4, 2, 4, 3)] == [
+        [90.0] * world for world in (4, 2, 4, 3)
+    ]
+
+
+def test_error_arrives_with_its_type_fields_rank_and_traceback(pool):
+    with pytest.raises(errors.StateError, match="this key is wrong") as caught:
+        pool.run(fail_on, 3, 1)
+    assert (caught.value.rank, caught.value.step) == (1, 7)
+    notes = "\n".join(caught.value.__notes__)
+    assert "on rank 1" in notes
+    assert "in fail_on" in notes
+
+
+def test_error_that_cannot_be_pickled_is_described(pool):
+    with pytest.raises(RuntimeError, match="Strange: cannot travel"):
+        pool.run(fail_strangely, 2)
+
+
+def test_world_larger_than_the_pool_is_refused(pool):
+    with pytest.raises(ValueError, match="a pool of 5 ranks has no 6"):
+        pool.run(describe, 6, 1)
+
+
+def test_stuck_failed_and_dead_ranks_are_named_and_replaced():
+    with RankPool(2, preload=()) as small:
+        before = [row[4] for row in small.run(describe, 2, 1)]
+        with pytest.raises(RankTimeout, match=r"rank\(s\) 1 did not end") as stuck:
+            small.run(wait_forever_in_some_function, 2, 1, timeout_seconds=1.0)
+        assert "in wait_forever_in_some_function" in str(stuck.value)
+        assert not any(is_running(pid) for pid in before)
+        with pytest.raises(RankDied, match="ended with code 9"):
+            small.run(end, 2, 0)
+        after = [row[4] for row in small.run(describe, 2, 1)]
+        assert not set(before) & set(after)
+    assert not any(is_running(pid) for pid in after)
+
+
+def test_rank_that_waits_for_a_failed_one_does_not_hold_up_the_error():
+    with RankPool(2, preload=()) as small:
+        with pytest.raises(errors.StateError) as caught:
+            small.run(fail_while_others_wait, 2, 0)
+        assert any("rank 1 was stuck" in note for note in caught.value.__notes__)
+
+
+def test_closed_pool_runs_nothing():
+    small = RankPool(1, preload=())
+    small.close()
+    small.close()
+    with pytest.raises(ValueError, match="a pool of 0 ranks"):
+        small.run(describe, 1, 1)
