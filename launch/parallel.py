@@ -43,7 +43,7 @@ def join(environment: Mapping[str, str]) -> Iterator[Topology]:
     if use_gpus:
         torch.cuda.set_device(device)
     if distributed:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if use_gpus else "cpu:gloo")
+        dist.init_process_group("cpu:gloo,cuda:nccl" if use_gpus else "gloo")
     yield Topology(
         rank=dist.get_rank() if distributed else 0,
         world_size=dist.get_world_size() if distributed else 1,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from dcp_ckpt.errors import LoadError
 from dcp_ckpt.format.documents import FORMAT_VERSION, decode_document, encode_json
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "Tombstone",
     "decode_epoch",
     "encode_epoch",
+    "is_tombstone",
 ]
 
 EPOCH_FORMAT = "dcp_ckpt.epoch"
@@ -74,3 +76,12 @@ def decode_epoch(data: bytes, *, path: str) -> EpochClaim:
         CorruptCheckpoint, FormatTooNew: as `decode_document`.
     """
     return decode_document(data, EpochClaim, format=EPOCH_FORMAT, path=path)
+
+
+def is_tombstone(data: bytes, *, path: str) -> bool:
+    """Whether this stands in the place of a manifest to keep its name taken."""
+    try:
+        decode_document(data, Tombstone, format=TOMBSTONE_FORMAT, path=path)
+    except LoadError:
+        return False
+    return True

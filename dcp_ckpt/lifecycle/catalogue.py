@@ -24,8 +24,7 @@ from dcp_ckpt.errors import (
     StorageNotFound,
     StorageTransient,
 )
-from dcp_ckpt.format.documents import decode_document
-from dcp_ckpt.format.epoch import TOMBSTONE_FORMAT, Tombstone
+from dcp_ckpt.format.epoch import is_tombstone
 from dcp_ckpt.format.manifest import Manifest, decode_manifest
 from dcp_ckpt.format.names import MANIFEST, StepDir
 from dcp_ckpt.format.values import decode_value
@@ -219,7 +218,7 @@ def _look(
         raise
     except StorageError as storage_error:
         return RejectedStep(directory=directory, state="unreadable", error=storage_error)
-    if _is_tombstone(data, key):
+    if is_tombstone(data, path=key):
         error = CheckpointNotFound("it was removed", phase="choose", path=str(directory))
         return RejectedStep(directory=directory, state="removed", error=error)
     try:
@@ -229,14 +228,6 @@ def _look(
         return RejectedStep(directory=directory, state="unreadable", error=load_error)
     own = tuple(mark for mark in marks if mark.attempt == manifest.attempt)
     return CheckpointEntry(directory=directory, manifest=manifest, marks=own)
-
-
-def _is_tombstone(data: bytes, key: str) -> bool:
-    try:
-        decode_document(data, Tombstone, format=TOMBSTONE_FORMAT, path=key)
-    except LoadError:
-        return False
-    return True
 
 
 def _check_belongs(manifest: Manifest, directory: StepDir, run: RunDocument | None, key: str) -> None:

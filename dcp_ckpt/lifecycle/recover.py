@@ -10,10 +10,11 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from dcp_ckpt.errors import CheckpointError, ConfigError, LoadError, StorageError
+from dcp_ckpt.errors import CheckpointError, ConfigError, CorruptCheckpoint, SaveFailed, StorageNotFound
 from dcp_ckpt.format.fragment import Fragment
 from dcp_ckpt.format.manifest import build_manifest, summarize
 from dcp_ckpt.format.names import (
+    DCP_METADATA,
     AttemptId,
     StepDir,
     data_file_name,
@@ -23,6 +24,7 @@ from dcp_ckpt.format.names import (
 from dcp_ckpt.lifecycle.catalogue import Catalogue, read_catalogue
 from dcp_ckpt.lifecycle.commit import check_layouts, check_summaries, publish_manifest, read_fragments
 from dcp_ckpt.lifecycle.epochs import claim_epoch, wait_for_leases
+from dcp_ckpt.lifecycle.leftovers import sweep_leftovers
 from dcp_ckpt.lifecycle.runs import ensure_run
 from dcp_ckpt.lifecycle.sweep import delete_tree, empty_trash, seal
 from dcp_ckpt.storage.base import Lease, Storage
@@ -32,7 +34,7 @@ __all__ = ["AttemptFiles", "RecoverReport", "plan_recovery", "recover_older_epoc
 log = logging.getLogger(__name__)
 
 OnCommit = Callable[[Storage, StepDir], None]
-"""Called after a commit; derives `.metadata` where torch is at hand."""
+"""Called for the newest checkpoint if it has no `.metadata`; derives it where torch is at hand."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,15 +101,17 @@ def recover_older_epochs(
                 log.info("recovered %s: committed attempt %s", files.directory, files.attempt)
                 report.committed.append(str(files.directory))
                 committed.add(files.directory)
-                if on_commit is not None:
-                    on_commit(storage, files.directory)
                 break
             report.debris.append(f"{files.directory} attempt {files.attempt}: {reason}")
     for directory in absent:
         if directory not in committed:
             _seal_debris(storage, directory, epoch, report)
     report.removed.extend(empty_trash(storage))
-    return read_catalogue(storage), report
+    catalogue = read_catalogue(storage)
+    report.removed.extend(sweep_leftovers(storage, catalogue, epoch=epoch))
+    if on_commit is not None:
+        _finish_commits(storage, catalogue, on_commit)
+    return catalogue, report
 
 
 def recover_run(storage: Storage, *, force: bool, wait_seconds: float) -> RecoverReport:
@@ -200,7 +204,8 @@ def _commit_if_complete(storage: Storage, files: AttemptFiles) -> str | None:
         found = read_fragments(
             storage, files.directory, files.attempt, ranks, [files.fragments[rank] for rank in ranks]
         )
-    except (LoadError, StorageError) as error:
+    except (CorruptCheckpoint, StorageNotFound) as error:
+        # Nothing else says that it is incomplete: what could not be read now may be whole.
         return str(error)
     fragments = [fragment for fragment, _ in found]
     summaries = [summarize(fragment, data) for fragment, data in found]
@@ -213,9 +218,23 @@ def _commit_if_complete(storage: Storage, files: AttemptFiles) -> str | None:
     if reason is None:
         try:
             publish_manifest(storage, files.directory, build_manifest(summaries))
-        except (CheckpointError, ValueError) as error:
+        except (SaveFailed, StorageNotFound, ValueError) as error:
             return str(error)
     return reason
+
+
+def _finish_commits(storage: Storage, catalogue: Catalogue, on_commit: OnCommit) -> None:
+    """Do what follows a commit where the process that committed did not come to it.
+
+    That can only be the newest: the next save begins after it.
+    """
+    for entry in catalogue.entries[-1:]:
+        if DCP_METADATA in storage.list_names(f"{entry.directory}/"):
+            continue
+        try:
+            on_commit(storage, entry.directory)
+        except CheckpointError as error:
+            log.warning("%s is committed, and what follows a commit failed: %s", entry.directory, error)
 
 
 def _identity_problem(files: AttemptFiles, ranks: Sequence[int], fragments: Sequence[Fragment]) -> str | None:

@@ -8,24 +8,20 @@ from __future__ import annotations
 
 import logging
 import secrets
-from collections.abc import Iterable
 
 from dcp_ckpt.errors import Fenced, StorageExists, StorageNotFound
-from dcp_ckpt.format.epoch import Tombstone, encode_epoch
+from dcp_ckpt.format.epoch import Tombstone, encode_epoch, is_tombstone
 from dcp_ckpt.format.names import (
     DCP_METADATA,
     MANIFEST,
     TRASH,
-    AttemptId,
     StepDir,
-    parse_data_file_name,
-    parse_fragment_name,
 )
 from dcp_ckpt.lifecycle.epochs import require_newest
 from dcp_ckpt.lifecycle.marks import is_pinned, read_marks
 from dcp_ckpt.storage.base import Storage
 
-__all__ = ["delete_tree", "empty_trash", "foreign_files", "seal", "uncommit"]
+__all__ = ["delete_tree", "empty_trash", "seal", "uncommit"]
 
 log = logging.getLogger(__name__)
 
@@ -47,12 +43,20 @@ def uncommit(storage: Storage, directory: StepDir, *, epoch: int) -> bool:
         return False
     if is_pinned(read_marks(storage).get(directory, ())):
         return False
-    storage.delete([f"{directory}/{DCP_METADATA}", key])
+    storage.delete([f"{directory}/{DCP_METADATA}"])
+    if storage.capabilities.directories:
+        storage.delete([key])
+    else:
+        # The name stays taken, so that no late publish can fill it.
+        storage.put(key, _tombstone(epoch))
     try:
         require_newest(storage, epoch)
     except Fenced:
         # The new owner may have chosen this very checkpoint between the two looks.
-        storage.create_exclusive(key, manifest)
+        if storage.capabilities.directories:
+            storage.create_exclusive(key, manifest)
+        else:
+            storage.put(key, manifest)
         raise
     return True
 
@@ -68,12 +72,7 @@ def seal(storage: Storage, directory: StepDir, *, epoch: int) -> str | None:
     """
     require_newest(storage, epoch)
     if not storage.capabilities.directories:
-        tombstone = encode_epoch(Tombstone(by_epoch=epoch, attempt=""))
-        try:
-            storage.create_exclusive(f"{directory}/{MANIFEST}", tombstone)
-        except StorageExists:
-            return None
-        return str(directory)
+        return str(directory) if _close_name(storage, f"{directory}/{MANIFEST}", epoch) else None
     if MANIFEST in storage.list_names(f"{directory}/"):
         return None
     sealed = f"{TRASH}/{directory}.{secrets.token_hex(8)}"
@@ -88,6 +87,19 @@ def seal(storage: Storage, directory: StepDir, *, epoch: int) -> str | None:
     return sealed
 
 
+def _tombstone(epoch: int) -> bytes:
+    return encode_epoch(Tombstone(by_epoch=epoch, attempt=""))
+
+
+def _close_name(storage: Storage, key: str, epoch: int) -> bool:
+    """Take the name of a manifest; False when a checkpoint has it."""
+    try:
+        storage.create_exclusive(key, _tombstone(epoch))
+    except StorageExists:
+        return is_tombstone(storage.read(key), path=key)
+    return True
+
+
 def delete_tree(storage: Storage, key: str) -> None:
     """Delete a sealed directory and everything in it."""
     keys = [info.key for info in storage.list(f"{key}/") if not info.key.endswith(f"/{MANIFEST}")]
@@ -97,16 +109,21 @@ def delete_tree(storage: Storage, key: str) -> None:
 
 def empty_trash(storage: Storage) -> list[str]:
     """Delete what was sealed by anybody. Returns the names."""
-    names = [name.removesuffix("/") for name in storage.list_names(f"{TRASH}/")]
-    for name in names:
-        delete_tree(storage, f"{TRASH}/{name}")
-    return names
+    deleted = []
+    for name in storage.list_names(f"{TRASH}/"):
+        sealed = f"{TRASH}/{name.removesuffix('/')}"
+        if MANIFEST in storage.list_names(f"{sealed}/"):
+            # Whoever sealed it died before it could put the checkpoint back that was published meanwhile.
+            _put_back(storage, sealed)
+            continue
+        delete_tree(storage, sealed)
+        deleted.append(sealed.removeprefix(f"{TRASH}/"))
+    return deleted
 
 
-def foreign_files(storage: Storage, directory: StepDir, keep: AttemptId) -> Iterable[str]:
-    """Keys in a committed directory that belong to attempts before the committed one."""
-    for name in storage.list_names(f"{directory}/"):
-        fragment, data = parse_fragment_name(name), parse_data_file_name(name)
-        attempt = fragment[1] if fragment else data[2] if data else None
-        if attempt is not None and attempt < keep:
-            yield f"{directory}/{name}"
+def _put_back(storage: Storage, sealed: str) -> None:
+    directory = sealed.removeprefix(f"{TRASH}/").rpartition(".")[0]
+    try:
+        storage.rename_directory(sealed, directory)
+    except StorageExists:
+        log.warning("%s/%s holds a checkpoint, and its name is taken by another", storage.url, sealed)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from dcp_ckpt.errors import CorruptCheckpoint, StorageNotFound
+from dcp_ckpt.errors import CorruptCheckpoint, StorageError
 from dcp_ckpt.format.boxes import Box
 from dcp_ckpt.format.digests import BLOCK_BYTES, digest
 from dcp_ckpt.load.ranges import Piece, Read, cover, pieces_of
@@ -76,8 +76,11 @@ def fill(stored: StoredCheckpoint, targets: Mapping[str, Target], *, verify: boo
             consume,
             concurrency=concurrency,
         )
-    except StorageNotFound as error:
-        raise stored.vanished(error) from error
+    except StorageError as error:
+        stated = {stored.file_key(*key): stored.file_bytes(*key) for key in files}
+        if damage := stored.damage(error, stated):
+            raise damage from error
+        raise
     return sum(read.num_bytes for read in reads)
 
 

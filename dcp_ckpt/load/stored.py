@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
-from dcp_ckpt.errors import CorruptCheckpoint, StorageNotFound
+from dcp_ckpt.errors import CorruptCheckpoint, StorageError, StorageNotFound
 from dcp_ckpt.format.boxes import Box, Mesh, Placement, expand_ranks, intersect, shard_box
 from dcp_ckpt.format.digests import digest
 from dcp_ckpt.format.fragment import ChunkEntry, Fragment, TensorEntry, ValueEntry, decode_fragment
 from dcp_ckpt.format.manifest import Manifest
-from dcp_ckpt.format.names import StepDir, data_file_name, fragment_name
+from dcp_ckpt.format.names import MANIFEST, StepDir, data_file_name, fragment_name
 from dcp_ckpt.storage.base import ByteRange, Storage
 
 __all__ = ["StoredCheckpoint"]
@@ -111,8 +111,11 @@ class StoredCheckpoint:
                 lambda position, data: found.__setitem__(position, bytes(data)),
                 concurrency=min(_CONCURRENT_READS, len(keys)),
             )
-        except StorageNotFound as error:
-            raise self.vanished(error) from error
+        except StorageError as error:
+            stated = {key: ref.size_bytes for key, ref in zip(keys, refs, strict=True)}
+            if damage := self.damage(error, stated):
+                raise damage from error
+            raise
         for position, (rank, key, ref) in enumerate(zip(missing, keys, refs, strict=True)):
             if digest(found[position]) != ref.digest:
                 raise CorruptCheckpoint(
@@ -123,10 +126,29 @@ class StoredCheckpoint:
                 raise CorruptCheckpoint("the fragment is another rank's", phase="read", path=key)
             self._fragments[rank] = fragment
 
-    def vanished(self, error: StorageNotFound) -> CorruptCheckpoint:
+    def damage(self, error: StorageError, stated: Mapping[str, int]) -> CorruptCheckpoint | None:
+        """What a failed read says of the checkpoint; None when it says something of the storage only.
+
+        Args:
+            stated: the keys that were read, and the sizes that the checkpoint states for them.
+        """
+        if isinstance(error, StorageNotFound):
+            return self._gone(error)
+        for key, size_bytes in stated.items():
+            try:
+                found_bytes = self.storage.size(key)
+            except StorageNotFound as gone:
+                return self._gone(gone)
+            if found_bytes < size_bytes:
+                return CorruptCheckpoint(
+                    f"truncated: {found_bytes} of {size_bytes} bytes", phase="read", path=key
+                )
+        return None
+
+    def _gone(self, error: StorageNotFound) -> CorruptCheckpoint:
         """What a missing file of a committed checkpoint means."""
         try:
-            self.storage.read(f"{self.directory}/manifest.json")
+            self.storage.read(f"{self.directory}/{MANIFEST}")
         except StorageNotFound:
             return CorruptCheckpoint(
                 "the checkpoint was deleted while it was being read", phase="read", path=error.path

@@ -75,6 +75,14 @@ class SaveHandle:
         """
         return self._staged.wait(timeout)
 
+    def wait_done(self, timeout: float | None = None) -> bool:
+        """Wait for the outcome, whatever it is. Does not count as having been told of a failure.
+
+        Returns:
+            False when `timeout` seconds passed first.
+        """
+        return self._done.wait(timeout)
+
     def result(self, timeout: float | None = None) -> CheckpointInfo:
         """Wait for the outcome.
 

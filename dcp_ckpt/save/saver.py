@@ -149,12 +149,10 @@ class Saver:
         Raises:
             TimeoutError: it is still under way.
         """
-        if self.last is None:
-            return
-        try:
-            self.last.result(timeout_seconds)
-        except CheckpointError:
-            return
+        if self.last is not None and not self.last.wait_done(timeout_seconds):
+            raise TimeoutError(
+                f"the save of step {self.last.step} is still under way after {timeout_seconds} s"
+            )
 
     def close(self) -> None:
         """Finish all saves, end the thread and the writer. Idempotent.

@@ -182,7 +182,8 @@ class Stager:
         samples = [locals_[index].reshape(-1)[:_SAMPLE_ELEMENTS] for index in plan.replicated]
         for index, sample in zip(plan.replicated, samples, strict=True):
             data = sample.contiguous().view(torch.uint8).cpu().numpy().tobytes() if sample.numel() else b""
-            digests[plan.names[index]] = digest(data)
+            kind = [str(sample.dtype).removeprefix("torch."), list(locals_[index].shape)]
+            digests[plan.names[index]] = digest(encode_json(kind) + data)
         return digests
 
 

@@ -10,9 +10,9 @@ import re
 
 from dcp_ckpt.errors import ConfigError
 
-__all__ = ["check_key", "check_prefix", "is_listed", "is_temporary", "temporary_name"]
+__all__ = ["check_key", "check_prefix", "final_name", "is_listed", "is_temporary", "temporary_name"]
 
-_TEMPORARY = re.compile(r"\..+\.[0-9a-f]{16}\.tmp")
+_TEMPORARY = re.compile(r"\.(.+)\.[0-9a-f]{16}\.tmp")
 _LISTED_HIDDEN = ".metadata"
 
 
@@ -51,6 +51,12 @@ def temporary_name(name: str, token: str) -> str:
 def is_temporary(name: str) -> bool:
     """Whether `name` (the last part of a key) is what `temporary_name` makes."""
     return _TEMPORARY.fullmatch(name) is not None
+
+
+def final_name(name: str) -> str | None:
+    """What a temporary file was to be called; None when `name` is not what `temporary_name` makes."""
+    match = _TEMPORARY.fullmatch(name)
+    return match[1] if match else None
 
 
 def is_listed(name: str) -> bool:

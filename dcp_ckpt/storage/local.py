@@ -223,6 +223,10 @@ class LocalStorage:
             sync_directory(directory)
             raise
         except FileNotFoundError as error:
+            if os.path.lexists(path):
+                # Somebody else created it, and swept our temporary file as that of one who came too late.
+                taken = f"cannot create the file {path}: the name is taken"
+                raise StorageExists(taken, path=path, errno=errno.EEXIST) from error
             # Not made here: it may have been moved away so that nothing more is published in it.
             message = "cannot create the file: its directory was never made, or is gone"
             raise StorageNotFound(message, path=path, errno=error.errno) from error

@@ -1,7 +1,7 @@
 """Standing between this process and the system calls that change files: seeing each one, and ending it there.
 
-Owns the list of calls and how their paths are found. Must not know checkpoints. Called by `killpoints` in processes that are to
-die, and by tests that cut the power inside of their own process.
+Owns the list of calls and how their paths are found. Must not know checkpoints. Called by `killpoints` in
+processes that are to die, and by tests that cut the power inside of their own process.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["CALLS", "PowerCut", "PowerCutAt", "SystemCall", "interposed"]
+__all__ = ["CALLS", "PowerCut", "PowerCutAt", "SystemCall", "interpose", "interposed"]
 
 CALLS = ("fsync", "link", "mkdir", "open", "pwrite", "rename", "replace", "rmdir", "unlink")
 """Functions of `os`. Of `open` only those calls count that may create a file."""
@@ -64,23 +64,36 @@ class PowerCutAt:
         self.num_moments += 1
         if self.is_cut or self.num_moments == self._number:
             self.is_cut = True
-            raise PowerCut(f"at {'after' if call.after else 'before'} {call.name} of {call.paths[-1]}")
+            raise PowerCut(f"{'after' if call.after else 'before'} {call.name} of {call.paths[-1]}")
 
 
-@contextmanager
-def interposed(see: Callable[[SystemCall], None]) -> Iterator[None]:
+def interpose(see: Callable[[SystemCall], None]) -> Callable[[], None]:
     """Call `see` before and after each call of CALLS in this process, on the thread that makes it.
 
     Replaces attributes of `os`: what took a function from there before keeps the real one.
+
+    Returns:
+        What puts the real functions back.
     """
     real = {name: getattr(os, name) for name in CALLS}
     for name, function in real.items():
         setattr(os, name, _watched(name, function, see))
+
+    def undo() -> None:
+        for name, function in real.items():
+            setattr(os, name, function)
+
+    return undo
+
+
+@contextmanager
+def interposed(see: Callable[[SystemCall], None]) -> Iterator[None]:
+    """`interpose`, for the time of a with-block."""
+    undo = interpose(see)
     try:
         yield
     finally:
-        for name, function in real.items():
-            setattr(os, name, function)
+        undo()
 
 
 def _watched(
@@ -92,7 +105,12 @@ def _watched(
         paths = _paths(name, arguments)
         see(SystemCall(name=name, paths=paths, after=False))
         result = function(*arguments, **options)
-        see(SystemCall(name=name, paths=paths, after=True))
+        try:
+            see(SystemCall(name=name, paths=paths, after=True))
+        except BaseException:
+            if name == "open":
+                os.close(result)
+            raise
         return result
 
     return call

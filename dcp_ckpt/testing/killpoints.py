@@ -1,8 +1,8 @@
 """Killing real trainers and writers at a chosen system call, without a word about it in the code that dies.
 
-Owns the hook that Python runs at the start of every process of an instrumented start (a `sitecustomize` module on
-PYTHONPATH), and the book in which these processes enroll, so that a test knows of every one that was started. Must not know
-checkpoints, and imports nothing that a process under test might import differently. Called by crash tests.
+Owns the hook that Python runs at the start of every process of an instrumented start (a `sitecustomize`
+module on PYTHONPATH), and the book in which these processes enroll, so that a test knows every one that was
+started. Must not know checkpoints. Called by crash tests.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-from dcp_ckpt.testing.interposition import CALLS, SystemCall, interposed
+from dcp_ckpt.testing.interposition import CALLS, SystemCall, interpose
 
 __all__ = ["Book", "KillPoint", "Member", "instrument", "take_part"]
 
@@ -42,8 +42,8 @@ class KillPoint:
         call: a name of `dcp_ckpt.testing.interposition.CALLS`.
         path: pattern as in `fnmatch`; absolute, `*` stands for slashes too.
         after: once the call has succeeded, instead of before it.
-        action: `kill` this process; `kill_trainers` and go on; `kill_all` processes of the start, this one last; `hold` it until
-            `Book.release`.
+        action: `kill` this process; `kill_trainers` and go on; `kill_all` processes of the start, this one
+            last; `hold` it until `Book.release`.
     """
 
     role: Literal["trainer", "writer"]
@@ -171,7 +171,7 @@ def instrument(book: Book, points: Sequence[KillPoint] = ()) -> dict[str, str]:
 
 
 def take_part(settings: str, *, rank: int) -> None:
-    """Called by the hook, before the program of this process starts: enroll, and stand between it and its calls."""
+    """Called by the hook before the program of this process starts: enroll, and meet the points."""
     parsed = json.loads(settings)
     role = "writer" if any(_WRITER_MARK in argument for argument in sys.orig_argv) else "trainer"
     book = Book(Path(parsed["book"]))
@@ -179,8 +179,7 @@ def take_part(settings: str, *, rank: int) -> None:
     points = [KillPoint(**fields) for fields in parsed["points"]]
     own = [point for point in points if (point.role, point.rank) == (role, rank)]
     if own:
-        # Entered and never left: for the life of the process.
-        interposed(_Trigger(book, own)).__enter__()
+        interpose(_Trigger(book, own))
 
 
 class _Trigger:

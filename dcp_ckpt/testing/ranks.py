@@ -31,7 +31,7 @@ Result = TypeVar("Result")
 
 _START_SECONDS = 120.0
 _STOP_SECONDS = 10.0
-_AFTER_FAILURE_SECONDS = 5.0
+_AFTER_FAILURE_SECONDS = 3.0
 """How long the other ranks may take once one has failed: most are waiting for it and never come back."""
 _SHOWN_CHARACTERS = 20_000
 _PRELOAD = ("torch.distributed.tensor", "torch.distributed.fsdp")
@@ -296,8 +296,12 @@ def _first_error(failed: Sequence[int], replies: Mapping[int, Reply], report: st
     rank = failed[0]
     error: BaseException = pickle.loads(replies[rank].error)
     error.add_note(f"on rank {rank}:\n{replies[rank].traceback}")
+    others: dict[str, list[int]] = {}
     for other in failed[1:]:
-        error.add_note(f"rank {other} failed after it: {pickle.loads(replies[other].error)!r}")
+        others.setdefault(repr(pickle.loads(replies[other].error)), []).append(other)
+    for shown, ranks in others.items():
+        what = "the same" if shown == repr(error) else shown
+        error.add_note(f"after it, on rank(s) {_listed(ranks)}: {what}")
     if report:
         error.add_note(report)
     return error

@@ -264,11 +264,12 @@ def _fragment(file: _DataFile, values: dict[str, ValueEntry], plan: _Plan, rank:
 
 def _replicated_digest() -> str:
     """What all ranks agree on; the tensors without a mesh are the same few bytes each time."""
-    digests = {
-        "model.bias": digest(_bias()),
-        "model.count": digest(_COUNT),
-        "model.empty": digest(b""),
-    }
+    tensors: tuple[tuple[str, str, list[int], bytes], ...] = (
+        ("model.bias", "bfloat16", [len(_BIAS)], _bias()),
+        ("model.count", "int64", [], _COUNT),
+        ("model.empty", "float32", [0, 2], b""),
+    )
+    digests = {name: digest(encode_json([dtype, shape]) + data) for name, dtype, shape, data in tensors}
     for name, value in _VALUES.items():
         digests[f"optim.{name}"] = digest(encode_json(encode_value(value, path=name)))
     return digest(encode_json(digests))

@@ -99,30 +99,25 @@ def test_world_larger_than_the_pool_is_refused(pool):
         pool.run(describe, 6, 1)
 
 
-def test_stuck_failed_and_dead_ranks_are_named_and_replaced():
+def test_stuck_dead_and_waiting_ranks_are_named_and_replaced_and_nothing_is_left_running():
     with RankPool(2, preload=()) as small:
-        before = [row[4] for row in small.run(describe, 2, 1)]
+        first = pids(small)
         with pytest.raises(RankTimeout, match=r"rank\(s\) 1 did not end") as stuck:
             small.run(wait_forever_in_some_function, 2, 1, timeout_seconds=1.0)
         assert "in wait_forever_in_some_function" in str(stuck.value)
-        assert not any(is_running(pid) for pid in before)
+        second = pids(small)
         with pytest.raises(RankDied, match="ended with code 9"):
             small.run(end, 2, 0)
-        after = [row[4] for row in small.run(describe, 2, 1)]
-        assert not set(before) & set(after)
-    assert not any(is_running(pid) for pid in after)
-
-
-def test_rank_that_waits_for_a_failed_one_does_not_hold_up_the_error():
-    with RankPool(2, preload=()) as small:
-        with pytest.raises(errors.StateError) as caught:
+        third = pids(small)
+        with pytest.raises(errors.StateError) as failed:
             small.run(fail_while_others_wait, 2, 0)
-        assert any("rank 1 was stuck" in note for note in caught.value.__notes__)
-
-
-def test_closed_pool_runs_nothing():
-    small = RankPool(1, preload=())
-    small.close()
-    small.close()
+        assert any("rank 1 was stuck" in note for note in failed.value.__notes__)
+        small.close()
+    assert len({*first, *second, *third}) == 6, "after each of these the next run starts on new processes"
+    assert not any(is_running(pid) for pid in (*first, *second, *third))
     with pytest.raises(ValueError, match="a pool of 0 ranks"):
         small.run(describe, 1, 1)
+
+
+def pids(small: RankPool) -> list[int]:
+    return [row[4] for row in small.run(describe, 2, 1)]
