@@ -20,7 +20,7 @@ import msgspec
 import torch.distributed as dist
 
 from dcp_ckpt.config import CheckpointConfig
-from dcp_ckpt.coordination import Channel, broadcast, connect
+from dcp_ckpt.coordination import Channel, agree, broadcast, connect, raise_first
 from dcp_ckpt.errors import CheckpointError, CheckpointNotFound, ConfigError
 from dcp_ckpt.format.epoch import EpochClaim
 from dcp_ckpt.format.names import EPOCHS, StepDir, lease_name
@@ -174,6 +174,9 @@ class Checkpointer:
         if always or not policy.is_due(step=step, seconds_since_save=math.inf):
             return always
         self._questions += 1
+        if self._channel.rank == 0:
+            # Long answered: no rank is a hundred steps behind another.
+            self._channel.forget([f"due/{self._questions - 100}"])
         elapsed = time.monotonic() - self._last_save_time
         return broadcast(
             self._channel,
@@ -282,8 +285,13 @@ class Checkpointer:
         timeout = self._config.recover_wait_seconds + self._config.timeout_seconds
         fields = broadcast(self._channel, "start", claim, timeout_seconds=timeout)
         claimed = msgspec.convert(fields, type=EpochClaim)
-        if self._channel.rank != 0:
-            self._link.hold_lease(self._url, f"{EPOCHS}/{lease_name(claimed.epoch)}")
+
+        def join() -> None:
+            if self._channel.rank != 0:
+                self._link.hold_lease(self._url, f"{EPOCHS}/{lease_name(claimed.epoch)}")
+
+        _, failures = agree(self._channel, "start/join", join, timeout_seconds=self._config.timeout_seconds)
+        raise_first(failures)
         return claimed
 
     def _make_saver(self, claim: EpochClaim) -> Saver:

@@ -27,6 +27,7 @@ __all__ = [
     "SoloChannel",
     "StoreChannel",
     "agree",
+    "as_checkpoint_error",
     "broadcast",
     "connect",
     "error_fields",
@@ -212,6 +213,8 @@ def connect(process_group: dist.ProcessGroup | None, *, timeout_seconds: float) 
             )
         return SoloChannel()
     rank, world_size = dist.get_rank(process_group), dist.get_world_size(process_group)
+    if rank < 0:
+        raise ConfigError("this process is not a member of the process group that saves and loads")
     if world_size == 1:
         return SoloChannel()
     return _connect_store(process_group, rank, world_size, timeout_seconds)
@@ -269,8 +272,8 @@ def broadcast(
     if channel.rank == 0:
         try:
             result = decide()
-        except CheckpointError as error:
-            channel.put(tag, {"error": error_fields(error)})
+        except Exception as error:
+            channel.put(tag, {"error": error_fields(as_checkpoint_error(error, rank=0))})
             raise
         channel.put(tag, {"result": result})
         return result
@@ -328,8 +331,8 @@ def agree(
     own: dict[str, Any] | None = None
     try:
         result = act()
-    except CheckpointError as error:
-        own = error_fields(error) | {"rank": channel.rank if error.rank is None else error.rank}
+    except Exception as error:
+        own = error_fields(as_checkpoint_error(error, rank=channel.rank))
     verdicts = gather(channel, tag, own, timeout_seconds=timeout_seconds)
     return result, [error_from_fields(fields) for fields in verdicts if fields is not None]
 
@@ -341,6 +344,13 @@ def raise_first(failures: Sequence[CheckpointError]) -> None:
     if len(failures) > 1:
         failures[0].message += f" (and {len(failures) - 1} more ranks failed)"
     raise failures[0]
+
+
+def as_checkpoint_error(error: Exception, *, rank: int) -> CheckpointError:
+    """The error to tell other ranks: what is not ours is wrapped, so that no failure leaves them waiting."""
+    ours = error if isinstance(error, CheckpointError) else CheckpointError(f"internal error: {error!r}")
+    ours.rank = rank if ours.rank is None else ours.rank
+    return ours
 
 
 def error_fields(error: CheckpointError) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import time
 
-from dcp_ckpt.coordination import Channel, error_fields, error_from_fields
+from dcp_ckpt.coordination import Channel, as_checkpoint_error, error_fields, error_from_fields
 from dcp_ckpt.errors import CheckpointError, CommitUnknown, SaveFailed, StorageError
 from dcp_ckpt.format.fragment import Fragment
 from dcp_ckpt.format.manifest import FragmentSummary, Manifest, build_manifest
@@ -47,12 +47,16 @@ class Coordinator:
             manifest = self._commit(
                 directory, attempt, [report.summary for report in reports if report.summary]
             )
+        except CommitUnknown as error:
+            return Verdict(outcome="unknown", error=error_fields(error))
         except CheckpointError as error:
             error.step = step if error.step is None else error.step
-            if not silent and not isinstance(error, CommitUnknown):
+            if not silent:
                 self._remove(directory, attempt)
-            outcome = "unknown" if isinstance(error, CommitUnknown) else "failed"
-            return Verdict(outcome=outcome, error=error_fields(error))
+            return Verdict(outcome="failed", error=error_fields(error))
+        except Exception as error:
+            log.exception("the commit of step %d failed inside", step)
+            return Verdict(outcome="unknown", error=error_fields(as_checkpoint_error(error, rank=0)))
         return Verdict(outcome="committed", total_bytes=manifest.total_bytes)
 
     def _collect(self, keys: SaveKeys, deadline: float) -> tuple[list[Report], list[int]]:

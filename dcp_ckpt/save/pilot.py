@@ -83,6 +83,7 @@ class Pilot:
         self._coordinator = coordinator
         self._after_commit = after_commit
         self._timeout_seconds = timeout_seconds
+        self._forgotten = 0
         self._flights: queue.SimpleQueue[Flight | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="dcp_ckpt-pilot", daemon=True)
         self._thread.start()
@@ -130,9 +131,18 @@ class Pilot:
             deadline=deadline,
         )
         self._channel.put(flight.keys.verdict, to_message(verdict))
+        self._forget(before=flight.keys.call, verdict=verdict)
         self._resolve(flight, verdict)
         if verdict.outcome == "committed":
             self._after_commit(flight)
+
+    def _forget(self, *, before: int, verdict: Verdict) -> None:
+        """Free the messages of earlier calls: whoever reported to this one has read them."""
+        if verdict.outcome != "committed":
+            return
+        for call in range(self._forgotten + 1, before):
+            self._channel.forget(SaveKeys(call).all(self._channel.world_size))
+        self._forgotten = before - 1
 
     def _report(self, flight: Flight) -> Report:
         """What this rank has to say: its fragment is durable, or why it is not."""

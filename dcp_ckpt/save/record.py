@@ -76,6 +76,10 @@ class SaveKeys:
     def report(self, rank: int) -> str:
         return f"save/{self.call}/report/{rank}"
 
+    def all(self, world_size: int) -> list[str]:
+        """Every key of this call."""
+        return [self.record, self.replicated, self.verdict, *map(self.report, range(world_size))]
+
 
 def to_message(document: Record | Report | Verdict) -> dict[str, Any]:
     return asdict(document)

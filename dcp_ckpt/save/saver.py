@@ -13,8 +13,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from dcp_ckpt.config import CheckpointConfig
-from dcp_ckpt.coordination import Channel, error_fields, error_from_fields
-from dcp_ckpt.errors import CheckpointError, CoordinationError, StateError, StepAlreadySaved
+from dcp_ckpt.coordination import Channel, as_checkpoint_error, error_fields, error_from_fields
+from dcp_ckpt.errors import CheckpointError, CoordinationError, StepAlreadySaved
 from dcp_ckpt.format.digests import digest
 from dcp_ckpt.format.documents import encode_json
 from dcp_ckpt.format.epoch import EpochClaim
@@ -135,11 +135,11 @@ class Saver:
             self._require_same_step(step, record)
             flight = self._stage(flight, components)
             handle.mark_staged()
-        except CheckpointError as error:
+        except Exception as error:
             # Raising here would leave the other ranks in the next collective without us: the failure travels
             # with the verdict instead, and surfaces on all ranks at the same call.
-            error.rank = self._channel.rank if error.rank is None else error.rank
-            flight = replace(flight, error=error)
+            log.debug("staging of step %d failed", step, exc_info=True)
+            flight = replace(flight, error=as_checkpoint_error(error, rank=self._channel.rank))
         self._pilot.take(replace(flight, stall_seconds=time.monotonic() - started))
         return handle
 
@@ -226,15 +226,8 @@ class Saver:
 
     def _stage(self, flight: Flight, components: Sequence[Component]) -> Flight:
         self._link.wait_idle(timeout_seconds=self._config.timeout_seconds)
-        try:
-            staged = self._stager.stage(capture(components))
-            fragment = self._fragment(flight, staged)
-        except CheckpointError:
-            raise
-        except (RuntimeError, TypeError, ValueError, AttributeError) as error:
-            raise StateError(
-                f"the state could not be staged: {error!r}", step=flight.step, phase="stage"
-            ) from error
+        staged = self._stager.stage(capture(components))
+        fragment = self._fragment(flight, staged)
         job = WriteJob(
             storage_url=self._url, directory=str(flight.directory), fragment=fragment, direct_io=True
         )

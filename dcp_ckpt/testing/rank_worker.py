@@ -1,7 +1,7 @@
 """The program of one rank of a `RankPool`: imports torch once, then runs functions in fresh process groups.
 
-Owns what happens inside of the worker process. Ends when its pool says so, and at once when the pool's process is gone. Knows nothing of
-checkpoints. Started by `dcp_ckpt.testing.ranks`.
+Owns what happens inside of the worker process. Ends when its pool says so, and at once when the pool's own
+process is gone. Knows nothing of checkpoints. Started by `dcp_ckpt.testing.ranks`.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing.connection import Connection
-from typing import Any
 
 import torch.distributed as dist
+from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]  # public, not in its __all__
 
 __all__ = ["DUMP_SIGNAL", "Reply", "Request", "main", "pickled_error"]
 
@@ -37,7 +37,7 @@ class Request:
 
     Args:
         function: "module:qualified.name".
-        arguments: pickled; read only after `module_path` counts, since they may be of the caller's own modules.
+        arguments: pickled; read once `module_path` is in place, since their types may be the caller's own.
         module_path: the caller's `sys.path`.
         store_port: of the TCPStore on this host where the ranks meet.
         number: of the run; keeps its keys in the store apart.
@@ -108,12 +108,12 @@ def _process_group(request: Request) -> Iterator[None]:
     names = ("RANK", "LOCAL_RANK"), ("WORLD_SIZE", "LOCAL_WORLD_SIZE")
     numbers = request.rank, request.world_size
     own = {name: str(number) for group, number in zip(names, numbers, strict=True) for name in group}
-    store = dist.TCPStore("127.0.0.1", request.store_port, None, False, timeout, wait_for_workers=False)
+    store = TCPStore("127.0.0.1", request.store_port, None, False, timeout, wait_for_workers=False)
     os.environ.update(own)
     try:
         dist.init_process_group(
             "gloo",
-            store=dist.PrefixStore(f"run-{request.number}", store),
+            store=PrefixStore(f"run-{request.number}", store),
             rank=request.rank,
             world_size=request.world_size,
             timeout=timeout,

@@ -1,8 +1,8 @@
 """Ranks for tests: a pool of processes that import torch once and then run many small worlds.
 
-Starting a world with torchrun costs seconds, most of them for imports; a run on a warm pool costs what the function under test
-costs. Owns the processes and how a run ends: results, the first error, or the stacks of the ranks that are stuck. Knows nothing of
-checkpoints. Not for tests that kill ranks or leave something behind in the process.
+Starting a world with torchrun costs seconds, most of them for imports; a run on a warm pool costs what the
+function under test costs. Owns the processes and how a run ends: results, the first error, or the stacks of
+ranks that are stuck. Knows nothing of checkpoints. Not for tests that kill ranks or leave something behind.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
 
-import torch.distributed as dist
+from torch.distributed import TCPStore  # type: ignore[attr-defined]  # public, not in its __all__
 
 from dcp_ckpt.testing.rank_worker import DUMP_SIGNAL, Reply, Request, pickled_error
 
@@ -60,8 +60,8 @@ class RankPool:
         num_ranks: the largest world; the processes start at once and import in the background.
         timeout_seconds: of a run, unless it names its own.
         preload: modules that every worker imports before its first run.
-        environment: variables of the workers on top of this process's own. OMP_NUM_THREADS is 1 unless given, so
-            that results repeat and ranks do not fight for cores.
+        environment: variables of the workers on top of this process's own. OMP_NUM_THREADS is 1 unless given,
+            so that results repeat and ranks do not fight for cores.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class RankPool:
         self._preload = tuple(preload)
         self._environment = {**os.environ, "OMP_NUM_THREADS": "1", **(environment or {})}
         # In this process, so that its port is bound before anybody hears of it.
-        self._store = dist.TCPStore(
+        self._store = TCPStore(
             "127.0.0.1", 0, None, True, timedelta(seconds=timeout_seconds), wait_for_workers=False
         )
         self._num_runs = 0
@@ -95,7 +95,7 @@ class RankPool:
         """Call a function on ranks 0 to `world_size` - 1, in a new default process group (gloo). Blocks.
 
         Args:
-            function: of a module, as itself or as "module:name"; the workers import it, so it cannot be nested.
+            function: of a module, as itself or as "module:name"; the workers import it, so it is not nested.
             args: the same for all ranks, pickled; so are the results.
 
         Returns:
@@ -214,7 +214,7 @@ class _Worker:
     def __init__(self, preload: Sequence[str], environment: Mapping[str, str]) -> None:
         self.connection: Connection[Any, Any]
         self.connection, theirs = Pipe()
-        self._output = tempfile.TemporaryFile()
+        self._output = tempfile.TemporaryFile()  # noqa: SIM115  # closed by forget()
         self._output_start = 0
         self._is_ready = False
         root = str(Path(__file__).resolve().parents[2])

@@ -102,7 +102,12 @@ class Program:
         readable, _, _ = select.select(watched, [], [])
         if self._connection.fileno() not in readable:
             return b"", []
-        packet, descriptors, _, _ = socket.recv_fds(self._connection, MAX_PACKET_BYTES, 2)
+        try:
+            packet, descriptors, _, _ = socket.recv_fds(self._connection, MAX_PACKET_BYTES, 2)
+        except ConnectionResetError:
+            # The trainer died without reading our last reply. The kernel says so once; what was sent before
+            # comes after that.
+            packet, descriptors, _, _ = socket.recv_fds(self._connection, MAX_PACKET_BYTES, 2)
         return packet, descriptors
 
     def _answer(self, request: Request, descriptors: list[int]) -> Reply:

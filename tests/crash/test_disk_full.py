@@ -1,4 +1,4 @@
-"""A disk that fills up: the save fails with its reason, nothing partial stays, and saving works again later."""
+"""A disk that fills up: the save fails with its reason, nothing partial stays, and later saves work."""
 
 from __future__ import annotations
 

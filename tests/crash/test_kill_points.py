@@ -60,7 +60,7 @@ QUICK = [
 ]
 ONE_RANK = [
     *(KillPoint(role="writer", action="kill_all", **moment) for moment in WRITING),
-    *(KillPoint(role="writer", action="kill_trainers", **moment) for moment in WRITING),
+    *(KillPoint(role="writer", action="kill_trainers", **moment) for moment in WRITING[::2]),
     *(KillPoint(role="trainer", **moment) for moment in COMMITTING),
 ]
 TWO_RANKS = [
@@ -131,7 +131,7 @@ def test_a_recovery_may_die_too(tmp_path: Path, point: KillPoint) -> None:
 
 
 @pytest.mark.crash
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", range(6))
 def test_everything_may_die_at_any_time(tmp_path: Path, seed: int) -> None:
     world_size = 1 + seed % 2
     with Start(tmp_path, "killed", world_size=world_size) as start:

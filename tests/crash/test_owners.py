@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import select
 import signal
+import socket
+import subprocess
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -10,6 +15,7 @@ import pytest
 
 from dcp_ckpt.format.manifest import decode_manifest
 from dcp_ckpt.testing.killpoints import KillPoint
+from dcp_ckpt.writer.messages import Request, encode
 from tests.crash.run_files import committed_steps, debris, files_below, require_all_verify
 from tests.crash.starts import LAST_STEP, Start, require_exact_resume, wait_until
 
@@ -42,6 +48,22 @@ def test_a_staged_save_survives_all_trainers(tmp_path: Path) -> None:
         start.require_gone()
         assert committed_steps(start.run) == [1, 2]
         assert require_exact_resume(tmp_path, start) == 3
+
+
+def test_a_writer_whose_replies_nobody_reads_still_does_all_it_was_given(tmp_path: Path) -> None:
+    """A trainer that dies with a reply unread resets the connection; what it had sent before still counts."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    number = str(theirs.fileno())
+    program = [sys.executable, "-m", "dcp_ckpt.writer.program", number, str(os.getpid())]
+    with theirs, ours:
+        writer = subprocess.Popen(program, pass_fds=[theirs.fileno()], stderr=subprocess.PIPE)
+        for key in ("first.lease", "second.lease"):
+            ours.send(encode(Request(kind="lease", storage_url=str(tmp_path / "run"), key=key)))
+        readable, _, _ = select.select([ours], [], [], HOLD_SECONDS)
+        assert readable, "the writer did not answer"
+    _, output = writer.communicate(timeout=HOLD_SECONDS)
+    assert (writer.returncode, output) == (0, b"")
+    assert files_below(tmp_path / "run") == ["first.lease", "second.lease"]
 
 
 @pytest.mark.crash

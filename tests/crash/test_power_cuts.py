@@ -82,6 +82,10 @@ def prepare_recovery(storage: Storage) -> None:
     claim(storage, 2)
 
 
+def recover(storage: Storage) -> None:
+    recover_older_epochs(storage, epoch=2)
+
+
 def remove(storage: Storage) -> None:
     assert uncommit(storage, StepDir(1), epoch=1)
     sealed = seal(storage, StepDir(1), epoch=1)
@@ -102,7 +106,7 @@ SITUATIONS = {
     ),
     "recover": Situation(
         prepare=prepare_recovery,
-        act=lambda storage: recover_older_epochs(storage, epoch=2) and None,
+        act=recover,
         allowed=([2, 3],),
     ),
     "remove": Situation(prepare=prepare_removal, act=remove, allowed=([2, 3], [1, 2, 3])),
@@ -145,6 +149,40 @@ def test_every_operation_may_fail(
             assert number > 1, "nothing was watched"
             return
     pytest.fail(f"still not at the end after {MOMENTS_MAX} operations")
+
+
+def test_a_checkpoint_that_was_sealed_too_late_is_put_back(tmp_path: Path) -> None:
+    """It was published between the look and the rename, and whoever sealed it died before the second look."""
+    storage = LocalStorage(tmp_path)
+    write_steps(storage, committed=(1, 2))
+    storage.rename_directory("step-00000002", "trash/step-00000002.0123456789abcdef")
+    claim(storage, 2)
+    _, report = recover_older_epochs(storage, epoch=2)
+    assert report.removed == []
+    assert committed_steps(tmp_path) == [1, 2]
+    require_all_verify(tmp_path)
+    assert debris(tmp_path) == []
+
+
+def test_only_leftovers_of_older_epochs_are_swept(tmp_path: Path) -> None:
+    storage = LocalStorage(tmp_path)
+    write_steps(storage, committed=(1,))
+    claim(storage, 2)
+    token = "0123456789abcdef.tmp"
+    old = [
+        f".run.json.{token}",
+        f"epochs/.00000001.resumed.json.{token}",
+        f"step-00000001/..metadata.{token}",
+        f"step-00000001/.manifest.json.{token}",
+        "step-00000001/__0_0.e0001-s000007.distcp",
+    ]
+    others = [f"epochs/.00000003.json.{token}", "step-00000001/__0_0.e0002-s000001.distcp", "notes.txt"]
+    for key in old + others:
+        storage.put(key, b"x")
+    _, report = recover_older_epochs(storage, epoch=2)
+    assert sorted(report.removed) == sorted(old)
+    assert debris(tmp_path) == sorted(others)
+    require_all_verify(tmp_path)
 
 
 def failing(failure: str, number: int) -> Callable[[int, str, str], Exception | None]:

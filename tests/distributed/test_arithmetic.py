@@ -1,6 +1,6 @@
 """Who writes what and who reads what, on hundreds of random layouts, without processes.
 
-The production functions decide; bytes go through a storage in memory. What one world stores, every other world finds.
+The production functions decide; bytes go through a storage in memory. What one world stores, all others find.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import msgspec
 import pytest
@@ -22,7 +23,7 @@ from dcp_ckpt.format.documents import encode_json
 from tests.distributed import worlds
 
 
-def good():
+def good() -> dict[str, Any]:
     return {"t": torch.arange(5), "n": 1}
 
 
@@ -42,9 +43,10 @@ def test_several_processes_without_a_process_group_are_refused(tmp_path, monkeyp
 def test_one_process_without_a_process_group_works(tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "1")
     save(tmp_path)
-    state = {"t": torch.zeros(5, dtype=torch.int64), "n": 0}
+    state: dict[str, Any] = {"t": torch.zeros(5, dtype=torch.int64), "n": 0}
     with Checkpointer(tmp_path) as checkpointer:
         report = checkpointer.load(state)
+    assert report is not None
     assert (report.step, report.world_size, state["n"]) == (1, 1, 1)
     assert torch.equal(state["t"], torch.arange(5))
 

@@ -151,10 +151,11 @@ def test_close_raises_a_failure_that_nobody_was_told(pool, tmp_path, read):
 
 def save_steps(path: str, steps: list[int]) -> list[Outcome]:
     with Checkpointer(path, config=worlds.config()) as checkpointer:
-        return [
-            worlds.outcome(lambda step=step: checkpointer.save(good(), step=step).result(30))
-            for step in steps
-        ]
+        return [told_at_once(checkpointer, step) for step in steps]
+
+
+def told_at_once(checkpointer: Checkpointer, step: int) -> Outcome:
+    return worlds.outcome(lambda: checkpointer.save(good(), step=step).result(30))
 
 
 def load_then_save(path: str, step: int) -> Outcome:

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from dcp_ckpt import errors
 from dcp_ckpt.testing.ranks import RankDied, RankPool, RankTimeout
@@ -27,7 +27,9 @@ def describe(scale: int) -> tuple[int, int, float, str, int]:
 def sum_of_shards() -> float:
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     tensor = distribute_tensor(torch.arange(10.0), mesh, [Shard(0)])
-    return float((tensor * 2).sum().full_tensor().item())
+    total = (tensor * 2).sum()
+    assert isinstance(total, DTensor)
+    return total.full_tensor().item()
 
 
 def fail_on(rank: int) -> None:

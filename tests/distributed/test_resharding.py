@@ -90,16 +90,16 @@ def test_chain_of_worlds_is_the_identity(pool, tmp_path, kinds):
 
 def save_awkward(path: str) -> None:
     base = torch.arange(24.0).reshape(4, 6)
+    sharded = distribute_tensor(base, DeviceMesh("cpu", [0, 1]), [Shard(0)], src_data_rank=None)
+    local = sharded.to_local().t().contiguous().t()
+    assert not local.is_contiguous()
     state = {
         "transposed": base.t(),
         "strided": base[::2, 1::2],
         "expanded": torch.arange(5).expand(3, 5),
         "view": torch.arange(1 << 20)[1000:1010],
-        "sharded": distribute_tensor(base, DeviceMesh("cpu", [0, 1]), [Shard(0)], src_data_rank=None),
+        "sharded": DTensor.from_local(local, sharded.device_mesh, [Shard(0)]),
     }
-    local = state["sharded"].to_local().t().contiguous().t()
-    state["sharded"] = DTensor.from_local(local, DeviceMesh("cpu", [0, 1]), [Shard(0)])
-    assert not state["sharded"].to_local().is_contiguous()
     with Checkpointer(path, config=worlds.config()) as checkpointer:
         checkpointer.save(state, step=1).result(30)
 

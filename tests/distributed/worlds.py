@@ -1,4 +1,4 @@
-"""What the programs of these tests share: tensors of every kind with known bytes, a small model, and outcomes as data.
+"""What the programs of these tests share: tensors of every kind with known bytes, and a small model.
 
 Imported by the ranks of the pool as well as by the tests.
 """
@@ -124,12 +124,13 @@ def _placements(layout: str) -> tuple[DeviceMesh, Sequence[Placement]]:
         mesh = init_device_mesh("cpu", (world,), mesh_dim_names=("dp",))
         return mesh, [{"replicate": Replicate(), "columns": Shard(1)}.get(layout, Shard(0))]
     mesh = init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("outer", "inner"))
-    return mesh, {
+    grid: dict[str, list[Placement]] = {
         "hybrid": [Replicate(), Shard(0)],
         "both": [Shard(0), Shard(1)],
         "twice": [Shard(0), Shard(0)],
         "strided": [_StridedShard(0, split_factor=world // 2), Shard(0)],
-    }[layout]
+    }
+    return mesh, grid[layout]
 
 
 def known_state(*, blank: bool) -> dict[str, Any]:
@@ -167,6 +168,8 @@ def fingerprint(tensor: torch.Tensor) -> str:
 class Net(nn.Module):
     """Small, with dropout, a buffer, and parameters of fewer rows than there are ranks."""
 
+    calls: torch.Tensor
+
     def __init__(self, seed: int) -> None:
         super().__init__()
         torch.manual_seed(seed)
@@ -201,7 +204,7 @@ def build(kind: str, seed: int) -> tuple[nn.Module, torch.optim.Optimizer]:
 def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, tokens: torch.Tensor) -> float:
     """One step on this rank's tokens; returns this rank's loss."""
     loss: torch.Tensor = model(tokens).square().mean()
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward()
     optimizer.step()
     optimizer.zero_grad()
     return loss.item()
