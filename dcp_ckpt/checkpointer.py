@@ -12,37 +12,30 @@ import os
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import asdict
 from types import TracebackType
 from typing import Any
 
-import msgspec
 import torch.distributed as dist
 
 from dcp_ckpt.config import CheckpointConfig
 from dcp_ckpt.coordination import Channel, agree, broadcast, connect, raise_first
-from dcp_ckpt.errors import CheckpointError, CheckpointNotFound, ConfigError
-from dcp_ckpt.format.epoch import EpochClaim
-from dcp_ckpt.format.names import EPOCHS, StepDir, lease_name
-from dcp_ckpt.lifecycle.catalogue import CheckpointEntry, read_catalogue, step_directories
-from dcp_ckpt.lifecycle.epochs import claim_epoch, record_resumed
-from dcp_ckpt.lifecycle.janitor import Janitor
-from dcp_ckpt.lifecycle.recover import recover_older_epochs
-from dcp_ckpt.lifecycle.runs import ensure_run
+from dcp_ckpt.errors import (
+    CheckpointError,
+    CheckpointNotFound,
+    ConfigError,
+    FormatTooNew,
+    StateMismatch,
+)
+from dcp_ckpt.lifecycle.catalogue import CheckpointEntry, read_catalogue
 from dcp_ckpt.load.choose import Which, choose
 from dcp_ckpt.load.loader import Loader
 from dcp_ckpt.load.report import LoadReport
-from dcp_ckpt.save.coordinator import Coordinator
-from dcp_ckpt.save.dcp_metadata import AUTO_MAX_CHUNKS, derive_metadata
 from dcp_ckpt.save.handle import CheckpointInfo, SaveHandle
-from dcp_ckpt.save.pilot import Flight, Pilot
-from dcp_ckpt.save.saver import Saver, StepPolicy
-from dcp_ckpt.save.staging import Stager
+from dcp_ckpt.save.session import Session
 from dcp_ckpt.save.writer_link import WriterLink
 from dcp_ckpt.state.component import Component
 from dcp_ckpt.state.train_state import TrainState, components_of
 from dcp_ckpt.storage import open_storage
-from dcp_ckpt.storage.base import Storage
 
 __all__ = ["Checkpointer", "load_checkpoint"]
 
@@ -73,24 +66,23 @@ class Checkpointer:
         config: CheckpointConfig | None = None,
         process_group: dist.ProcessGroup | None = None,
     ) -> None:
-        self._url = os.fspath(path)
         self._config = config or CheckpointConfig()
-        self._resources = ExitStack()
-        self._storage = open_storage(path)
-        self._resources.callback(self._storage.close)
-        self._channel = connect(process_group, timeout_seconds=self._config.timeout_seconds)
-        self._resources.callback(self._channel.close)
-        self._global_ranks = _global_ranks(process_group, self._channel.world_size)
-        self._link = WriterLink(rank=self._channel.rank)
-        self._resources.callback(self._link.close, timeout_seconds=self._config.timeout_seconds)
-        self._saver: Saver | None = None
-        self._claim: EpochClaim | None = None
-        self._janitor: Janitor | None = None
-        self._steps: StepPolicy | None = None
+        self._session: Session | None = None
+        self._starts = 0
         self._loads = 0
         self._questions = 0
         self._last_save_time = time.monotonic()
+        self._mixed: CheckpointError | None = None
         self._closed = False
+        with ExitStack() as resources:
+            self._storage = open_storage(path)
+            resources.callback(self._storage.close)
+            self._channel = connect(process_group, timeout_seconds=self._config.timeout_seconds)
+            resources.callback(self._channel.close)
+            self._global_ranks = _global_ranks(process_group, self._channel.world_size)
+            self._link = self._start_writer()
+            resources.callback(self._link.close, timeout_seconds=self._config.timeout_seconds)
+            self._resources = resources.pop_all()
 
     def save(
         self,
@@ -123,8 +115,10 @@ class Checkpointer:
         self._require_open()
         if type(step) is not int or step < 0:
             raise ConfigError(f"step must be a whole number of at least 0, not {step!r}")
-        saver = self._started()
-        handle = saver.save(components_of(state), step=step, metrics=metrics or {}, tags=tags)
+        if self._mixed is not None:
+            raise self._mixed
+        saver = self._started().saver
+        handle = saver.save(lambda: components_of(state), step=step, metrics=metrics or {}, tags=tags)
         self._last_save_time = time.monotonic()
         return handle
 
@@ -145,18 +139,32 @@ class Checkpointer:
             CorruptCheckpoint: it is damaged, or all of them are.
         """
         self._require_open()
-        self._started()
-        components = components_of(state)
+        session = self._started()
         self._loads += 1
         tag = f"load/{self._loads}"
-        if isinstance(which, os.PathLike) or (isinstance(which, str) and which not in ("latest", "best")):
-            return _load_path(which, components, self._channel, self._config, tag=tag)
-        report = Loader(self._storage, self._url, self._channel, self._config, tag=tag).load(
-            components, which
+        timeout = self._config.timeout_seconds
+        components, failures = agree(
+            self._channel, f"{tag}/state", lambda: components_of(state), timeout_seconds=timeout
         )
-        if report is not None and self._channel.rank == 0:
-            self._resumed_from(report)
-        return report
+        raise_first(failures)
+        assert components is not None
+        try:
+            if isinstance(which, os.PathLike) or (isinstance(which, str) and which not in ("latest", "best")):
+                report = _load_path(which, components, self._channel, self._config, tag=tag)
+                self._mixed = None
+                return report
+            loader = Loader(self._storage, self._storage.url, self._channel, self._config, tag=tag)
+            found = loader.load(components, which)
+        except (CheckpointNotFound, StateMismatch, FormatTooNew, ConfigError):
+            raise
+        except CheckpointError as error:
+            # The state may hold parts of several checkpoints now: saving it would make that last.
+            self._mixed = error
+            raise
+        self._mixed = None
+        if found is not None:
+            self._resumed_from(session, found, tag)
+        return found
 
     def should_save(self, step: int) -> bool:
         """Whether `config.save_when` asks for a save after this step.
@@ -175,8 +183,8 @@ class Checkpointer:
             return always
         self._questions += 1
         if self._channel.rank == 0:
-            # Long answered: no rank is a hundred steps behind another.
-            self._channel.forget([f"due/{self._questions - 100}"])
+            # Long answered: no rank is ten thousand steps behind another.
+            self._channel.forget([f"due/{self._questions - 10_000}"])
         elapsed = time.monotonic() - self._last_save_time
         return broadcast(
             self._channel,
@@ -191,8 +199,8 @@ class Checkpointer:
         Raises:
             TimeoutError: it is still under way after `timeout` seconds.
         """
-        if self._saver is not None:
-            self._saver.wait(timeout)
+        if self._session is not None:
+            self._session.saver.wait(timeout)
 
     def checkpoints(self) -> list[CheckpointInfo]:
         """All committed checkpoints, oldest first. Local to the rank; reads the run."""
@@ -209,7 +217,9 @@ class Checkpointer:
         Local to the rank.
         """
         try:
-            found = choose(read_catalogue(self._storage), "best", keep=self._config.keep, url=self._url)
+            found = choose(
+                read_catalogue(self._storage), "best", keep=self._config.keep, url=self._storage.url
+            )
         except CheckpointNotFound:
             return None
         return self._info(found.entries[0])
@@ -223,18 +233,16 @@ class Checkpointer:
         if self._closed:
             return
         self._closed = True
-        last = None
+        untold = None
         try:
-            if self._saver is not None:
-                self._saver.close()
-                last = self._saver.last
-            if self._janitor is not None:
-                self._janitor.close()
+            if self._session is not None:
+                self._session.close()
+                untold = self._session.saver.untold
         finally:
             self._resources.close()
-        if last is not None and last.error is not None and not last.failure_seen:
-            last.mark_failure_seen()
-            raise last.error
+        if untold is not None and untold.error is not None:
+            untold.mark_failure_seen()
+            raise untold.error
 
     def __enter__(self) -> Checkpointer:
         return self
@@ -258,107 +266,49 @@ class Checkpointer:
         if self._closed:
             raise ConfigError("this Checkpointer is closed")
 
-    def _started(self) -> Saver:
-        """Claim the epoch on the first call; collective then."""
-        if self._saver is None:
-            self._claim = self._start()
-            self._saver = self._make_saver(self._claim)
-        return self._saver
-
-    def _start(self) -> EpochClaim:
-        def claim() -> dict[str, Any]:
-            self._claim = claim_epoch(
-                self._storage,
-                run_id=ensure_run(self._storage).run_id,
-                world_size=self._channel.world_size,
-                purpose="train",
-                hold=lambda key: self._link.hold_lease(self._url, key),
-                wait_seconds=self._config.recover_wait_seconds,
-            )
-            _, report = recover_older_epochs(
-                self._storage, epoch=self._claim.epoch, on_commit=self._derive_metadata
-            )
-            for directory in report.committed:
-                log.warning("committed %s, which the start before had finished writing", directory)
-            return asdict(self._claim)
-
-        timeout = self._config.recover_wait_seconds + self._config.timeout_seconds
-        fields = broadcast(self._channel, "start", claim, timeout_seconds=timeout)
-        claimed = msgspec.convert(fields, type=EpochClaim)
-
-        def join() -> None:
-            if self._channel.rank != 0:
-                self._link.hold_lease(self._url, f"{EPOCHS}/{lease_name(claimed.epoch)}")
-
-        _, failures = agree(self._channel, "start/join", join, timeout_seconds=self._config.timeout_seconds)
-        raise_first(failures)
-        return claimed
-
-    def _make_saver(self, claim: EpochClaim) -> Saver:
-        rank, world_size = self._channel.rank, self._channel.world_size
-        coordinator = None
-        if rank == 0:
-            taken = frozenset(step_directories(self._storage))
-            self._steps = StepPolicy(epoch=claim.epoch, floor=-1, taken=taken)
-            self._janitor = Janitor(
-                self._storage,
-                epoch=claim.epoch,
-                keep=self._config.keep,
-                grace_seconds=self._config.grace_seconds,
-            )
-        channel = self._channel.clone()
-        if rank == 0:
-            coordinator = Coordinator(self._storage, channel, epoch=claim.epoch)
-        pilot = Pilot(
-            channel,
-            self._link,
-            coordinator,
-            self._after_commit,
+    def _start_writer(self) -> WriterLink:
+        """All ranks: start this rank's writer, or fail together."""
+        link, failures = agree(
+            self._channel,
+            "writer",
+            lambda: WriterLink(rank=self._channel.rank),
             timeout_seconds=self._config.timeout_seconds,
         )
-        return Saver(
-            url=self._url,
-            config=self._config,
-            channel=self._channel,
-            claim=claim,
-            steps=self._steps,
-            stager=Stager(rank=rank, world_size=world_size, global_ranks=self._global_ranks),
-            link=self._link,
-            pilot=pilot,
+        if failures and link is not None:
+            link.close(timeout_seconds=self._config.timeout_seconds)
+        raise_first(failures)
+        assert link is not None
+        return link
+
+    def _started(self) -> Session:
+        """Claim the epoch on the first call; collective then."""
+        if self._session is None:
+            self._starts += 1
+            self._session = Session(
+                self._storage,
+                self._channel,
+                self._link,
+                self._config,
+                global_ranks=self._global_ranks,
+                tag=f"start/{self._starts}",
+            )
+        return self._session
+
+    def _resumed_from(self, session: Session, report: LoadReport, tag: str) -> None:
+        """Rank 0 notes it; all ranks learn whether that worked."""
+        directory = os.path.basename(report.path)
+        broadcast(
+            self._channel,
+            f"{tag}/resumed",
+            lambda: session.resumed_from(directory, epoch=report.epoch, step=report.step),
+            timeout_seconds=self._config.timeout_seconds,
         )
-
-    def _after_commit(self, flight: Flight) -> None:
-        """On rank 0's background thread, after the verdict is out. What fails here fails no save."""
-        assert self._steps is not None
-        assert self._janitor is not None
-        self._steps.floor = max(self._steps.floor, flight.step)
-        try:
-            self._derive_metadata(self._storage, flight.directory)
-        except CheckpointError as error:
-            log.warning("no .metadata for stock DCP readers in %s: %s", flight.directory, error)
-        self._janitor.tidy()
-
-    def _derive_metadata(self, storage: Storage, directory: StepDir) -> None:
-        if self._config.dcp_metadata == "never":
-            return
-        limit = AUTO_MAX_CHUNKS if self._config.dcp_metadata == "auto" else None
-        derive_metadata(storage, directory, max_chunks=limit)
-
-    def _resumed_from(self, report: LoadReport) -> None:
-        """Rank 0: steps go on after this one, and it is never removed while this epoch lives."""
-        assert self._steps is not None
-        assert self._janitor is not None
-        directory = StepDir.parse(os.path.basename(report.path))
-        assert directory is not None, "it came from the catalogue"
-        self._steps.floor = report.step
-        self._janitor.protect(directory, "resumed from")
-        record_resumed(self._storage, self._steps.epoch, directory, report.epoch, report.step)
 
     def _info(self, entry: CheckpointEntry) -> CheckpointInfo:
         manifest = entry.manifest
         return CheckpointInfo(
             step=manifest.step,
-            path=os.path.join(self._url, str(entry.directory)),
+            path=os.path.join(self._storage.url, str(entry.directory)),
             bytes=manifest.total_bytes,
             stall_seconds=0.0,
             durable_seconds=0.0,

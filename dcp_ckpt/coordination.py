@@ -13,6 +13,7 @@ import socket
 import time
 from collections.abc import Callable, Sequence
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import msgspec
@@ -37,6 +38,8 @@ __all__ = [
 ]
 
 _Result = TypeVar("_Result")
+
+_SLICE_SECONDS = 0.5
 
 
 class Channel(Protocol):
@@ -139,10 +142,16 @@ class StoreChannel:
     def get(self, key: str, *, timeout_seconds: float) -> Any:
         store = self._alive()
         with _store_errors(self.rank):
-            try:
-                store.wait([key], timedelta(seconds=max(timeout_seconds, 0.001)))
-            except dist.DistStoreError as error:
-                raise TimeoutError(key) from error
+            deadline = time.monotonic() + timeout_seconds
+            while True:
+                left = max(deadline - time.monotonic(), 0.001)
+                try:
+                    # In slices: while the call lasts, Python runs no signal handler on this thread.
+                    store.wait([key], timedelta(seconds=min(left, _SLICE_SECONDS)))
+                    break
+                except dist.DistStoreError as error:
+                    if left <= _SLICE_SECONDS:
+                        raise TimeoutError(key) from error
             return msgspec.json.decode(store.get(key))
 
     def forget(self, keys: Sequence[str]) -> None:
@@ -224,19 +233,24 @@ def _connect_store(
     process_group: dist.ProcessGroup | None, rank: int, world_size: int, timeout_seconds: float
 ) -> StoreChannel:
     hosts: list[str | None] = [None] * world_size
-    dist.all_gather_object(hosts, socket.gethostname(), group=process_group)
+    dist.all_gather_object(hosts, _host_identity(), group=process_group)
     timeout = timedelta(seconds=timeout_seconds)
     address = "127.0.0.1" if len(set(hosts)) == 1 else _reachable_address()
     store: Store | None = None
-    port = 0
+    where: list[Any] = [address, 0, None]
     if rank == 0:
-        store = TCPStore(address, 0, None, True, timeout, wait_for_workers=False)
-        port = store.port
-    where: list[Any] = [address, port]
+        try:
+            hosted = TCPStore(address, 0, None, True, timeout, wait_for_workers=False)
+            store, where[1] = hosted, hosted.port
+        except dist.DistError as error:
+            where[2] = str(error)
     source = 0 if process_group is None else dist.get_global_rank(process_group, 0)
     dist.broadcast_object_list(where, src=source, group=process_group)
+    if where[2] is not None:
+        raise CoordinationError(f"rank 0 cannot host a store at {where[0]}: {where[2]}", rank=0)
     if store is None:
-        store = TCPStore(where[0], where[1], None, False, timeout, wait_for_workers=False)
+        with _store_errors(rank):
+            store = TCPStore(where[0], where[1], None, False, timeout, wait_for_workers=False)
     return StoreChannel(
         store,
         rank,
@@ -244,6 +258,16 @@ def _connect_store(
         ranks_on_host=hosts.count(hosts[rank]),
         close_seconds=min(timeout_seconds, 60.0),
     )
+
+
+def _host_identity() -> str:
+    """Equal for two processes exactly when they reach each other over loopback; host names are not unique."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        namespace = os.readlink("/proc/self/ns/net")
+    except OSError:
+        return socket.gethostname()
+    return f"{boot} {namespace}"
 
 
 def _reachable_address() -> str:
@@ -346,7 +370,7 @@ def raise_first(failures: Sequence[CheckpointError]) -> None:
     raise failures[0]
 
 
-def as_checkpoint_error(error: Exception, *, rank: int) -> CheckpointError:
+def as_checkpoint_error(error: BaseException, *, rank: int) -> CheckpointError:
     """The error to tell other ranks: what is not ours is wrapped, so that no failure leaves them waiting."""
     ours = error if isinstance(error, CheckpointError) else CheckpointError(f"internal error: {error!r}")
     ours.rank = rank if ours.rank is None else ours.rank

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from dcp_ckpt.errors import CommitUnknown, SaveFailed, StorageExists, StorageTransient
+from dcp_ckpt.errors import CommitUnknown, SaveFailed, StorageError, StorageExists, StorageTransient
 from dcp_ckpt.format.boxes import Box, tiling_problem
 from dcp_ckpt.format.fragment import Fragment, TensorEntry, decode_fragment
 from dcp_ckpt.format.manifest import FragmentSummary, Manifest, decode_manifest, encode_manifest
@@ -89,21 +89,43 @@ def publish_manifest(storage: Storage, directory: StepDir, manifest: Manifest) -
     """
     key = f"{directory}/{MANIFEST}"
     data = encode_manifest(manifest)
+    unanswered: StorageError | None = None
     for _ in range(_TRIES):
         try:
             storage.create_exclusive(key, data)
             return
         except StorageExists:
-            _require_same(storage.read(key), data, manifest, key)
+            found = _read_found(storage, key, manifest)
+            _require_same(found, data, manifest, key)
+            if unanswered is not None and storage.capabilities.directories:
+                # A directory that failed to sync once reports it once: what a second try says proves nothing.
+                raise _unknown(manifest, key, unanswered) from unanswered
             return
         except StorageTransient as error:
-            last = error
-    raise CommitUnknown(
-        f"the storage did not say whether the manifest was created: {last.message}",
+            unanswered = error
+        except StorageError as error:
+            if unanswered is None:
+                raise
+            raise _unknown(manifest, key, error) from error
+    assert unanswered is not None, "every other way out of the loop returned or raised"
+    raise _unknown(manifest, key, unanswered) from unanswered
+
+
+def _read_found(storage: Storage, key: str, manifest: Manifest) -> bytes:
+    """What stands in the place of the manifest; it may be ours, so not knowing it is not a failure."""
+    try:
+        return storage.read(key)
+    except StorageError as error:
+        raise _unknown(manifest, key, error) from error
+
+
+def _unknown(manifest: Manifest, key: str, error: StorageError) -> CommitUnknown:
+    return CommitUnknown(
+        f"the storage did not say whether the manifest is there and durable: {error.message}",
         step=manifest.step,
         phase="commit",
         path=key,
-    ) from last
+    )
 
 
 def _require_same(found: bytes, data: bytes, manifest: Manifest, key: str) -> None:

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable
 from datetime import UTC, datetime
 
-from dcp_ckpt.errors import Fenced, StorageExists
+from dcp_ckpt.errors import Fenced, StorageExists, StorageUnsuitable
 from dcp_ckpt.format.epoch import EpochClaim, Resumed, encode_epoch
 from dcp_ckpt.format.names import (
     EPOCHS,
@@ -49,12 +49,18 @@ def newest_epoch(storage: Storage) -> int:
 
 
 def require_newest(storage: Storage, epoch: int) -> None:
-    """Make sure that nobody started after us.
+    """Make sure that nobody started after us, and that this still is the storage we claimed.
 
     Raises:
         Fenced: a newer epoch exists.
+        StorageUnsuitable: our own claim is gone: the run was deleted or its file system unmounted.
     """
     newest = newest_epoch(storage)
+    if newest < epoch:
+        raise StorageUnsuitable(
+            f"the claim of epoch {epoch} is gone; was the run deleted, or its file system unmounted?",
+            path=storage.url,
+        )
     if newest > epoch:
         raise Fenced(
             f"epoch {newest} has taken over this run from epoch {epoch}: another start of the same run owns "
@@ -90,14 +96,14 @@ def claim_epoch(
     run_id: str,
     world_size: int,
     purpose: str,
-    hold: Callable[[str], None],
+    hold: Callable[[str | None], None],
     wait_seconds: float,
 ) -> EpochClaim:
     """Wait for the epochs before, then claim the next one. Blocks.
 
     Args:
-        hold: called with the key of the new epoch's lease, before the claim becomes visible; replaces the
-            lease held before.
+        hold: called with the key of the new epoch's lease before the claim becomes visible, and with None to
+            give it up when the claim fails.
         wait_seconds: for writers of earlier epochs.
     """
     while True:
@@ -120,7 +126,11 @@ def claim_epoch(
             storage.create_exclusive(f"{EPOCHS}/{epoch_name(claim.epoch)}", encode_epoch(claim))
         except StorageExists:
             log.warning("another start took epoch %d of %s at the same moment", claim.epoch, storage.url)
+            hold(None)
             continue
+        except BaseException:
+            hold(None)
+            raise
         return claim
 
 

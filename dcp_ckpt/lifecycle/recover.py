@@ -25,7 +25,7 @@ from dcp_ckpt.lifecycle.catalogue import Catalogue, read_catalogue
 from dcp_ckpt.lifecycle.commit import check_layouts, check_summaries, publish_manifest, read_fragments
 from dcp_ckpt.lifecycle.epochs import claim_epoch, wait_for_leases
 from dcp_ckpt.lifecycle.leftovers import sweep_leftovers
-from dcp_ckpt.lifecycle.runs import ensure_run
+from dcp_ckpt.lifecycle.runs import RunDocument, ensure_run
 from dcp_ckpt.lifecycle.sweep import delete_tree, empty_trash, seal
 from dcp_ckpt.storage.base import Lease, Storage
 
@@ -92,11 +92,11 @@ def recover_older_epochs(
     attempts = [files for directory in absent for files in _list_attempts(storage, directory)]
     report = RecoverReport(epoch=epoch)
     _refuse_newer_formats(catalogue)
-    newest = _newest_order(storage, catalogue)
+    newest = _newest_order(storage, catalogue, epoch)
     committed = set()
     for group in plan_recovery(attempts, newest=newest, epoch=epoch):
         for files in group:
-            reason = _commit_if_complete(storage, files)
+            reason = _commit_if_complete(storage, files, catalogue.run)
             if reason is None:
                 log.info("recovered %s: committed attempt %s", files.directory, files.attempt)
                 report.committed.append(str(files.directory))
@@ -134,9 +134,10 @@ def recover_run(storage: Storage, *, force: bool, wait_seconds: float) -> Recove
         )
     leases: list[Lease] = []
 
-    def hold(key: str) -> None:
+    def hold(key: str | None) -> None:
         _close_all(leases)
-        leases.append(storage.hold_lease(key))
+        if key is not None:
+            leases.append(storage.hold_lease(key))
 
     try:
         claim = claim_epoch(
@@ -159,8 +160,8 @@ def _refuse_newer_formats(catalogue: Catalogue) -> None:
             raise rejected.error
 
 
-def _newest_order(storage: Storage, catalogue: Catalogue) -> tuple[int, int]:
-    """(epoch, step) of the newest checkpoint, whether it can be read or not.
+def _newest_order(storage: Storage, catalogue: Catalogue, epoch: int) -> tuple[int, int]:
+    """(epoch, step) of the newest checkpoint of an epoch up to `epoch`, whether it can be read or not.
 
     One whose manifest is damaged counts too: else steps that were un-committed when it was committed would
     come back.
@@ -171,6 +172,7 @@ def _newest_order(storage: Storage, catalogue: Catalogue) -> tuple[int, int]:
             orders += [
                 (files.attempt.epoch, rejected.directory.step)
                 for files in _list_attempts(storage, rejected.directory)
+                if files.attempt.epoch <= epoch
             ]
     return max(orders, default=(0, 0))
 
@@ -195,7 +197,7 @@ def _list_attempts(storage: Storage, directory: StepDir) -> list[AttemptFiles]:
     ]
 
 
-def _commit_if_complete(storage: Storage, files: AttemptFiles) -> str | None:
+def _commit_if_complete(storage: Storage, files: AttemptFiles, run: RunDocument | None) -> str | None:
     """Commit an attempt if it is complete; returns the reason why it is not."""
     if not files.fragments:
         return "no rank published a fragment"
@@ -210,7 +212,7 @@ def _commit_if_complete(storage: Storage, files: AttemptFiles) -> str | None:
     fragments = [fragment for fragment, _ in found]
     summaries = [summarize(fragment, data) for fragment, data in found]
     reason = (
-        _identity_problem(files, ranks, fragments)
+        _identity_problem(files, ranks, fragments, run)
         or check_summaries(summaries)
         or _size_problem(files, fragments)
         or check_layouts(fragments)
@@ -237,8 +239,12 @@ def _finish_commits(storage: Storage, catalogue: Catalogue, on_commit: OnCommit)
             log.warning("%s is committed, and what follows a commit failed: %s", entry.directory, error)
 
 
-def _identity_problem(files: AttemptFiles, ranks: Sequence[int], fragments: Sequence[Fragment]) -> str | None:
+def _identity_problem(
+    files: AttemptFiles, ranks: Sequence[int], fragments: Sequence[Fragment], run: RunDocument | None
+) -> str | None:
     """Names are only names: each fragment must itself say that it is what its name says."""
+    if run is not None and any(fragment.run_id != run.run_id for fragment in fragments):
+        return "it belongs to another run"
     for rank, fragment in zip(ranks, fragments, strict=True):
         if (fragment.rank, fragment.attempt, fragment.step, fragment.epoch) != (
             rank, str(files.attempt), files.directory.step, files.attempt.epoch,

@@ -16,10 +16,13 @@ from dcp_ckpt.format.names import (
     MANIFEST,
     TRASH,
     StepDir,
+    parse_data_file_name,
+    parse_fragment_name,
 )
 from dcp_ckpt.lifecycle.epochs import require_newest
 from dcp_ckpt.lifecycle.marks import is_pinned, read_marks
 from dcp_ckpt.storage.base import Storage
+from dcp_ckpt.storage.keys import final_name
 
 __all__ = ["delete_tree", "empty_trash", "seal", "uncommit"]
 
@@ -101,16 +104,30 @@ def _close_name(storage: Storage, key: str, epoch: int) -> bool:
 
 
 def delete_tree(storage: Storage, key: str) -> None:
-    """Delete a sealed directory and everything in it."""
-    keys = [info.key for info in storage.list(f"{key}/") if not info.key.endswith(f"/{MANIFEST}")]
-    storage.delete(keys)
+    """Delete what is ours in a sealed directory, and the directory when nothing else is in it."""
+    ours = [f"{key}/{name}" for name in storage.list_names(f"{key}/") if _is_ours(name)]
+    storage.delete(ours)
+    left = [name for name in storage.list_names(f"{key}/") if name != MANIFEST]
+    if left:
+        log.warning("%s/%s stays: it holds %s, which is not ours", storage.url, key, ", ".join(left))
+        return
     storage.remove_directory(key)
+
+
+def _is_ours(name: str) -> bool:
+    """Whether a file in a step directory was made by this package; a manifest is never deleted here."""
+    final = final_name(name) or name
+    if final in (DCP_METADATA, MANIFEST):
+        return name != MANIFEST
+    return parse_fragment_name(final) is not None or parse_data_file_name(final) is not None
 
 
 def empty_trash(storage: Storage) -> list[str]:
     """Delete what was sealed by anybody. Returns the names."""
     deleted = []
     for name in storage.list_names(f"{TRASH}/"):
+        if StepDir.parse(name.partition("/")[0].rpartition(".")[0]) is None:
+            continue
         sealed = f"{TRASH}/{name.removesuffix('/')}"
         if MANIFEST in storage.list_names(f"{sealed}/"):
             # Whoever sealed it died before it could put the checkpoint back that was published meanwhile.

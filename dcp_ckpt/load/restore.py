@@ -13,7 +13,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from dcp_ckpt.coordination import Channel, agree, raise_first
-from dcp_ckpt.errors import CheckpointError, LoadError, StateMismatch
+from dcp_ckpt.errors import CheckpointError, LoadError
 from dcp_ckpt.format.boxes import Box
 from dcp_ckpt.format.fragment import ValueEntry
 from dcp_ckpt.format.manifest import Manifest
@@ -157,7 +157,10 @@ def _install(components: Sequence[Component], fitted: _Fitted) -> list[str]:
             raise
         except Exception as error:
             name = ".".join(component.prefix)
-            raise StateMismatch(
-                f"{name} refused what was loaded for it: {error!r}", step=fitted.state.step, phase="install"
+            raise LoadError(
+                f"{name} refused what was loaded for it: {error!r}; the state is a mixture now, load another "
+                "checkpoint or end this process",
+                step=fitted.state.step,
+                phase="install",
             ) from error
     return notes

@@ -10,10 +10,10 @@ import logging
 import time
 
 from dcp_ckpt.coordination import Channel, as_checkpoint_error, error_fields, error_from_fields
-from dcp_ckpt.errors import CheckpointError, CommitUnknown, SaveFailed, StorageError
+from dcp_ckpt.errors import CheckpointError, CommitUnknown, LoadError, SaveFailed, StorageError
 from dcp_ckpt.format.fragment import Fragment
-from dcp_ckpt.format.manifest import FragmentSummary, Manifest, build_manifest
-from dcp_ckpt.format.names import AttemptId, StepDir
+from dcp_ckpt.format.manifest import FragmentSummary, Manifest, build_manifest, decode_manifest
+from dcp_ckpt.format.names import MANIFEST, AttemptId, StepDir, fragment_name
 from dcp_ckpt.lifecycle.commit import check_layouts, check_summaries, publish_manifest, read_fragments
 from dcp_ckpt.lifecycle.epochs import require_newest
 from dcp_ckpt.save.record import Report, SaveKeys, Verdict, from_message
@@ -51,9 +51,8 @@ class Coordinator:
             return Verdict(outcome="unknown", error=error_fields(error))
         except CheckpointError as error:
             error.step = step if error.step is None else error.step
-            if not silent:
-                self._remove(directory, attempt)
-            return Verdict(outcome="failed", error=error_fields(error))
+            outcome = "failed" if self._retract(directory, attempt, all_done=not silent) else "unknown"
+            return Verdict(outcome=outcome, error=error_fields(error))
         except Exception as error:
             log.exception("the commit of step %d failed inside", step)
             return Verdict(outcome="unknown", error=error_fields(as_checkpoint_error(error, rank=0)))
@@ -117,11 +116,31 @@ class Coordinator:
         found = read_fragments(self._storage, directory, attempt, range(len(summaries)), sizes)
         return [fragment for fragment, _ in found]
 
-    def _remove(self, directory: StepDir, attempt: AttemptId) -> None:
-        """Free the space of an attempt that all ranks have finished with and that failed for good."""
+    def _retract(self, directory: StepDir, attempt: AttemptId, *, all_done: bool) -> bool:
+        """Make a failure durable, so that no later start completes what was reported as failed.
+
+        Without rank 0's fragment the attempt can never be committed. The space of the whole attempt is freed
+        when no rank works on it any more.
+
+        Returns:
+            False when that could not be made sure of: the outcome is unknown then.
+        """
         try:
-            keys = [info.key for info in self._storage.list(f"{directory}/") if f".{attempt}." in info.key]
-            self._storage.delete(keys)
-            self._storage.remove_directory(str(directory))
-        except StorageError as error:
-            log.warning("the files of the failed attempt %s stay until the next start: %s", attempt, error)
+            names = self._storage.list_names(f"{directory}/")
+            if MANIFEST in names and self._holds(directory, attempt):
+                return False
+            self._storage.delete([f"{directory}/{fragment_name(0, attempt)}"])
+            if all_done:
+                self._storage.delete(f"{directory}/{name}" for name in names if f".{attempt}." in name)
+                self._storage.remove_directory(str(directory))
+        except (StorageError, LoadError) as error:
+            log.warning(
+                "the failed attempt %s in %s could not be cleared away: %s", attempt, directory, error
+            )
+            return False
+        return True
+
+    def _holds(self, directory: StepDir, attempt: AttemptId) -> bool:
+        """Whether the directory's manifest is that of the attempt."""
+        key = f"{directory}/{MANIFEST}"
+        return decode_manifest(self._storage.read(key), path=key).attempt == str(attempt)

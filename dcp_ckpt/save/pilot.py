@@ -29,8 +29,6 @@ __all__ = ["Flight", "Pilot"]
 
 log = logging.getLogger(__name__)
 
-_VERDICT_GRACE_SECONDS = 15.0
-
 
 @dataclass(frozen=True, kw_only=True)
 class Flight:
@@ -39,7 +37,7 @@ class Flight:
     Args:
         fragment: what the writer was given; None when staging failed with `error`.
         replicated: name -> digest of what must be equal on all ranks.
-        started: monotonic time of the call of `save()`.
+        started, deadline: monotonic times of the call of `save()`, and of when it has failed.
     """
 
     keys: SaveKeys
@@ -49,6 +47,7 @@ class Flight:
     path: str
     handle: SaveHandle
     started: float
+    deadline: float
     stall_seconds: float = 0.0
     created_at: str = ""
     metrics: dict[str, object] = field(default_factory=dict)
@@ -119,16 +118,17 @@ class Pilot:
             self._channel.put(flight.keys.replicated, {"digest": combined, "names": flight.replicated})
         report = self._report(flight)
         self._channel.put(flight.keys.report(self._channel.rank), to_message(report))
-        deadline = flight.started + self._timeout_seconds
         if self._coordinator is None:
-            self._resolve(flight, self._await_verdict(flight, deadline + _VERDICT_GRACE_SECONDS))
+            # Rank 0 decides by its own deadline at the latest, and then has to act on storage. Its death is
+            # noticed at once, so the patience here costs nothing.
+            self._resolve(flight, self._await_verdict(flight, flight.deadline + self._timeout_seconds))
             return
         verdict = self._coordinator.conclude(
             flight.keys,
             step=flight.step,
             directory=flight.directory,
             attempt=flight.attempt,
-            deadline=deadline,
+            deadline=flight.deadline,
         )
         self._channel.put(flight.keys.verdict, to_message(verdict))
         self._forget(before=flight.keys.call, verdict=verdict)
@@ -148,9 +148,11 @@ class Pilot:
         """What this rank has to say: its fragment is durable, or why it is not."""
         rank = self._channel.rank
         try:
-            if flight.fragment is None:
-                raise flight.error or SaveFailed("nothing was staged")
-            ref = self._link.wait(str(flight.attempt), deadline=flight.started + self._timeout_seconds)
+            if not self._link.is_idle:
+                ref = self._link.wait(str(flight.attempt), deadline=flight.deadline)
+            if flight.error is not None:
+                raise flight.error
+            assert flight.fragment is not None, "staged, or failed with an error"
             self._require_same_replicas(flight)
             return Report(summary=_summary(flight.fragment, ref))
         except CheckpointError as error:
@@ -162,7 +164,7 @@ class Pilot:
         """Compare what must be equal with rank 0, and name what differs."""
         if self._channel.rank == 0:
             return
-        left = flight.started + self._timeout_seconds - time.monotonic()
+        left = flight.deadline - time.monotonic()
         try:
             message = self._channel.get(flight.keys.replicated, timeout_seconds=left)
         except TimeoutError as error:

@@ -40,24 +40,49 @@ class StepPolicy:
     """Rank 0's knowledge of which step goes where. Used on rank 0's main thread only.
 
     Args:
-        floor: steps must be greater; the step resumed from, then the last one committed.
+        floor: steps must be greater: the newest step of the run until one was resumed from, then that one,
+            then the last one committed.
         taken: step directories that stood there when the epoch was claimed.
+        resumed: whether a checkpoint of the run was loaded in this epoch.
+        has_saved: whether this epoch committed anything.
     """
 
     epoch: int
     floor: int
     taken: frozenset[StepDir]
+    resumed: bool = False
+    has_saved: bool = False
 
     def refuse(self, step: int, *, in_flight: int | None) -> CheckpointError | None:
         """Why a step cannot be saved; `in_flight` is that of the save that has no outcome yet."""
         floor = self.floor if in_flight is None else max(self.floor, in_flight)
         if step > floor:
             return None
+        if not self.resumed and not self.has_saved and in_flight is None:
+            return StepAlreadySaved(
+                f"the run holds checkpoints up to step {floor} and none was loaded; load one before saving "
+                f"step {step}, or start a new run: else retention would remove what is there",
+                step=step,
+            )
         return StepAlreadySaved(
             f"step {step} is not after step {floor}, which is committed or being committed; steps of a run "
             "grow, and a committed step is never replaced",
             step=step,
         )
+
+    def committed(self, step: int) -> None:
+        """A step of this epoch is committed."""
+        self.has_saved = True
+        self.floor = max(self.floor, step)
+
+    def resumed_from(self, step: int) -> None:
+        """A checkpoint was loaded.
+
+        Only before the first commit may that lead back: a later rollback would leave newer steps of this
+        epoch standing, and needs an epoch, so a Checkpointer, of its own.
+        """
+        self.resumed = True
+        self.floor = max(self.floor, step) if self.has_saved else step
 
     def directory(self, step: int) -> StepDir:
         plain = StepDir(step)
@@ -103,7 +128,12 @@ class Saver:
         return self._handles[-1] if self._handles else None
 
     def save(
-        self, components: Sequence[Component], *, step: int, metrics: Mapping[str, Any], tags: Sequence[str]
+        self,
+        components: Callable[[], Sequence[Component]],
+        *,
+        step: int,
+        metrics: Mapping[str, Any],
+        tags: Sequence[str],
     ) -> SaveHandle:
         """One save; see `Checkpointer.save`."""
         started = time.monotonic()
@@ -115,33 +145,44 @@ class Saver:
             log.warning("skipping the save of step %d: the one before is still under way", step)
             handle.resolve("skipped")
             return handle
-        self._handles = [*self._handles[-1:], handle]
-        attempt = AttemptId(self._claim.epoch, self._calls)
+        self._handles = [*filter(self._still_matters, self._handles), handle]
         directory = StepDir.parse(record.directory)
         assert directory is not None, "made by rank 0 from a StepDir"
         flight = Flight(
             keys=keys,
             step=step,
-            attempt=attempt,
+            attempt=AttemptId(self._claim.epoch, self._calls),
             directory=directory,
             path=f"{self._url}/{directory}",
             handle=handle,
             started=started,
+            # Ranks come to the call at different times, and leave the record at nearly the same one.
+            deadline=time.monotonic() + self._config.timeout_seconds,
             created_at=record.created_at,
             metrics=dict(metrics),
             tags=tuple(tags),
         )
         try:
             self._require_same_step(step, record)
-            flight = self._stage(flight, components)
+            flight = self._stage(flight, components())
             handle.mark_staged()
-        except Exception as error:
+        except BaseException as error:
             # Raising here would leave the other ranks in the next collective without us: the failure travels
-            # with the verdict instead, and surfaces on all ranks at the same call.
+            # with the verdict instead, and surfaces on all ranks at the same call. An interrupt is told, too,
+            # and then goes on.
             log.debug("staging of step %d failed", step, exc_info=True)
             flight = replace(flight, error=as_checkpoint_error(error, rank=self._channel.rank))
-        self._pilot.take(replace(flight, stall_seconds=time.monotonic() - started))
+            if not isinstance(error, Exception):
+                raise
+        finally:
+            self._pilot.take(replace(flight, stall_seconds=time.monotonic() - started))
         return handle
+
+    def _still_matters(self, handle: SaveHandle) -> bool:
+        """Whether a later call has to know of this save: it is under way, or failed and nobody was told."""
+        if handle.outcome == "pending":
+            return True
+        return self._config.on_failure == "raise" and not handle.failure_seen
 
     def wait(self, timeout_seconds: float | None) -> None:
         """Wait for the newest save; failures are left in its handle.
@@ -153,6 +194,14 @@ class Saver:
             raise TimeoutError(
                 f"the save of step {self.last.step} is still under way after {timeout_seconds} s"
             )
+
+    @property
+    def untold(self) -> SaveHandle | None:
+        """The newest failed save of which the caller was not told, if it matters still."""
+        if self.last is not None and not self.last.failure_seen:
+            return self.last
+        untold = [handle for handle in self._handles if not handle.failure_seen]
+        return untold[-1] if untold and self._config.on_failure == "raise" else None
 
     def close(self) -> None:
         """Finish all saves, end the thread and the writer. Idempotent.

@@ -179,12 +179,19 @@ class Stager:
         if self._world_size == 1:
             return {}
         digests = {".".join(path): digest(encode_json(value)) for path, value in captured.values.items()}
-        samples = [locals_[index].reshape(-1)[:_SAMPLE_ELEMENTS] for index in plan.replicated]
+        samples = [_first_elements(locals_[index]) for index in plan.replicated]
         for index, sample in zip(plan.replicated, samples, strict=True):
             data = sample.contiguous().view(torch.uint8).cpu().numpy().tobytes() if sample.numel() else b""
             kind = [str(sample.dtype).removeprefix("torch."), list(locals_[index].shape)]
             digests[plan.names[index]] = digest(encode_json(kind) + data)
         return digests
+
+
+def _first_elements(tensor: torch.Tensor) -> torch.Tensor:
+    """The first elements in row-major order, without copying the rest of a tensor that is not contiguous."""
+    while tensor.ndim > 1 and tensor.shape[0] and tensor[0].numel() >= _SAMPLE_ELEMENTS:
+        tensor = tensor[0]
+    return tensor[:_SAMPLE_ELEMENTS].reshape(-1)[:_SAMPLE_ELEMENTS] if tensor.ndim else tensor.reshape(-1)
 
 
 def _entries(values: Mapping[Path, Any]) -> dict[str, ValueEntry]:

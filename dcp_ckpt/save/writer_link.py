@@ -6,9 +6,11 @@ submitted when the arena is free, and the arena is free only when the last job w
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import time
+from collections.abc import Iterator
 
 from dcp_ckpt import errors
 from dcp_ckpt.errors import CheckpointError, SaveFailed
@@ -52,10 +54,14 @@ class WriterLink:
                 phase="stage",
             )
 
-    def hold_lease(self, storage_url: str, key: str) -> None:
-        """Let the writer hold this epoch's lease, now and whenever it starts anew. Blocks until it does."""
-        self._lease = (storage_url, key)
-        self._running().hold_lease(storage_url, key, timeout_seconds=_LEASE_SECONDS)
+    def hold_lease(self, storage_url: str, key: str | None) -> None:
+        """Let the writer hold this epoch's lease, now and whenever it is started anew; None gives it up.
+
+        Blocks until it does.
+        """
+        self._lease = None if key is None else (storage_url, key)
+        with self._dropping():
+            self._running().hold_lease(storage_url, key, timeout_seconds=_LEASE_SECONDS)
 
     def submit(self, job: WriteJob, arena_descriptor: int) -> None:
         """Hand a job over. From then on it survives this process.
@@ -64,11 +70,12 @@ class WriterLink:
             SaveFailed: no writer could be started.
         """
         try:
-            self._running().submit(job, arena_descriptor)
+            with self._dropping():
+                self._running().submit(job, arena_descriptor)
         except SaveFailed as error:
             log.warning("starting a new writer: %s", error)
-            self._drop()
-            self._running().submit(job, arena_descriptor)
+            with self._dropping():
+                self._running().submit(job, arena_descriptor)
         self._idle.clear()
 
     def wait(self, attempt: str, *, deadline: float) -> FragmentRef:
@@ -78,17 +85,17 @@ class WriterLink:
             CheckpointError: what the writer met; its death is a SaveFailed.
         """
         try:
-            process = self._running()
-            reply = process.receive(timeout_seconds=max(deadline - time.monotonic(), 0.001))
-        except SaveFailed:
-            # A writer that is dead or stuck must not touch the arena any more: the next save reuses it.
-            self._drop()
-            raise
+            with self._dropping():
+                reply = self._running().receive(timeout_seconds=max(deadline - time.monotonic(), 0.001))
+                if reply.attempt != attempt:
+                    raise SaveFailed(
+                        f"the writer answered {reply.attempt or 'nothing'} instead of {attempt}",
+                        rank=self._rank,
+                    )
         finally:
             self._idle.set()
         if reply.error_kind:
             raise _error_of(reply, rank=self._rank)
-        assert reply.attempt == attempt, "one job at a time"
         return FragmentRef(size_bytes=reply.fragment_bytes, digest=reply.digest, file_bytes=reply.file_bytes)
 
     def close(self, *, timeout_seconds: float) -> None:
@@ -108,13 +115,24 @@ class WriterLink:
                 raise SaveFailed("the checkpointer is closed", rank=self._rank)
             self._process = WriterProcess(rank=self._rank)
             if self._lease is not None:
-                self._process.hold_lease(*self._lease, timeout_seconds=_LEASE_SECONDS)
+                with self._dropping():
+                    self._process.hold_lease(*self._lease, timeout_seconds=_LEASE_SECONDS)
         return self._process
 
-    def _drop(self) -> None:
-        process, self._process = self._process, None
-        if process is not None:
-            process.kill()
+    @contextlib.contextmanager
+    def _dropping(self) -> Iterator[None]:
+        """End the writer when anything goes wrong with it.
+
+        One that is dead, stuck or out of step must neither touch the arena, which the next save reuses, nor
+        answer the next request with the reply to this one.
+        """
+        try:
+            yield
+        except BaseException:
+            process, self._process = self._process, None
+            if process is not None:
+                process.kill()
+            raise
 
 
 def _error_of(reply: Reply, *, rank: int) -> CheckpointError:

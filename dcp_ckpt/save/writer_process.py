@@ -6,6 +6,7 @@ it.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import socket
@@ -14,6 +15,8 @@ import sys
 import time
 from pathlib import Path
 from types import TracebackType
+
+import msgspec
 
 from dcp_ckpt.errors import SaveFailed
 from dcp_ckpt.format.documents import encode_json
@@ -64,9 +67,13 @@ class WriterProcess:
     def pid(self) -> int:
         return self._process.pid
 
-    def hold_lease(self, storage_url: str, key: str, *, timeout_seconds: float) -> None:
-        """Let the writer hold a lease for as long as it lives. Blocks until it does."""
-        self._send(Request(kind="lease", storage_url=storage_url, key=key), [])
+    def hold_lease(self, storage_url: str, key: str | None, *, timeout_seconds: float) -> None:
+        """Let the writer hold this lease for as long as it lives, or none. Blocks until it does.
+
+        Raises:
+            SaveFailed: it cannot, died, or did not answer in time.
+        """
+        self._send(Request(kind="lease", storage_url=storage_url, key=key or ""), [])
         reply = self.receive(timeout_seconds=timeout_seconds)
         if reply.error_kind:
             raise SaveFailed(
@@ -102,7 +109,10 @@ class WriterProcess:
             raise self._death() from error
         if not packet:
             raise self._death()
-        return decode_reply(packet)
+        try:
+            return decode_reply(packet)
+        except msgspec.DecodeError as error:
+            raise SaveFailed(f"the writer answered nonsense: {error}", rank=self._rank) from error
 
     def close(self, *, timeout_seconds: float = 30.0) -> None:
         """Let it finish what it has, and join it. Idempotent.
@@ -113,7 +123,7 @@ class WriterProcess:
         if self._closed:
             return
         self._closed = True
-        self._connection.close()
+        self._hang_up()
         try:
             self._process.wait(timeout_seconds)
         except subprocess.TimeoutExpired as error:
@@ -127,7 +137,7 @@ class WriterProcess:
     def kill(self) -> None:
         """End it at once and reap it. Idempotent."""
         self._closed = True
-        self._connection.close()
+        self._hang_up()
         self._process.kill()
         try:
             self._process.wait(_KILL_SECONDS)
@@ -144,6 +154,12 @@ class WriterProcess:
         traceback: TracebackType | None,
     ) -> None:
         self.close()
+
+    def _hang_up(self) -> None:
+        # Forked children hold copies of this end; only a shutdown tells the writer, whoever holds them.
+        with contextlib.suppress(OSError):
+            self._connection.shutdown(socket.SHUT_RDWR)
+        self._connection.close()
 
     def _send(self, request: Request, descriptors: list[int]) -> None:
         try:

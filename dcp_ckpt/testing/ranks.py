@@ -166,20 +166,15 @@ class RankPool:
             raise RankDied(f"a rank ended before the run began: {error}") from error
 
     def _collect(self, workers: Sequence[_Worker], name: str, limit: float) -> list[Any]:
-        """Wait for all replies, for a short while only once one of them is a failure."""
-        waiting = {worker.connection: rank for rank, worker in enumerate(workers)}
+        """The results, or the error of a run whose ranks have all been given their part."""
         replies: dict[int, Reply] = {}
-        deadline = time.monotonic() + limit
-        while waiting:
-            ready = wait(list(waiting), max(deadline - time.monotonic(), 0.0))
-            if not ready:
-                break
-            for connection in [key for key in waiting if key in ready]:
-                rank = waiting.pop(connection)
-                replies[rank] = workers[rank].receive()
-                if replies[rank].error:
-                    deadline = min(deadline, time.monotonic() + _AFTER_FAILURE_SECONDS)
-        stuck = sorted(waiting.values())
+        try:
+            self._wait(workers, replies, limit)
+        except BaseException:
+            # Interrupted, by the user or by a test's own deadline: late replies must not meet the next run.
+            self._discard([rank for rank in range(len(workers)) if rank not in replies])
+            raise
+        stuck = [rank for rank in range(len(workers)) if rank not in replies]
         report = self._discard(stuck) if stuck or any(worker.is_dead for worker in workers) else ""
         failed = [rank for rank, reply in replies.items() if reply.error]
         if failed:
@@ -187,6 +182,20 @@ class RankPool:
         if stuck:
             raise RankTimeout(f"rank(s) {_listed(stuck)} did not end {name} within {limit:g} s\n{report}")
         return [pickle.loads(replies[rank].result) for rank in range(len(workers))]
+
+    def _wait(self, workers: Sequence[_Worker], replies: dict[int, Reply], limit: float) -> None:
+        """Collect replies in the order in which they come; once one is a failure, for a short while only."""
+        waiting = {worker.connection: rank for rank, worker in enumerate(workers)}
+        deadline = time.monotonic() + limit
+        while waiting:
+            ready = wait(list(waiting), max(deadline - time.monotonic(), 0.0))
+            if not ready:
+                return
+            for connection in [key for key in waiting if key in ready]:
+                rank = waiting.pop(connection)
+                replies[rank] = workers[rank].receive()
+                if replies[rank].error:
+                    deadline = min(deadline, time.monotonic() + _AFTER_FAILURE_SECONDS)
 
     def _discard(self, stuck: Sequence[int]) -> str:
         """End all workers, so that the next run gets new ones.

@@ -24,8 +24,8 @@ class Request:
     """One packet to the writer.
 
     Args:
-        kind: `lease` (hold the lease `key` of `storage_url`, instead of the one before), or `write` (a job
-            follows as two file descriptors: the arena, then the job's JSON).
+        kind: `lease` (give up the lease held, and hold `key` of `storage_url` unless it is empty), or `write`
+            (a job follows as two file descriptors: the arena, then the job's JSON).
         job_bytes: length of the job's JSON.
     """
 

@@ -61,7 +61,6 @@ class Program:
         self._lease: Lease | None = None
         self._arena: mmap.mmap | None = None
         self._arena_inode = -1
-        self._checked_epoch_id = ""
 
     def serve(self) -> None:
         """Answer requests in order until the trainer is gone and nothing is left to do."""
@@ -95,12 +94,14 @@ class Program:
 
     def _receive(self) -> tuple[bytes, list[int]]:
         """The next packet, or an empty one when the trainer is gone and all packets are read."""
-        watched = [self._connection.fileno()]
+        # poll, not select: an inherited descriptor keeps its number, which may be above select's limit.
+        watched = select.poll()
+        watched.register(self._connection, select.POLLIN)
         if self._trainer is not None:
             # Children forked by the trainer may hold its end of the socket open after its death.
-            watched.append(self._trainer)
-        readable, _, _ = select.select(watched, [], [])
-        if self._connection.fileno() not in readable:
+            watched.register(self._trainer, select.POLLIN)
+        ready = [descriptor for descriptor, _ in watched.poll()]
+        if self._connection.fileno() not in ready:
             return b"", []
         try:
             packet, descriptors, _, _ = socket.recv_fds(self._connection, MAX_PACKET_BYTES, 2)
@@ -137,8 +138,9 @@ class Program:
         if self._lease is not None:
             self._lease.close()
             self._lease = None
-        self._storage = self._storage or open_storage(request.storage_url)
-        self._lease = self._storage.hold_lease(request.key)
+        if request.key:
+            self._storage = self._storage or open_storage(request.storage_url)
+            self._lease = self._storage.hold_lease(request.key)
 
     def _open_job(self, request: Request, descriptors: list[int]) -> WriteJob:
         arena, job = descriptors
@@ -160,9 +162,7 @@ class Program:
     def _write(self, job: WriteJob) -> Reply:
         started = time.monotonic()
         self._storage = self._storage or open_storage(job.storage_url)
-        if self._checked_epoch_id != job.fragment.epoch_id:
-            check_shared_storage(self._storage, job.fragment)
-            self._checked_epoch_id = job.fragment.epoch_id
+        check_shared_storage(self._storage, job.fragment)
         with memoryview(self._arena if self._arena is not None else b"") as arena:
             ref = write_attempt(self._storage, job, arena)
         return Reply(

@@ -1,7 +1,7 @@
 """Checkpoints of every released format version load forever.
 
-`format-1` was saved by two ranks (FSDP2, AdamW, MultiStepLR) with version 0.1.0; what it holds is written down
-here.
+`format-1` was saved by two ranks (FSDP2, AdamW, MultiStepLR) with version 0.1.0; what it holds is written
+down here.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.state_dict_loader import load as stock_load
 
 from dcp_ckpt import TrainState, load_checkpoint, open_checkpoint, verify
 
@@ -35,7 +35,8 @@ def step_dir(tmp_path: Path) -> Path:
 
 
 def test_format_1_loads_into_a_model(step_dir: Path) -> None:
-    model = torch.nn.Sequential(torch.nn.Linear(5, 3), torch.nn.Linear(3, 2))
+    first, last = torch.nn.Linear(5, 3), torch.nn.Linear(3, 2)
+    model = torch.nn.Sequential(first, last)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.5)
     scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, [1, 9])
     extra = {"history": [0.0], "odd": {}}
@@ -44,11 +45,11 @@ def test_format_1_loads_into_a_model(step_dir: Path) -> None:
     report = load_checkpoint(step_dir, state)
 
     assert (report.step, report.saved_world_size, report.skipped) == (3, 2, ())
-    assert model[0].bias.tolist() == BIAS
-    assert model[1].bias.tolist() == LAST_BIAS
-    assert model[1].weight.tolist() == LAST_WEIGHT
-    assert optimizer.state[model[0].bias]["exp_avg"].tolist() == BIAS_MOMENT
-    assert optimizer.state[model[0].bias]["step"].item() == 3.0
+    assert first.bias.tolist() == BIAS
+    assert last.bias.tolist() == LAST_BIAS
+    assert last.weight.tolist() == LAST_WEIGHT
+    assert optimizer.state[first.bias]["exp_avg"].tolist() == BIAS_MOMENT
+    assert optimizer.state[first.bias]["step"].item() == 3.0
     assert optimizer.param_groups[0]["lr"] == pytest.approx(0.001)
     assert dict(scheduler.milestones) == {2: 1, 5: 1}
     history = extra["history"]
@@ -75,6 +76,6 @@ def test_format_1_is_a_stock_checkpoint(step_dir: Path) -> None:
     state = {"model": {"0.bias": torch.zeros(3), "1.bias": torch.zeros(2)}}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
-        dcp.load(state, checkpoint_id=step_dir, no_dist=True)
+        stock_load(state, checkpoint_id=step_dir, no_dist=True)
     assert state["model"]["0.bias"].tolist() == BIAS
     assert state["model"]["1.bias"].tolist() == LAST_BIAS

@@ -290,6 +290,15 @@ def test_reshard_by_rows_reads_little_more_than_it_needs(saved_world, loaded_wor
     assert total <= metered <= total + 100_000, "what is reported was read; the tables are small"
 
 
+def test_columns_of_a_large_chunk_arrive_though_its_rows_are_read_in_groups():
+    shape = (20, 1 << 20)  # more than the 16 MiB that one group of rows may take
+    whole = spec("t", shape, "uint8", 1, (1,), "")
+    wholes = [content(whole, torch.Generator().manual_seed(2))]
+    saved = save([whole], wholes, 1)
+    for rank in range(2):
+        load(saved, [spec("t", shape, "uint8", 2, (2,), "S1")], wholes, rank)
+
+
 def test_replica_groups_share_large_tensors_evenly():
     specs = [spec("t", (64 * MIB_ROWS, 1024), "uint8", 4, (4,), "R")]
     sizes = [
