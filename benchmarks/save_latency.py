@@ -18,11 +18,15 @@ import os
 import platform
 import shutil
 import statistics
+import sys
 import time
 import warnings
 from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
+
+# torchrun runs this file as a script: sys.path then starts with benchmarks/, not with the directory above it.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 import torch.distributed as dist

@@ -30,6 +30,7 @@ from dcp_ckpt.lifecycle.catalogue import CheckpointEntry, read_catalogue
 from dcp_ckpt.load.choose import Which, choose
 from dcp_ckpt.load.loader import Loader
 from dcp_ckpt.load.report import LoadReport
+from dcp_ckpt.load.restore import Components
 from dcp_ckpt.save.handle import CheckpointInfo, SaveHandle
 from dcp_ckpt.save.session import Session
 from dcp_ckpt.save.writer_link import WriterLink
@@ -142,12 +143,10 @@ class Checkpointer:
         session = self._started()
         self._loads += 1
         tag = f"load/{self._loads}"
-        timeout = self._config.timeout_seconds
-        components, failures = agree(
-            self._channel, f"{tag}/state", lambda: components_of(state), timeout_seconds=timeout
-        )
-        raise_first(failures)
-        assert components is not None
+
+        def components() -> Sequence[Component]:
+            return components_of(state)
+
         try:
             if isinstance(which, os.PathLike) or (isinstance(which, str) and which not in ("latest", "best")):
                 report = _load_path(which, components, self._channel, self._config, tag=tag)
@@ -342,12 +341,12 @@ def load_checkpoint(
     """
     config = config or CheckpointConfig()
     with closing(connect(process_group, timeout_seconds=config.timeout_seconds)) as channel:
-        return _load_path(path, components_of(state), channel, config, tag="load/1")
+        return _load_path(path, lambda: components_of(state), channel, config, tag="load/1")
 
 
 def _load_path(
     path: str | os.PathLike[str],
-    components: Sequence[Component],
+    components: Components,
     channel: Channel,
     config: CheckpointConfig,
     *,

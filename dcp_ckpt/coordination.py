@@ -24,6 +24,7 @@ from dcp_ckpt import errors
 from dcp_ckpt.errors import CheckpointError, ConfigError, CoordinationError
 
 __all__ = [
+    "MISSING",
     "Channel",
     "SoloChannel",
     "StoreChannel",
@@ -40,6 +41,9 @@ __all__ = [
 _Result = TypeVar("_Result")
 
 _SLICE_SECONDS = 0.5
+
+MISSING = object()
+"""Stands for a message that did not come in time."""
 
 
 class Channel(Protocol):
@@ -66,6 +70,17 @@ class Channel(Protocol):
         Raises:
             TimeoutError: nobody published it in time.
             CoordinationError: the store is gone: rank 0's process ended.
+        """
+        ...
+
+    def get_many(self, keys: Sequence[str], *, timeout_seconds: float) -> list[Any]:
+        """Wait for several messages at once.
+
+        Returns:
+            The messages in order of the keys; `MISSING` where nobody published one in time.
+
+        Raises:
+            CoordinationError: the store is gone.
         """
         ...
 
@@ -102,6 +117,9 @@ class SoloChannel:
         if key not in self._messages:
             raise TimeoutError(key)
         return self._messages[key]
+
+    def get_many(self, keys: Sequence[str], *, timeout_seconds: float) -> list[Any]:
+        return [self._messages.get(key, MISSING) for key in keys]
 
     def forget(self, keys: Sequence[str]) -> None:
         for key in keys:
@@ -142,17 +160,16 @@ class StoreChannel:
     def get(self, key: str, *, timeout_seconds: float) -> Any:
         store = self._alive()
         with _store_errors(self.rank):
-            deadline = time.monotonic() + timeout_seconds
-            while True:
-                left = max(deadline - time.monotonic(), 0.001)
-                try:
-                    # In slices: while the call lasts, Python runs no signal handler on this thread.
-                    store.wait([key], timedelta(seconds=min(left, _SLICE_SECONDS)))
-                    break
-                except dist.DistStoreError as error:
-                    if left <= _SLICE_SECONDS:
-                        raise TimeoutError(key) from error
+            if not _wait(store, [key], timeout_seconds):
+                raise TimeoutError(key)
             return msgspec.json.decode(store.get(key))
+
+    def get_many(self, keys: Sequence[str], *, timeout_seconds: float) -> list[Any]:
+        store = self._alive()
+        with _store_errors(self.rank):
+            if _wait(store, list(keys), timeout_seconds):
+                return [msgspec.json.decode(data) for data in store.multi_get(list(keys))]
+            return [msgspec.json.decode(store.get(key)) if store.check([key]) else MISSING for key in keys]
 
     def forget(self, keys: Sequence[str]) -> None:
         with _store_errors(self.rank):
@@ -188,6 +205,21 @@ class StoreChannel:
         if self._store is None:
             raise CoordinationError("the channel is closed", rank=self.rank)
         return self._store
+
+
+def _wait(store: Store, keys: list[str], timeout_seconds: float) -> bool:
+    """Wait for all keys; False when they are not all there in time."""
+    deadline = time.monotonic() + timeout_seconds
+    while True:
+        left = max(deadline - time.monotonic(), 0.001)
+        try:
+            # In slices: while the call lasts, Python runs no signal handler on this thread.
+            store.wait(keys, timedelta(seconds=min(left, _SLICE_SECONDS)))
+        except dist.DistStoreError:
+            if left <= _SLICE_SECONDS:
+                return False
+        else:
+            return True
 
 
 @contextlib.contextmanager
@@ -325,14 +357,9 @@ def gather(channel: Channel, tag: str, message: Any, *, timeout_seconds: float) 
     channel.put(f"{tag}/{channel.rank}", message)
 
     def collect() -> list[Any]:
-        deadline = time.monotonic() + timeout_seconds
-        messages, missing = [], []
-        for rank in range(channel.world_size):
-            try:
-                left = max(deadline - time.monotonic(), 0.0)
-                messages.append(channel.get(f"{tag}/{rank}", timeout_seconds=left))
-            except TimeoutError:
-                missing.append(rank)
+        keys = [f"{tag}/{rank}" for rank in range(channel.world_size)]
+        messages = channel.get_many(keys, timeout_seconds=timeout_seconds)
+        missing = [rank for rank, found in enumerate(messages) if found is MISSING]
         if missing:
             raise CoordinationError(
                 f"rank(s) {', '.join(map(str, missing))} did not answer within {timeout_seconds:.0f} s",

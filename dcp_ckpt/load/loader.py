@@ -22,8 +22,7 @@ from dcp_ckpt.lifecycle.catalogue import read_catalogue
 from dcp_ckpt.lifecycle.marks import write_mark
 from dcp_ckpt.load.choose import Which, choose
 from dcp_ckpt.load.report import LoadReport, RejectedCheckpoint
-from dcp_ckpt.load.restore import Restored, restore
-from dcp_ckpt.state.component import Component
+from dcp_ckpt.load.restore import Components, Restored, restore
 from dcp_ckpt.storage.base import Storage
 
 __all__ = ["Loader"]
@@ -53,19 +52,25 @@ class Loader:
         self._tag = tag
         self._started = time.monotonic()
 
-    def load(self, components: Sequence[Component], which: Which) -> LoadReport | None:
+    def load(self, components: Components, which: Which) -> LoadReport | None:
         """Load what `which` names in this run; see `Checkpointer.load`."""
-        candidates, rejected = self._choose(which)
+        choice = self._choose(which)
+        rejected = [RejectedCheckpoint(path=path, reason=reason) for path, reason in choice["rejected"]]
+        text = choice["manifest"]
         failure: CheckpointError | None = None
-        for number, directory in enumerate(candidates):
+        for number, directory in enumerate(choice["directories"]):
+            tag = f"{self._tag}/{number}"
             try:
-                return self._load(components, directory, rejected, f"{self._tag}/{number}")
+                return self._load(
+                    components, directory, rejected, tag, text or self._agreed_manifest(directory, tag)
+                )
             except CorruptCheckpoint as error:
                 failure = error
                 if which != "latest":
                     break
                 self._mark_bad(directory, error)
                 rejected.append(RejectedCheckpoint(path=f"{self._url}/{directory}", reason=str(error)))
+                text = None
         if failure is None:
             return None
         if which == "latest":
@@ -74,35 +79,37 @@ class Loader:
             )
         raise failure
 
-    def load_directory(self, components: Sequence[Component], directory: str) -> LoadReport:
+    def load_directory(self, components: Components, directory: str) -> LoadReport:
         """Load one step directory, named by the caller: no choice and no falling back."""
-        return self._load(components, directory, [], f"{self._tag}/0")
+        tag = f"{self._tag}/0"
+        return self._load(components, directory, [], tag, self._agreed_manifest(directory, tag))
 
-    def _choose(self, which: Which) -> tuple[list[str], list[RejectedCheckpoint]]:
-        """The directories to try, best first, decided by rank 0; the same on all ranks."""
+    def _choose(self, which: Which) -> dict[str, Any]:
+        """Rank 0's choice, told to all: directories to try, best first, and the first one's manifest."""
 
         def decide() -> dict[str, Any]:
             found = choose(read_catalogue(self._storage), which, keep=self._config.keep, url=self._url)
             for rejected in found.rejected:
                 log.warning("not loading %s: %s", rejected.path, rejected.reason)
+            directories = [str(entry.directory) for entry in found.entries]
             return {
-                "directories": [str(entry.directory) for entry in found.entries],
+                "directories": directories,
+                "manifest": self._read_manifest(directories[0]) if directories else None,
                 "rejected": [[rejected.path, rejected.reason] for rejected in found.rejected],
             }
 
         timeout = self._config.timeout_seconds
-        answer = broadcast(self._channel, f"{self._tag}/choose", decide, timeout_seconds=timeout)
-        rejected = [RejectedCheckpoint(path=path, reason=reason) for path, reason in answer["rejected"]]
-        return answer["directories"], rejected
+        return broadcast(self._channel, f"{self._tag}/choose", decide, timeout_seconds=timeout)
 
     def _load(
         self,
-        components: Sequence[Component],
+        components: Components,
         directory: str,
         rejected: Sequence[RejectedCheckpoint],
         tag: str,
+        text: str,
     ) -> LoadReport:
-        manifest = self._manifest(directory, tag)
+        manifest = decode_manifest(text.encode(), path=f"{directory}/{MANIFEST}")
         restored = restore(
             self._storage,
             directory,
@@ -119,23 +126,25 @@ class Loader:
             log.info("%s", report)
         return report
 
-    def _manifest(self, directory: str, tag: str) -> Manifest:
+    def _agreed_manifest(self, directory: str, tag: str) -> str:
         """The manifest as rank 0 reads it, so that all ranks load the same one."""
+        return broadcast(
+            self._channel,
+            f"{tag}/manifest",
+            lambda: self._read_manifest(directory),
+            timeout_seconds=self._config.timeout_seconds,
+        )
+
+    def _read_manifest(self, directory: str) -> str:
         key = f"{directory}/{MANIFEST}"
-
-        def read() -> str:
-            try:
-                return self._storage.read(key).decode()
-            except StorageNotFound as error:
-                raise CheckpointNotFound(
-                    f"{self._url}/{directory} is not a checkpoint: it has no {MANIFEST}", path=error.path
-                ) from error
-            except UnicodeDecodeError as error:
-                raise CorruptCheckpoint("the manifest is not text", phase="read", path=key) from error
-
-        timeout = self._config.timeout_seconds
-        text = broadcast(self._channel, f"{tag}/manifest", read, timeout_seconds=timeout)
-        return decode_manifest(text.encode(), path=key)
+        try:
+            return self._storage.read(key).decode()
+        except StorageNotFound as error:
+            raise CheckpointNotFound(
+                f"{self._url}/{directory} is not a checkpoint: it has no {MANIFEST}", path=error.path
+            ) from error
+        except UnicodeDecodeError as error:
+            raise CorruptCheckpoint("the manifest is not text", phase="read", path=key) from error
 
     def _num_readers(self) -> int:
         cores = len(os.sched_getaffinity(0))

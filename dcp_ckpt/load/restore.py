@@ -25,7 +25,10 @@ from dcp_ckpt.state.component import Component, Problem, StoredState, StoredTens
 from dcp_ckpt.state.placements import local_tensor, placements_of
 from dcp_ckpt.storage.base import Storage
 
-__all__ = ["Restored", "restore"]
+__all__ = ["Components", "Restored", "restore"]
+
+Components = Callable[[], Sequence[Component]]
+"""Makes the components. Called where a failure reaches all ranks, since the user's objects may refuse."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +47,7 @@ class _Fitted:
 
     stored: StoredCheckpoint
     state: StoredState
+    components: tuple[Component, ...]
     targets: tuple[Targets, ...]
 
     @property
@@ -55,7 +59,7 @@ def restore(
     storage: Storage,
     directory: str,
     manifest: Manifest,
-    components: Sequence[Component],
+    components: Components,
     channel: Channel,
     *,
     tag: str,
@@ -67,6 +71,7 @@ def restore(
 
     Args:
         directory: of the checkpoint, below the root of `storage`.
+        components: makes what is to be restored, in the order of installing.
         tag: unique in the life of the channel.
 
     Raises:
@@ -83,7 +88,7 @@ def restore(
     assert isinstance(fitted, _Fitted)
     bytes_read = phase("read", lambda: _fill(fitted, verify=verify, concurrency=concurrency))
     assert isinstance(bytes_read, int)
-    notes = phase("install", lambda: _install(components, fitted))
+    notes = phase("install", lambda: _install(fitted))
     assert isinstance(notes, list)
     asked = {name for targets in fitted.targets for name in (*targets.tensors, *targets.values)}
     return Restored(
@@ -94,10 +99,9 @@ def restore(
     )
 
 
-def _fit(
-    storage: Storage, directory: str, manifest: Manifest, components: Sequence[Component], channel: Channel
-) -> _Fitted:
+def _fit(storage: Storage, directory: str, manifest: Manifest, make: Components, channel: Channel) -> _Fitted:
     """Open the checkpoint and find everything that does not fit."""
+    components = tuple(make())
     stored = StoredCheckpoint(storage, directory, manifest)
     state = _stored_state(stored, channel)
     targets = tuple(component.targets(state) for component in components)
@@ -107,7 +111,7 @@ def _fit(
         problems += tensor_problems(wanted.tensors, state.tensors)
     if problems:
         raise mismatch_error(problems, stored.names(), step=manifest.step, path=f"{storage.url}/{directory}")
-    return _Fitted(stored=stored, state=state, targets=targets)
+    return _Fitted(stored=stored, state=state, components=components, targets=targets)
 
 
 def _stored_state(stored: StoredCheckpoint, channel: Channel) -> StoredState:
@@ -148,9 +152,9 @@ def _held_box(name: str, tensor: torch.Tensor) -> Box:
     return placements_of(tensor, name)[1]
 
 
-def _install(components: Sequence[Component], fitted: _Fitted) -> list[str]:
+def _install(fitted: _Fitted) -> list[str]:
     notes: list[str] = []
-    for component, targets in zip(components, fitted.targets, strict=True):
+    for component, targets in zip(fitted.components, fitted.targets, strict=True):
         try:
             notes += component.install(fitted.state, targets)
         except CheckpointError:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import time
 
-from dcp_ckpt.coordination import Channel, as_checkpoint_error, error_fields, error_from_fields
+from dcp_ckpt.coordination import MISSING, Channel, as_checkpoint_error, error_fields, error_from_fields
 from dcp_ckpt.errors import CheckpointError, CommitUnknown, LoadError, SaveFailed, StorageError
 from dcp_ckpt.format.fragment import Fragment
 from dcp_ckpt.format.manifest import FragmentSummary, Manifest, build_manifest, decode_manifest
@@ -59,16 +59,11 @@ class Coordinator:
         return Verdict(outcome="committed", total_bytes=manifest.total_bytes)
 
     def _collect(self, keys: SaveKeys, deadline: float) -> tuple[list[Report], list[int]]:
-        reports, silent = [], []
-        for rank in range(self._channel.world_size):
-            try:
-                left = max(deadline - time.monotonic(), 0.0)
-                reports.append(
-                    from_message(Report, self._channel.get(keys.report(rank), timeout_seconds=left))
-                )
-            except TimeoutError:
-                silent.append(rank)
-        return reports, silent
+        wanted = [keys.report(rank) for rank in range(self._channel.world_size)]
+        left = max(deadline - time.monotonic(), 0.0)
+        found = self._channel.get_many(wanted, timeout_seconds=left)
+        reports = [from_message(Report, message) for message in found if message is not MISSING]
+        return reports, [rank for rank, message in enumerate(found) if message is MISSING]
 
     def _raise_failures(self, reports: list[Report], silent: list[int], step: int) -> None:
         failures = [error_from_fields(report.error) for report in reports if report.error is not None]
