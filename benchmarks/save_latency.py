@@ -94,8 +94,8 @@ class Benchmark:
         with Checkpointer(self.directory / "ours", config=config) as checkpointer:
             for number in range(self.rounds + 1):
                 self.round_of_saves(checkpointer, number)
-            for number in range(self.rounds + 1):
-                self.round_of_loads(checkpointer, number)
+            for _ in range(self.rounds + 1):
+                self.round_of_loads(checkpointer)
         return {key: values[1:] for key, values in self.samples.items()}
 
     def round_of_saves(self, checkpointer: Checkpointer, number: int) -> None:
@@ -108,19 +108,21 @@ class Benchmark:
         threaded = self.directory / f"async-{number}"
         start = self.start()
         saved = dcp_async_save(self.state, checkpoint_id=threaded)
-        self.record("stall", "dcp.async_save", start)
+        stall = time.perf_counter() - start
         assert isinstance(saved, Future), "without a stager there is one future, of the upload"
+        # No collective of ours before the upload is done: its thread runs its own on the same process group.
         saved.result()
-        self.record("durable", "dcp.async_save", start)
+        self.record("durable", "dcp.async_save", time.perf_counter() - start)
+        self.record("stall", "dcp.async_save", stall)
         self.remove(threaded)
         start = self.start()
         handle = checkpointer.save(self.state, step=number)
-        self.record("stall", "dcp_ckpt", start)
+        stall = time.perf_counter() - start
         handle.result()
-        self.record("durable", "dcp_ckpt", start)
-        checkpointer.wait()
+        self.record("durable", "dcp_ckpt", time.perf_counter() - start)
+        self.record("stall", "dcp_ckpt", stall)
 
-    def round_of_loads(self, checkpointer: Checkpointer, number: int) -> None:
+    def round_of_loads(self, checkpointer: Checkpointer) -> None:
         stock = self.directory / f"stock-{self.rounds}"
         self.scramble()
         self.timed("load_same", "dcp.load", lambda: dcp_load(self.state, checkpoint_id=stock))
@@ -144,16 +146,17 @@ class Benchmark:
     def timed(self, metric: str, system: str, act: Callable[[], object]) -> None:
         start = self.start()
         act()
-        self.record(metric, system, start)
+        self.record(metric, system, time.perf_counter() - start)
 
     def start(self) -> float:
         dist.barrier()
         return time.perf_counter()
 
-    def record(self, metric: str, system: str, start: float) -> None:
-        seconds = torch.tensor([time.perf_counter() - start], dtype=torch.float64)
-        dist.all_reduce(seconds, op=dist.ReduceOp.MAX)
-        self.samples.setdefault((metric, system), []).append(float(seconds))
+    def record(self, metric: str, system: str, seconds: float) -> None:
+        """Note the maximum over ranks."""
+        longest = torch.tensor([seconds], dtype=torch.float64)
+        dist.all_reduce(longest, op=dist.ReduceOp.MAX)
+        self.samples.setdefault((metric, system), []).append(float(longest))
 
     def remove(self, path: Path) -> None:
         dist.barrier()
