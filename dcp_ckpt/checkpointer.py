@@ -24,6 +24,7 @@ from dcp_ckpt.errors import (
     CheckpointNotFound,
     ConfigError,
     FormatTooNew,
+    SaveFailed,
     StateMismatch,
 )
 from dcp_ckpt.lifecycle.catalogue import CheckpointEntry, read_catalogue
@@ -58,6 +59,7 @@ class Checkpointer:
 
     Raises:
         ConfigError: WORLD_SIZE is above 1 but torch.distributed is not initialised.
+        SaveFailed: the writer of some rank could not be started; on all ranks.
     """
 
     def __init__(
@@ -73,7 +75,7 @@ class Checkpointer:
         self._loads = 0
         self._questions = 0
         self._last_save_time = time.monotonic()
-        self._mixed: CheckpointError | None = None
+        self._failed_load: CheckpointError | None = None
         self._closed = False
         with ExitStack() as resources:
             self._storage = open_storage(path)
@@ -110,14 +112,19 @@ class Checkpointer:
 
         Raises:
             StepAlreadySaved: the step is not after the last one.
-            SaveFailed: an earlier save failed and `on_failure` is "raise".
+            CheckpointError: that of an earlier save which failed, with `on_failure="raise"`; or that of a
+                load after which the state may hold parts of several checkpoints.
             CoordinationError: rank 0 did not call `save` in time.
         """
         self._require_open()
         if type(step) is not int or step < 0:
             raise ConfigError(f"step must be a whole number of at least 0, not {step!r}")
-        if self._mixed is not None:
-            raise self._mixed
+        if self._failed_load is not None:
+            raise SaveFailed(
+                "the last load failed halfway and the state may be a mixture; load before saving: "
+                f"{self._failed_load.message}",
+                step=step,
+            )
         saver = self._started().saver
         handle = saver.save(lambda: components_of(state), step=step, metrics=metrics or {}, tags=tags)
         self._last_save_time = time.monotonic()
@@ -138,6 +145,8 @@ class Checkpointer:
             CheckpointNotFound: there is no such checkpoint.
             StateMismatch: it does not fit the state; nothing was changed.
             CorruptCheckpoint: it is damaged, or all of them are.
+            CheckpointError: any other failure, of any rank. After it, and after CorruptCheckpoint, `save` is
+                refused until a load has succeeded.
         """
         self._require_open()
         session = self._started()
@@ -147,23 +156,23 @@ class Checkpointer:
         def components() -> Sequence[Component]:
             return components_of(state)
 
+        path = _path_of(which)
         try:
-            if isinstance(which, os.PathLike) or (isinstance(which, str) and which not in ("latest", "best")):
-                report = _load_path(which, components, self._channel, self._config, tag=tag)
-                self._mixed = None
-                return report
-            loader = Loader(self._storage, self._storage.url, self._channel, self._config, tag=tag)
-            found = loader.load(components, which)
+            if path is not None:
+                report: LoadReport | None = _load_path(path, components, self._channel, self._config, tag=tag)
+            else:
+                loader = Loader(self._storage, self._storage.url, self._channel, self._config, tag=tag)
+                report = loader.load(components, which)
         except (CheckpointNotFound, StateMismatch, FormatTooNew, ConfigError):
             raise
         except CheckpointError as error:
             # The state may hold parts of several checkpoints now: saving it would make that last.
-            self._mixed = error
+            self._failed_load = None if error.phase == "choose" else error
             raise
-        self._mixed = None
-        if found is not None:
-            self._resumed_from(session, found, tag)
-        return found
+        self._failed_load = None
+        if path is None and report is not None:
+            self._resumed_from(session, report, tag)
+        return report
 
     def should_save(self, step: int) -> bool:
         """Whether `config.save_when` asks for a save after this step.
@@ -227,7 +236,7 @@ class Checkpointer:
         """Finish all saves, end the writer and leave. Called on all ranks; blocks. Idempotent.
 
         Raises:
-            CheckpointError: the newest save failed and nobody was told.
+            CheckpointError: the newest save failed, or any with `on_failure="raise"`, and nobody was told.
         """
         if self._closed:
             return
@@ -342,6 +351,13 @@ def load_checkpoint(
     config = config or CheckpointConfig()
     with closing(connect(process_group, timeout_seconds=config.timeout_seconds)) as channel:
         return _load_path(path, lambda: components_of(state), channel, config, tag="load/1")
+
+
+def _path_of(which: Which) -> str | None:
+    """The path that `which` is, or None when it names a checkpoint of the run."""
+    if isinstance(which, os.PathLike):
+        return os.fspath(which)
+    return which if isinstance(which, str) and which not in ("latest", "best") else None
 
 
 def _load_path(

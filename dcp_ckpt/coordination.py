@@ -11,7 +11,7 @@ import contextlib
 import os
 import socket
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -223,7 +223,7 @@ def _wait(store: Store, keys: list[str], timeout_seconds: float) -> bool:
 
 
 @contextlib.contextmanager
-def _store_errors(rank: int) -> Any:
+def _store_errors(rank: int) -> Iterator[None]:
     try:
         yield
     except dist.DistError as error:

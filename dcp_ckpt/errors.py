@@ -19,7 +19,7 @@
         |-- CheckpointNotFound      there is no such checkpoint
         |-- CorruptCheckpoint       bytes differ from their digest, or a file is missing
         |-- FormatTooNew            written by a newer version: upgrade
-        |-- StateMismatch           the checkpoint does not fit this model; nothing was read
+        |-- StateMismatch           the checkpoint does not fit this state; nothing was changed
 
 Errors cross ranks: every class pickles, keeps plain fields only and shows them in its message.
 """

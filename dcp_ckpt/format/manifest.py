@@ -37,6 +37,12 @@ class FragmentRef:
     digest: str
     file_bytes: list[int]
 
+    @classmethod
+    def of(cls, fragment: Fragment, data: bytes) -> FragmentRef:
+        """The reference to a fragment whose encoded bytes are `data`."""
+        file_bytes = [file.size_bytes for file in fragment.files]
+        return cls(size_bytes=len(data), digest=digest(data), file_bytes=file_bytes)
+
 
 @dataclass(frozen=True, kw_only=True)
 class FragmentSummary:
@@ -56,6 +62,25 @@ class FragmentSummary:
     metrics: dict[str, Any]
     tags: list[str]
     indexes: bool
+
+    @classmethod
+    def of(cls, fragment: Fragment, ref: FragmentRef) -> FragmentSummary:
+        return cls(
+            run_id=fragment.run_id,
+            epoch=fragment.epoch,
+            epoch_id=fragment.epoch_id,
+            attempt=fragment.attempt,
+            step=fragment.step,
+            rank=fragment.rank,
+            world_size=fragment.world_size,
+            ref=ref,
+            layout=fragment.layout,
+            replicated=fragment.replicated,
+            created_at=fragment.created_at,
+            metrics=fragment.metrics,
+            tags=fragment.tags,
+            indexes=bool(fragment.tensors or fragment.values),
+        )
 
     @property
     def identity(self) -> tuple[str, int, str, str, int, int]:
@@ -100,26 +125,7 @@ class Manifest:
 
 def summarize(fragment: Fragment, data: bytes) -> FragmentSummary:
     """The summary of a fragment whose encoded bytes are `data`."""
-    return FragmentSummary(
-        run_id=fragment.run_id,
-        epoch=fragment.epoch,
-        epoch_id=fragment.epoch_id,
-        attempt=fragment.attempt,
-        step=fragment.step,
-        rank=fragment.rank,
-        world_size=fragment.world_size,
-        ref=FragmentRef(
-            size_bytes=len(data),
-            digest=digest(data),
-            file_bytes=[file.size_bytes for file in fragment.files],
-        ),
-        layout=fragment.layout,
-        replicated=fragment.replicated,
-        created_at=fragment.created_at,
-        metrics=fragment.metrics,
-        tags=fragment.tags,
-        indexes=bool(fragment.tensors or fragment.values),
-    )
+    return FragmentSummary.of(fragment, FragmentRef.of(fragment, data))
 
 
 def build_manifest(summaries: Sequence[FragmentSummary]) -> Manifest:

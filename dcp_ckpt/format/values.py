@@ -143,7 +143,7 @@ def decode_value(encoded: Any, *, path: str) -> Any:
         return _decode(encoded)
     except CorruptCheckpoint:
         raise
-    except (ValueError, TypeError, KeyError, RecursionError, ArithmeticError) as error:
+    except (ValueError, TypeError, LookupError, RecursionError, ArithmeticError) as error:
         raise CorruptCheckpoint(f"value {path} is not valid typed JSON: {error}", phase="read") from error
 
 

@@ -129,7 +129,7 @@ class RejectedStep:
 
     @property
     def is_absent(self) -> bool:
-        """There is no manifest: an attempt that runs, was lost, or was removed."""
+        """There is no manifest: the attempt is under way, was lost, or was taken back."""
         return self.state == "uncommitted"
 
     @property

@@ -1,6 +1,6 @@
 """The commit: checking the fragments of one attempt and publishing its manifest (docs/format.md, section 8).
 
-`check_fragments` and `check_layouts` decide and are pure; `publish_manifest` acts. Used by the coordinator of
+`check_summaries` and `check_layouts` decide and are pure; `publish_manifest` acts. Used by the coordinator of
 a save, which knows the fragments from its writers' reports, and by recover, which reads them.
 """
 

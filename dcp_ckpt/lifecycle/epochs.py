@@ -1,7 +1,7 @@
 """Epochs: claiming the run for one incarnation, waiting for the one before, and being fenced by the next.
 
-The protocol is in docs/format.md, section 9. Called by the coordinator (rank 0) and by commands that change a
-run.
+The protocol is in docs/format.md, section 9. Called on rank 0, by the session, the coordinator and
+whatever removes files, and by commands that change a run.
 """
 
 from __future__ import annotations

@@ -1,6 +1,5 @@
-"""The janitor: applies retention after each commit.
+"""The janitor: applies retention after each commit, and deletes what was un-committed after its grace period.
 
-It also deletes what was un-committed, once its grace period is over.
 Runs on rank 0's background thread. What to keep is decided by `plan_retention`; a failure here never fails a
 save.
 """

@@ -2,7 +2,7 @@
 
 Owns their names, encoding and meaning. A mark is created exclusively and never rewritten; it is taken back
 by another one that names it, so nothing depends on clocks. No load ever needs a mark: what cannot be read
-is skipped and logged. Written by the checkpointer, `load` and the command line; read by the catalogue.
+is skipped and logged. Written by `load`; read by the catalogue and before a removal.
 """
 
 from __future__ import annotations

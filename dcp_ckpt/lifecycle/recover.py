@@ -10,7 +10,15 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from dcp_ckpt.errors import CheckpointError, ConfigError, CorruptCheckpoint, SaveFailed, StorageNotFound
+from dcp_ckpt.errors import (
+    CheckpointError,
+    ConfigError,
+    CorruptCheckpoint,
+    LoadError,
+    SaveFailed,
+    StorageError,
+    StorageNotFound,
+)
 from dcp_ckpt.format.fragment import Fragment
 from dcp_ckpt.format.manifest import build_manifest, summarize
 from dcp_ckpt.format.names import (
@@ -164,7 +172,7 @@ def _newest_order(storage: Storage, catalogue: Catalogue, epoch: int) -> tuple[i
     """(epoch, step) of the newest checkpoint of an epoch up to `epoch`, whether it can be read or not.
 
     One whose manifest is damaged counts too: else steps that were un-committed when it was committed would
-    come back.
+    come back. One that was copied here from another run does not: its numbers mean nothing here.
     """
     orders = [entry.manifest.order for entry in catalogue.entries]
     for rejected in catalogue.rejected:
@@ -172,9 +180,22 @@ def _newest_order(storage: Storage, catalogue: Catalogue, epoch: int) -> tuple[i
             orders += [
                 (files.attempt.epoch, rejected.directory.step)
                 for files in _list_attempts(storage, rejected.directory)
-                if files.attempt.epoch <= epoch
+                if files.attempt.epoch <= epoch and not _is_foreign(storage, files, catalogue.run)
             ]
     return max(orders, default=(0, 0))
+
+
+def _is_foreign(storage: Storage, files: AttemptFiles, run: RunDocument | None) -> bool:
+    """Whether a readable fragment says that the attempt is another run's; without proof it is ours."""
+    if run is None:
+        return False
+    for rank, size in files.fragments.items():
+        try:
+            ((fragment, _),) = read_fragments(storage, files.directory, files.attempt, [rank], [size])
+        except (StorageError, LoadError):
+            continue
+        return fragment.run_id != run.run_id
+    return False
 
 
 def _list_attempts(storage: Storage, directory: StepDir) -> list[AttemptFiles]:

@@ -1,7 +1,7 @@
 """Retention: which checkpoints to keep and which to remove, decided and explained.
 
 Pure: takes what is there, returns a plan with a reason for every checkpoint. Removing is somebody else's
-work (docs/format.md, section 10). Called by the checkpointer after a commit and by `prune`.
+work (docs/format.md, section 10). Called by the janitor after each commit.
 """
 
 from __future__ import annotations

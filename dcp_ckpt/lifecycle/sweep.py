@@ -126,9 +126,9 @@ def empty_trash(storage: Storage) -> list[str]:
     """Delete what was sealed by anybody. Returns the names."""
     deleted = []
     for name in storage.list_names(f"{TRASH}/"):
-        if StepDir.parse(name.partition("/")[0].rpartition(".")[0]) is None:
-            continue
         sealed = f"{TRASH}/{name.removesuffix('/')}"
+        if not name.endswith("/") or StepDir.parse(name.rpartition(".")[0]) is None:
+            continue
         if MANIFEST in storage.list_names(f"{sealed}/"):
             # Whoever sealed it died before it could put the checkpoint back that was published meanwhile.
             _put_back(storage, sealed)

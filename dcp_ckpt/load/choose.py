@@ -58,9 +58,9 @@ def choose(catalogue: Catalogue, which: Which, *, keep: KeepPolicy | None, url: 
     entry = catalogue.at_step(which)
     if entry is None:
         known = ", ".join(str(other.step) for other in catalogue.entries) or "none"
-        damaged = [rejected for rejected in catalogue.rejected if rejected.directory.step == which]
-        if damaged and not damaged[0].is_absent:
-            raise damaged[0].error
+        for rejected in catalogue.rejected:
+            if rejected.directory.step == which and rejected.state == "unreadable":
+                raise rejected.error
         raise CheckpointNotFound(
             f"no checkpoint of step {which}; there are: {known}", step=which, phase="choose", path=url
         )
@@ -71,7 +71,7 @@ def _latest(catalogue: Catalogue, url: str) -> Candidates:
     rejected = [
         RejectedCheckpoint(path=f"{url}/{rejected.directory}", reason=rejected.reason)
         for rejected in catalogue.rejected
-        if not rejected.is_absent
+        if rejected.state == "unreadable"
     ]
     rejected += [
         RejectedCheckpoint(path=f"{url}/{entry.directory}", reason="marked bad by an earlier load")

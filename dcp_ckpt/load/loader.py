@@ -34,7 +34,7 @@ _MOST_READERS = 4
 
 
 class Loader:
-    """Loads from one storage root; stateless but for its place.
+    """One load from one storage root.
 
     Args:
         storage: a run, or the parent of a step directory.

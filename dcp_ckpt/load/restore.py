@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch.distributed.tensor import DTensor
@@ -26,6 +27,10 @@ from dcp_ckpt.state.placements import local_tensor, placements_of
 from dcp_ckpt.storage.base import Storage
 
 __all__ = ["Components", "Restored", "restore"]
+
+_Result = TypeVar("_Result")
+
+_MIXTURE = "the state is a mixture now, load another checkpoint or end this process"
 
 Components = Callable[[], Sequence[Component]]
 """Makes the components. Called where a failure reaches all ranks, since the user's objects may refuse."""
@@ -79,17 +84,15 @@ def restore(
         CorruptCheckpoint: it is damaged; tensors may hold checked bytes of it, so load another one whole.
     """
 
-    def phase(name: str, act: Callable[[], object]) -> object:
+    def phase(name: str, act: Callable[[], _Result]) -> _Result:
         result, failures = agree(channel, f"{tag}/{name}", act, timeout_seconds=timeout_seconds)
         raise_first(sorted(failures, key=lambda failure: not isinstance(failure, LoadError)))
+        assert result is not None, "no rank failed"
         return result
 
     fitted = phase("fit", lambda: _fit(storage, directory, manifest, components, channel))
-    assert isinstance(fitted, _Fitted)
     bytes_read = phase("read", lambda: _fill(fitted, verify=verify, concurrency=concurrency))
-    assert isinstance(bytes_read, int)
     notes = phase("install", lambda: _install(fitted))
-    assert isinstance(notes, list)
     asked = {name for targets in fitted.targets for name in (*targets.tensors, *targets.values)}
     return Restored(
         names=tuple(sorted(asked)),
@@ -157,13 +160,13 @@ def _install(fitted: _Fitted) -> list[str]:
     for component, targets in zip(fitted.components, fitted.targets, strict=True):
         try:
             notes += component.install(fitted.state, targets)
-        except CheckpointError:
+        except CheckpointError as error:
+            error.message += f"; {_MIXTURE}"
             raise
         except Exception as error:
             name = ".".join(component.prefix)
             raise LoadError(
-                f"{name} refused what was loaded for it: {error!r}; the state is a mixture now, load another "
-                "checkpoint or end this process",
+                f"{name} refused what was loaded for it: {error!r}; {_MIXTURE}",
                 step=fitted.state.step,
                 phase="install",
             ) from error

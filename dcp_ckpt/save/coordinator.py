@@ -11,9 +11,9 @@ import time
 
 from dcp_ckpt.coordination import MISSING, Channel, as_checkpoint_error, error_fields, error_from_fields
 from dcp_ckpt.errors import CheckpointError, CommitUnknown, LoadError, SaveFailed, StorageError
-from dcp_ckpt.format.fragment import Fragment
-from dcp_ckpt.format.manifest import FragmentSummary, Manifest, build_manifest, decode_manifest
-from dcp_ckpt.format.names import MANIFEST, AttemptId, StepDir, fragment_name
+from dcp_ckpt.format.fragment import Fragment, decode_fragment
+from dcp_ckpt.format.manifest import FragmentSummary, Manifest, build_manifest, decode_manifest, summarize
+from dcp_ckpt.format.names import MANIFEST, AttemptId, StepDir, data_file_name, fragment_name
 from dcp_ckpt.lifecycle.commit import check_layouts, check_summaries, publish_manifest, read_fragments
 from dcp_ckpt.lifecycle.epochs import require_newest
 from dcp_ckpt.save.record import Report, SaveKeys, Verdict, from_message
@@ -42,11 +42,16 @@ class Coordinator:
             The verdict. It is published by the caller once it has acted on it.
         """
         reports, silent = self._collect(keys, deadline)
+        for rank in list(silent):
+            if (summary := self._published(directory, attempt, rank)) is not None:
+                log.warning("rank %d fell silent, but its writer finished step %d", rank, step)
+                reports.append(Report(summary=summary))
+                silent.remove(rank)
         try:
             self._raise_failures(reports, silent, step)
-            manifest = self._commit(
-                directory, attempt, [report.summary for report in reports if report.summary]
-            )
+            summaries = [report.summary for report in reports if report.summary]
+            summaries.sort(key=lambda summary: summary.rank)
+            manifest = self._commit(directory, attempt, summaries)
         except CommitUnknown as error:
             return Verdict(outcome="unknown", error=error_fields(error))
         except CheckpointError as error:
@@ -64,6 +69,21 @@ class Coordinator:
         found = self._channel.get_many(wanted, timeout_seconds=left)
         reports = [from_message(Report, message) for message in found if message is not MISSING]
         return reports, [rank for rank, message in enumerate(found) if message is MISSING]
+
+    def _published(self, directory: StepDir, attempt: AttemptId, rank: int) -> FragmentSummary | None:
+        """What a rank that did not report has on storage: its writer outlives its trainer and finishes."""
+        key = f"{directory}/{fragment_name(rank, attempt)}"
+        try:
+            data = self._storage.read(key)
+            fragment = decode_fragment(data, path=key)
+            for index, file in enumerate(fragment.files):
+                name = data_file_name(rank, index, attempt)
+                if self._storage.size(f"{directory}/{name}") != file.size_bytes:
+                    return None
+        except (StorageError, LoadError) as error:
+            log.debug("rank %d published nothing: %s", rank, error)
+            return None
+        return summarize(fragment, data)
 
     def _raise_failures(self, reports: list[Report], silent: list[int], step: int) -> None:
         failures = [error_from_fields(report.error) for report in reports if report.error is not None]
@@ -98,12 +118,12 @@ class Coordinator:
         layouts = tuple(summary.layout for summary in summaries)
         if layouts in self._checked_layouts:
             return None
-        problem = check_layouts(self.fragments(directory, attempt, summaries))
+        problem = check_layouts(self._read_fragments(directory, attempt, summaries))
         if problem is None:
             self._checked_layouts.add(layouts)
         return problem
 
-    def fragments(
+    def _read_fragments(
         self, directory: StepDir, attempt: AttemptId, summaries: list[FragmentSummary]
     ) -> list[Fragment]:
         """All fragments of an attempt, from storage."""

@@ -33,31 +33,22 @@ AUTO_MAX_CHUNKS = 100_000
 """With `dcp_metadata="auto"`, larger checkpoints get no `.metadata`: it would cost more than the save."""
 
 
-def derive_metadata(
-    storage: Storage,
-    directory: StepDir,
-    *,
-    fragments: Sequence[Fragment] | None = None,
-    max_chunks: int | None = None,
-) -> bool:
+def derive_metadata(storage: Storage, directory: StepDir, *, max_chunks: int | None) -> None:
     """Write `.metadata` of a committed checkpoint. Blocks; one process calls it.
 
     Args:
-        fragments: all of them in rank order, when the caller has them.
-        max_chunks: do nothing when there are more.
+        max_chunks: do nothing when there are more; None sets no limit.
 
-    Returns:
-        Whether it was written.
+    Raises:
+        StorageError, LoadError: the checkpoint could not be read, or the file not written.
     """
-    if fragments is None:
-        manifest = decode_manifest(storage.read(f"{directory}/{MANIFEST}"), path=f"{directory}/{MANIFEST}")
-        sizes = [ref.size_bytes for ref in manifest.fragments]
-        found = read_fragments(storage, directory, manifest.attempt_id, range(manifest.world_size), sizes)
-        fragments = [fragment for fragment, _ in found]
-    if max_chunks is not None and sum(len(fragment.chunks) for fragment in fragments) > max_chunks:
-        return False
-    storage.put(f"{directory}/{DCP_METADATA}", pickle.dumps(build_metadata(fragments)))
-    return True
+    key = f"{directory}/{MANIFEST}"
+    manifest = decode_manifest(storage.read(key), path=key)
+    sizes = [ref.size_bytes for ref in manifest.fragments]
+    found = read_fragments(storage, directory, manifest.attempt_id, range(manifest.world_size), sizes)
+    fragments = [fragment for fragment, _ in found]
+    if max_chunks is None or sum(len(fragment.chunks) for fragment in fragments) <= max_chunks:
+        storage.put(f"{directory}/{DCP_METADATA}", pickle.dumps(build_metadata(fragments)))
 
 
 def build_metadata(fragments: Sequence[Fragment]) -> Metadata:

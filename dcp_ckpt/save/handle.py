@@ -90,7 +90,9 @@ class SaveHandle:
             timeout: in seconds; None waits as long as the save's own deadline lets it.
 
         Raises:
-            SaveFailed, CommitUnknown: the save did not become a checkpoint, and why.
+            CheckpointError: the save did not become a checkpoint: what failed first, on whichever rank;
+                SaveFailed when it was skipped.
+            CommitUnknown: it may have become one.
             TimeoutError: it is still under way.
         """
         if not self._done.wait(timeout):

@@ -18,7 +18,7 @@ from dcp_ckpt.errors import CheckpointError, CoordinationError, SaveFailed
 from dcp_ckpt.format.digests import digest
 from dcp_ckpt.format.documents import encode_json
 from dcp_ckpt.format.fragment import Fragment
-from dcp_ckpt.format.manifest import FragmentRef, FragmentSummary
+from dcp_ckpt.format.manifest import FragmentSummary
 from dcp_ckpt.format.names import AttemptId, StepDir
 from dcp_ckpt.save.coordinator import Coordinator
 from dcp_ckpt.save.handle import CheckpointInfo, SaveHandle
@@ -65,7 +65,7 @@ class Pilot:
         link: this rank's writer.
         coordinator: on rank 0, else None.
         after_commit: on rank 0, called after the verdict of a committed save is out.
-        timeout_seconds: deadline of a save, from its call to its verdict.
+        timeout_seconds: how long after a save's deadline rank 0 may take to publish its verdict.
     """
 
     def __init__(
@@ -84,9 +84,9 @@ class Pilot:
         self._timeout_seconds = timeout_seconds
         self._forgotten = 0
         self._flights: queue.SimpleQueue[Flight | None] = queue.SimpleQueue()
+        self._closed = False
         self._thread = threading.Thread(target=self._run, name="dcp_ckpt-pilot", daemon=True)
         self._thread.start()
-        self._closed = False
 
     def take(self, flight: Flight) -> None:
         """Accept a save. Does not block."""
@@ -148,13 +148,14 @@ class Pilot:
         """What this rank has to say: its fragment is durable, or why it is not."""
         rank = self._channel.rank
         try:
-            if not self._link.is_idle:
+            # Asked by name: after a failed staging, the job under way may be that of the save after.
+            if self._link.is_writing(str(flight.attempt)):
                 ref = self._link.wait(str(flight.attempt), deadline=flight.deadline)
             if flight.error is not None:
                 raise flight.error
             assert flight.fragment is not None, "staged, or failed with an error"
             self._require_same_replicas(flight)
-            return Report(summary=_summary(flight.fragment, ref))
+            return Report(summary=FragmentSummary.of(flight.fragment, ref))
         except CheckpointError as error:
             error.rank = rank if error.rank is None else error.rank
             error.step = flight.step if error.step is None else error.step
@@ -225,22 +226,3 @@ class Pilot:
                 info.step, info.bytes, info.stall_seconds, info.durable_seconds, info.path,
             )  # fmt: skip
         flight.handle.resolve(verdict.outcome, info=info)
-
-
-def _summary(fragment: Fragment, ref: FragmentRef) -> FragmentSummary:
-    return FragmentSummary(
-        run_id=fragment.run_id,
-        epoch=fragment.epoch,
-        epoch_id=fragment.epoch_id,
-        attempt=fragment.attempt,
-        step=fragment.step,
-        rank=fragment.rank,
-        world_size=fragment.world_size,
-        ref=ref,
-        layout=fragment.layout,
-        replicated=fragment.replicated,
-        created_at=fragment.created_at,
-        metrics=fragment.metrics,
-        tags=fragment.tags,
-        indexes=bool(fragment.tensors or fragment.values),
-    )

@@ -232,7 +232,7 @@ class Saver:
     def _decide(self, step: int) -> Record:
         assert self._steps is not None, "rank 0 knows the steps"
         busy = self.last if self.last is not None and self.last.outcome == "pending" else None
-        refusal = self._steps.refuse(step, in_flight=busy.step if busy else None) or self._unread_failure()
+        refusal = self._steps.refuse(step, in_flight=busy.step if busy else None) or self._untold_failure()
         if refusal is not None:
             return Record(step=step, decision="raise", error=error_fields(refusal))
         if busy and self._config.when_busy == "skip":
@@ -244,11 +244,11 @@ class Saver:
             created_at=utc_now(),
         )
 
-    def _unread_failure(self) -> CheckpointError | None:
+    def _untold_failure(self) -> CheckpointError | None:
         if self._config.on_failure != "raise":
             return None
-        unread = [handle.error for handle in self._handles if handle.error and not handle.failure_seen]
-        return unread[0] if unread else None
+        untold = [handle.error for handle in self._handles if handle.error and not handle.failure_seen]
+        return untold[0] if untold else None
 
     def _read_record(self, keys: SaveKeys, step: int) -> Record:
         timeout = self._config.timeout_seconds

@@ -68,13 +68,15 @@ class Session:
         timeout = config.recover_wait_seconds + config.timeout_seconds
         claimed = broadcast(channel, f"{tag}/claim", self._claim, timeout_seconds=timeout)
         self.claim = msgspec.convert(claimed, type=EpochClaim)
-        _, failures = agree(
+        pilot, failures = agree(
             channel,
             f"{tag}/join",
             lambda: self._join(global_ranks),
             timeout_seconds=config.timeout_seconds,
         )
         if failures:
+            if pilot is not None:
+                pilot.close()
             link.hold_lease(storage.url, None)
             raise_first(failures)
 
@@ -131,8 +133,8 @@ class Session:
         )
         return asdict(claim)
 
-    def _join(self, global_ranks: Sequence[int]) -> None:
-        """Every rank: hold the lease, and make what saves."""
+    def _join(self, global_ranks: Sequence[int]) -> Pilot:
+        """Every rank: hold the lease, and make what saves; returns what must be closed if another fails."""
         rank, world_size = self._channel.rank, self._channel.world_size
         if rank != 0:
             key = f"{EPOCHS}/{lease_name(self.claim.epoch)}"
@@ -156,6 +158,7 @@ class Session:
             link=self._link,
             pilot=pilot,
         )
+        return pilot
 
     def _after_commit(self, flight: Flight) -> None:
         """On rank 0's background thread, after the verdict is out. What fails here fails no save."""

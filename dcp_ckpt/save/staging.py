@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from dcp_ckpt.errors import StateError
-from dcp_ckpt.format.containers import value_container
+from dcp_ckpt.format.containers import SLAB_ALIGNMENT_BYTES, value_container
 from dcp_ckpt.format.digests import digest
 from dcp_ckpt.format.documents import encode_json
 from dcp_ckpt.format.fragment import FileEntry, ValueEntry
@@ -168,7 +168,7 @@ class Stager:
                 container_offset=position,
                 container_bytes=len(data),
             )
-            position = round_up(position + len(data), 64)
+            position = round_up(position + len(data), SLAB_ALIGNMENT_BYTES)
         end = round_up(position, SEGMENT_BYTES)
         bound.arena.write(position, bytes(end - position))
         return entries, end
@@ -181,7 +181,8 @@ class Stager:
         digests = {".".join(path): digest(encode_json(value)) for path, value in captured.values.items()}
         samples = [_first_elements(locals_[index]) for index in plan.replicated]
         for index, sample in zip(plan.replicated, samples, strict=True):
-            data = sample.contiguous().view(torch.uint8).cpu().numpy().tobytes() if sample.numel() else b""
+            # Not by way of numpy, which is not required.
+            data = bytes(sample.contiguous().view(torch.uint8).tolist()) if sample.numel() else b""
             kind = [str(sample.dtype).removeprefix("torch."), list(locals_[index].shape)]
             digests[plan.names[index]] = digest(encode_json(kind) + data)
         return digests

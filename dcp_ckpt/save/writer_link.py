@@ -32,14 +32,14 @@ class WriterLink:
         self._rank = rank
         self._process: WriterProcess | None = WriterProcess(rank=rank)
         self._lease: tuple[str, str] | None = None
+        self._attempt = ""
         self._idle = threading.Event()
         self._idle.set()
         self._closed = False
 
-    @property
-    def is_idle(self) -> bool:
-        """Whether no job is under way, so the arena may be written."""
-        return self._idle.is_set()
+    def is_writing(self, attempt: str) -> bool:
+        """Whether the job of this attempt was submitted and not yet answered."""
+        return self._attempt == attempt and not self._idle.is_set()
 
     def wait_idle(self, *, timeout_seconds: float) -> None:
         """Wait until the bytes of the last save are durable (or given up).
@@ -76,6 +76,7 @@ class WriterLink:
             log.warning("starting a new writer: %s", error)
             with self._dropping():
                 self._running().submit(job, arena_descriptor)
+        self._attempt = job.fragment.attempt
         self._idle.clear()
 
     def wait(self, attempt: str, *, deadline: float) -> FragmentRef:

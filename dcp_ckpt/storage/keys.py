@@ -50,7 +50,7 @@ def temporary_name(name: str, token: str) -> str:
 
 def is_temporary(name: str) -> bool:
     """Whether `name` (the last part of a key) is what `temporary_name` makes."""
-    return _TEMPORARY.fullmatch(name) is not None
+    return final_name(name) is not None
 
 
 def final_name(name: str) -> str | None:

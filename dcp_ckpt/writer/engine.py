@@ -69,11 +69,10 @@ def write_attempt(storage: Storage, job: WriteJob, arena: memoryview) -> Fragmen
         writer = storage.open_writer(key, size_bytes=file.size_bytes, direct=job.direct_io)
         digests = _write_file(writer, arena[: file.size_bytes])
         files.append(FileEntry(size_bytes=file.size_bytes, block_digests=digests))
-    data = encode_fragment(replace(fragment, files=files))
+    fragment = replace(fragment, files=files)
+    data = encode_fragment(fragment)
     storage.create_exclusive(f"{job.directory}/{fragment_name(fragment.rank, attempt)}", data)
-    return FragmentRef(
-        size_bytes=len(data), digest=digest(data), file_bytes=[file.size_bytes for file in files]
-    )
+    return FragmentRef.of(fragment, data)
 
 
 def _write_file(writer: ObjectWriter, data: memoryview) -> str:

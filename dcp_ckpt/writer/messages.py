@@ -59,7 +59,6 @@ class Reply:
     Args:
         attempt: that of the job, empty for other requests.
         fragment_bytes, digest, file_bytes: of the published fragment and its data files.
-        write_seconds: from the start of the job until the fragment was durable.
         error_kind, error, path, errno: set when it failed; `error_kind` names a class of dcp_ckpt.errors.
     """
 
@@ -67,7 +66,6 @@ class Reply:
     fragment_bytes: int = 0
     digest: str = ""
     file_bytes: list[int] = field(default_factory=list)
-    write_seconds: float = 0.0
     error_kind: str = ""
     error: str = ""
     path: str | None = None

@@ -14,7 +14,6 @@ import select
 import signal
 import socket
 import sys
-import time
 import traceback
 from types import TracebackType
 
@@ -160,7 +159,6 @@ class Program:
         self._arena_inode = status.st_ino
 
     def _write(self, job: WriteJob) -> Reply:
-        started = time.monotonic()
         self._storage = self._storage or open_storage(job.storage_url)
         check_shared_storage(self._storage, job.fragment)
         with memoryview(self._arena if self._arena is not None else b"") as arena:
@@ -170,7 +168,6 @@ class Program:
             fragment_bytes=ref.size_bytes,
             digest=ref.digest,
             file_bytes=ref.file_bytes,
-            write_seconds=time.monotonic() - started,
         )
 
 

@@ -84,16 +84,14 @@ def test_a_start_waits_for_the_writers_of_the_one_before(tmp_path: Path) -> None
 
 
 @pytest.mark.crash
-def test_a_dead_rank_is_named_and_its_writer_finishes(tmp_path: Path) -> None:
+def test_what_a_dead_ranks_writer_finished_is_committed(tmp_path: Path) -> None:
     points = hold_writers((0, 1))
     with Start(tmp_path, "killed", world_size=2, points=points, options=["--timeout", "6"]) as start:
         wait_held(start)
         start.trainer(1).kill()
         start.trainer(1).wait()
         start.book.release()
-        wait_until(lambda: 3 in start.steps("save", outcome="failed"), HOLD_SECONDS, start)
-        message = start.events("save")[-1]["error"]
-        assert "rank(s) 1 did not finish the save in time" in message
+        wait_until(lambda: 3 in start.steps("save", outcome="committed"), HOLD_SECONDS, start)
         start.wait()
         start.require_gone()
         assert require_exact_resume(tmp_path, start) == 3

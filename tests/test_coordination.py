@@ -1,0 +1,196 @@
+"""The channel and one verdict for all ranks: two ranks as threads over a real store."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import pytest
+from torch.distributed import TCPStore  # type: ignore[attr-defined]  # public, not in its __all__
+
+from dcp_ckpt import errors
+from dcp_ckpt.coordination import (
+    MISSING,
+    Channel,
+    SoloChannel,
+    StoreChannel,
+    agree,
+    as_checkpoint_error,
+    broadcast,
+    error_fields,
+    error_from_fields,
+    gather,
+    raise_first,
+)
+from dcp_ckpt.errors import CheckpointError, CoordinationError, SaveFailed, StorageFull
+
+Result = TypeVar("Result")
+WAIT = 20.0
+
+
+@pytest.fixture
+def channels() -> Iterator[list[StoreChannel]]:
+    """Two ranks of one world."""
+    timeout = timedelta(seconds=WAIT)
+    hosted = TCPStore("127.0.0.1", 0, None, True, timeout, wait_for_workers=False)
+    joined = TCPStore("127.0.0.1", hosted.port, None, False, timeout, wait_for_workers=False)
+    ranks = [
+        StoreChannel(store, rank, 2, ranks_on_host=2, close_seconds=2.0)
+        for rank, store in enumerate((hosted, joined))
+    ]
+    yield ranks
+    for channel in reversed(ranks):
+        channel.close()
+
+
+def on_all(channels: list[StoreChannel], act: Callable[[StoreChannel], Result]) -> list[Result]:
+    """What every rank returns, or the error it raises, as a result."""
+    with ThreadPoolExecutor(len(channels)) as threads:
+        return list(threads.map(act, channels))
+
+
+def error_of(act: Callable[[], Any]) -> CheckpointError:
+    with pytest.raises(CheckpointError) as caught:
+        act()
+    return caught.value
+
+
+def refuse(rank: int) -> None:
+    raise StorageFull(f"rank {rank} has no space", path="/somewhere", errno=28)
+
+
+def test_messages_go_from_rank_to_rank_and_can_be_forgotten(channels):
+    first, second = channels
+    first.put("key", {"list": [1, None, "x"]})
+    assert second.get("key", timeout_seconds=WAIT) == {"list": [1, None, "x"]}
+    assert second.get_many(["key", "absent"], timeout_seconds=0.01) == [{"list": [1, None, "x"]}, MISSING]
+    first.forget(["key"])
+    with pytest.raises(TimeoutError, match="key"):
+        second.get("key", timeout_seconds=0.01)
+
+
+def test_a_clone_is_the_same_channel(channels):
+    first, second = channels
+    clone = second.clone()
+    clone.put("key", 1)
+    clone.close()
+    assert (clone.rank, clone.world_size) == (1, 2)
+    assert first.get("key", timeout_seconds=WAIT) == 1
+
+
+def test_a_closed_channel_refuses(channels):
+    on_all(channels, lambda channel: channel.close())
+    for channel in channels:
+        with pytest.raises(CoordinationError, match="closed"):
+            channel.put("key", 1)
+
+
+def test_a_signal_handler_runs_while_a_rank_waits(channels):
+    """The wait is in C++; it has to come back now and then for Python to see the signal."""
+    started = time.monotonic()
+    handled: list[float] = []
+    before = signal.signal(signal.SIGUSR2, lambda *_: handled.append(time.monotonic() - started))
+    alarm = threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGUSR2))
+    try:
+        alarm.start()
+        with pytest.raises(TimeoutError):
+            channels[1].get("absent", timeout_seconds=2.5)
+    finally:
+        alarm.join()
+        signal.signal(signal.SIGUSR2, before)
+    assert time.monotonic() - started >= 2.4
+    assert handled
+    assert handled[0] < 1.5
+
+
+def test_what_rank_0_decides_all_ranks_get(channels):
+    def ask(channel: Channel) -> dict[str, int]:
+        return broadcast(channel, "tag", lambda: {"rank": channel.rank}, timeout_seconds=WAIT)
+
+    assert on_all(channels, ask) == [{"rank": 0}] * 2
+
+
+def test_what_rank_0_raises_all_ranks_get(channels):
+    def ask(channel: Channel) -> CheckpointError:
+        return error_of(lambda: broadcast(channel, "tag", lambda: refuse(0), timeout_seconds=WAIT))
+
+    for error in on_all(channels, ask):
+        assert isinstance(error, StorageFull)
+        assert (error.message, error.rank, error.errno) == ("rank 0 has no space", 0, 28)
+
+
+def test_a_rank_0_that_does_not_answer_is_named(channels):
+    error = error_of(lambda: broadcast(channels[1], "tag", lambda: 1, timeout_seconds=0.05))
+    assert isinstance(error, CoordinationError)
+    assert "rank 0 did not answer within" in str(error)
+
+
+def test_everybody_hears_everybody(channels):
+    def tell(channel: Channel) -> list[str]:
+        return gather(channel, "tag", f"I am {channel.rank}", timeout_seconds=WAIT)
+
+    assert on_all(channels, tell) == [["I am 0", "I am 1"]] * 2
+
+
+def test_a_rank_that_does_not_answer_is_named(channels):
+    error = error_of(lambda: gather(channels[0], "tag", 1, timeout_seconds=0.05))
+    assert "rank(s) 1 did not answer within" in str(error)
+
+
+def test_a_failure_of_one_rank_is_told_to_all_and_the_next_call_meets_no_old_message(channels):
+    def act(channel: Channel, tag: str, bad: int) -> tuple[str | None, list[CheckpointError]]:
+        return agree(
+            channel,
+            tag,
+            lambda: refuse(channel.rank) if channel.rank == bad else f"done by {channel.rank}",
+            timeout_seconds=WAIT,
+        )
+
+    results = on_all(channels, lambda channel: act(channel, "first", 1))
+    assert [result for result, _ in results] == ["done by 0", None]
+    for _, failures in results:
+        assert [(type(failure), failure.rank) for failure in failures] == [(StorageFull, 1)]
+        with pytest.raises(StorageFull, match="rank 1 has no space"):
+            raise_first(failures)
+    results = on_all(channels, lambda channel: act(channel, "second", -1))
+    assert results == [("done by 0", []), ("done by 1", [])]
+
+
+def test_the_first_failure_says_how_many_there_are():
+    raise_first([])
+    with pytest.raises(SaveFailed, match=r"a \(and 2 more ranks failed\)"):
+        raise_first([SaveFailed("a"), SaveFailed("b"), SaveFailed("c")])
+
+
+def test_what_is_not_ours_is_wrapped_and_keeps_its_rank():
+    wrapped = as_checkpoint_error(KeyboardInterrupt(), rank=3)
+    assert (type(wrapped), wrapped.rank) == (CheckpointError, 3)
+    assert "KeyboardInterrupt" in wrapped.message
+    own = SaveFailed("mine", rank=1)
+    assert as_checkpoint_error(own, rank=3) is own
+    assert own.rank == 1
+
+
+@pytest.mark.parametrize("name", errors.__all__)
+def test_every_error_crosses_ranks_as_it_is(name):
+    kind = getattr(errors, name)
+    error = kind("what", rank=1, step=2, phase="write", path="/a", errno=5)
+    again = error_from_fields(error_fields(error))
+    assert (type(again), str(again), vars(again)) == (kind, str(error), vars(error))
+
+
+def test_a_single_process_is_a_world_of_its_own():
+    channel = SoloChannel()
+    assert gather(channel, "tag", "me", timeout_seconds=0.1) == ["me"]
+    assert broadcast(channel, "other", lambda: 5, timeout_seconds=0.1) == 5
+    assert channel.get_many(["tag/0", "absent"], timeout_seconds=0.1) == ["me", MISSING]
+    channel.forget(["tag/0", "absent"])
+    with pytest.raises(TimeoutError):
+        channel.get("tag/0", timeout_seconds=0.1)
+    assert channel.clone() is channel
