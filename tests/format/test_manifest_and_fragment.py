@@ -13,7 +13,13 @@ import pytest
 from dcp_ckpt.errors import CorruptCheckpoint, FormatTooNew
 from dcp_ckpt.format.digests import BLOCK_BYTES, block_count, digest
 from dcp_ckpt.format.documents import encode_json
-from dcp_ckpt.format.fragment import Fragment, decode_fragment, encode_fragment, layout_digest
+from dcp_ckpt.format.fragment import (
+    ChunkEntry,
+    Fragment,
+    decode_fragment,
+    encode_fragment,
+    layout_digest,
+)
 from dcp_ckpt.format.manifest import (
     FragmentSummary,
     Manifest,
@@ -165,11 +171,11 @@ def test_a_fragment_comes_back_as_it_was(fragments):
 
 
 def test_a_fragment_that_contradicts_itself_is_damaged(fragments):
-    fragment = fragments[0][0]
+    fragment: Fragment = fragments[0][0]
     (file,) = fragment.files
     chunk = fragment.chunks[0]
 
-    def with_chunks(*chunks: Any) -> Fragment:
+    def with_chunks(*chunks: ChunkEntry) -> Fragment:
         layout = layout_digest(fragment.meshes, fragment.tensors, list(chunks))
         return replace(fragment, chunks=list(chunks), layout=layout)
 

@@ -32,7 +32,7 @@ def same(a: Any, b: Any) -> bool:
     if isinstance(a, complex):
         return same(a.real, b.real) and same(a.imag, b.imag)
     if isinstance(a, (np.ndarray, np.generic)):
-        return a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes()
+        return bool(a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes())
     if isinstance(a, deque) and a.maxlen != b.maxlen:
         return False
     if isinstance(a, dict):
@@ -62,7 +62,7 @@ leaves = (
     | st.text().map(TensorRef)
 )
 pairs = hashable | st.text() | st.sampled_from(["$int", "$", "a", "b"])
-values = st.recursive(
+values: st.SearchStrategy[Any] = st.recursive(
     leaves,
     lambda inner: (
         st.lists(inner, max_size=4)
@@ -92,7 +92,7 @@ def test_equal_values_have_equal_bytes(value):
     "value",
     [
         2**53, 2**53 + 1, -(2**53) - 1, 10**400, -0.0, 5e-324, 1e308, 1e22, 0.1, float("nan"), float("-inf"),
-        complex(float("nan"), -0.0), {"b": 1, "a": 2}, {"a": 1, "b": 2}, {1: "x", "1": "y", True and 2: None},
+        complex(float("nan"), -0.0), {"b": 1, "a": 2}, {"a": 1, "b": 2}, {1: "x", "1": "y", 2: None},
         {(1, 2): {3: [None]}}, {"$int": "5"}, {}, [], (), set(), "\0 \u2028 \U0001f600", b"\0\xff",
         deque([1], maxlen=1), Counter({"b": 0, "a": -1}), [[[]]],
     ],

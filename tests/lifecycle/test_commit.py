@@ -210,13 +210,28 @@ def test_a_failure_that_cannot_be_made_durable_is_unknown(tmp_path):
     assert files(tmp_path) == before
 
 
-def test_what_was_reported_as_failed_is_never_completed(tmp_path):
-    """Rank 1 wrote everything and could not say so in time."""
+def two_ranks() -> StoreChannel:
+    """Rank 0's channel in a world of two."""
+    store = TCPStore("127.0.0.1", 0, None, True, timedelta(seconds=20), wait_for_workers=False)
+    return StoreChannel(store, 0, 2, ranks_on_host=2, close_seconds=0.1)
+
+
+def test_a_silent_rank_whose_writer_finished_is_committed(tmp_path):
     storage = open_storage(tmp_path)
     write_attempt(storage, ranks=2)
-    store = TCPStore("127.0.0.1", 0, None, True, timedelta(seconds=20), wait_for_workers=False)
-    channel = StoreChannel(store, 0, 2, ranks_on_host=2, close_seconds=0.1)
-    verdict = conclude(storage, tmp_path, channel=channel, ranks=2, reporting=1)
+    assert conclude(storage, tmp_path, channel=two_ranks(), ranks=2, reporting=1).outcome == "committed"
+    assert read_catalogue(storage).latest is not None
+
+
+def test_what_was_reported_as_failed_is_never_completed(tmp_path):
+    """Rank 1's writer publishes its fragment after the verdict."""
+    storage = open_storage(tmp_path)
+    write_attempt(storage, ranks=2)
+    late = tmp_path / str(DIRECTORY) / fragment_name(1, ATTEMPT)
+    data = late.read_bytes()
+    late.unlink()
+    verdict = conclude(storage, tmp_path, channel=two_ranks(), ranks=1, reporting=1)
+    late.write_bytes(data)
     assert verdict.outcome == "failed"
     assert verdict.error is not None
     assert "rank(s) 1 did not finish the save in time" in verdict.error["message"]

@@ -52,7 +52,7 @@ def save_all(path: Path, steps: list[int], **changes: Any) -> None:
             checkpointer.save(state_of(step), step=step).result(WAIT)
 
 
-def steps_of(path: Path) -> list[int]:
+def steps_of(path: Path) -> list[int | None]:
     return [checked.step for checked in verify(path).checkpoints]
 
 
@@ -132,7 +132,7 @@ def test_a_run_that_is_gone_is_not_made_anew(tmp_path, how):
 
 def test_a_run_that_goes_away_before_the_commit_gets_no_manifest(tmp_path):
     run = tmp_path / "run"
-    removed = []
+    removed: list[bool] = []
 
     def remove_run(call: SystemCall) -> None:
         """The writer has published its fragment; what is left to do is done by this process."""
@@ -283,11 +283,11 @@ def test_a_state_that_is_a_mixture_is_not_saved(tmp_path):
         with pytest.raises(LoadError, match=r"picky.*not today.*the state is a mixture") as caught:
             checkpointer.load(state)
         assert not isinstance(caught.value, StateMismatch)
-        with pytest.raises(LoadError, match="mixture"):
+        with pytest.raises(SaveFailed, match="mixture"):
             checkpointer.save(state, step=2)
         with pytest.raises(StateMismatch):
             checkpointer.load({"other": 1})
-        with pytest.raises(LoadError, match="mixture"):
+        with pytest.raises(SaveFailed, match="mixture"):
             checkpointer.save(state, step=2)
         picky.refuses = False
         checkpointer.load(state)

@@ -280,7 +280,7 @@ def test_a_missing_root_is_named(tmp_path: Path) -> None:
 
 def test_a_root_below_a_file_is_refused_with_path_and_errno(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
-    storage = LocalStorage(tmp_path / "file/root")
+    storage = LocalStorage(tmp_path / "file/run")
     for write in (
         lambda: storage.put("a", b""),
         lambda: storage.make_directory("a"),
@@ -290,7 +290,7 @@ def test_a_root_below_a_file_is_refused_with_path_and_errno(tmp_path: Path) -> N
         with pytest.raises(StorageError) as caught:
             write()
         assert caught.value.errno == errno.ENOTDIR
-        assert str(tmp_path / "file/root/a") in str(caught.value)
+        assert str(tmp_path / "file/run/a") in str(caught.value)
 
 
 UNPRIVILEGED = """
