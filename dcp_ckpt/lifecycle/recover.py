@@ -114,7 +114,7 @@ def recover_older_epochs(
     for directory in absent:
         if directory not in committed:
             _seal_debris(storage, directory, epoch, report)
-    report.removed.extend(empty_trash(storage))
+    report.removed.extend(empty_trash(storage, epoch=epoch))
     catalogue = read_catalogue(storage)
     report.removed.extend(sweep_leftovers(storage, catalogue, epoch=epoch))
     if on_commit is not None:

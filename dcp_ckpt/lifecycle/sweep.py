@@ -122,13 +122,18 @@ def _is_ours(name: str) -> bool:
     return parse_fragment_name(final) is not None or parse_data_file_name(final) is not None
 
 
-def empty_trash(storage: Storage) -> list[str]:
-    """Delete what was sealed by anybody. Returns the names."""
+def empty_trash(storage: Storage, *, epoch: int) -> list[str]:
+    """Delete what was sealed by anybody. Returns the names.
+
+    Raises:
+        Fenced: a newer epoch exists; what it has sealed is its own to delete.
+    """
     deleted = []
     for name in storage.list_names(f"{TRASH}/"):
         sealed = f"{TRASH}/{name.removesuffix('/')}"
         if not name.endswith("/") or StepDir.parse(name.rpartition(".")[0]) is None:
             continue
+        require_newest(storage, epoch)
         if MANIFEST in storage.list_names(f"{sealed}/"):
             # Whoever sealed it died before it could put the checkpoint back that was published meanwhile.
             _put_back(storage, sealed)

@@ -104,12 +104,23 @@ def test_a_sealed_directory_goes_and_a_checkpoint_in_the_trash_comes_back(tmp_pa
     sealed = tmp_path / "trash" / f"{DIRECTORY}.0123456789abcdef"
     sealed.parent.mkdir()
     (tmp_path / str(DIRECTORY)).rename(sealed)
-    assert empty_trash(storage) == []
+    assert empty_trash(storage, epoch=1) == []
     assert (tmp_path / str(DIRECTORY) / "manifest.json").exists()
     assert uncommit(storage, DIRECTORY, epoch=1)
     assert seal(storage, DIRECTORY, epoch=1) is not None
-    assert len(empty_trash(storage)) == 1
+    assert len(empty_trash(storage, epoch=1)) == 1
     assert list(sealed.parent.iterdir()) == []
+
+
+def test_the_trash_of_a_newer_owner_is_left_alone(tmp_path, storage):
+    assert uncommit(storage, DIRECTORY, epoch=1)
+    sealed = seal(storage, DIRECTORY, epoch=1)
+    assert sealed is not None
+    before = sorted(path.name for path in (tmp_path / sealed).iterdir())
+    claim(storage)
+    with pytest.raises(Fenced):
+        empty_trash(storage, epoch=1)
+    assert sorted(path.name for path in (tmp_path / sealed).iterdir()) == before
 
 
 def test_a_directory_with_a_manifest_is_never_sealed(tmp_path, storage):
