@@ -5,6 +5,7 @@ SHELL := bash
 
 BIN := .venv/bin
 READY := .venv/.installed
+S3_DATA ?=
 NPROC ?= 8
 SIZE_GIB ?= 1
 BENCH_JSON ?= build/save_latency.json
@@ -12,14 +13,14 @@ BENCH_JSON ?= build/save_latency.json
 # One thread per rank: many ranks share the cores, and results repeat.
 demo test bench crash: export OMP_NUM_THREADS := 1
 
-.PHONY: help setup demo test lint bench crash clean
+.PHONY: help setup demo test lint bench crash s3 clean
 
 help: ## show this list
-	@sed -nE 's/^([a-z]+):[^#]*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
+	@sed -nE 's/^([a-z0-9]+):[^#]*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
 
 setup: $(READY) ## make .venv and install everything into it
 
-$(READY): pyproject.toml constraints.txt
+$(READY): pyproject.toml constraints.txt constraints-s3-server.txt
 	@for python in python3.11 python3; do \
 	  if $$python -c "import sys; sys.exit(sys.version_info < (3, 11))" 2>/dev/null; then break; fi; \
 	  python=; \
@@ -28,6 +29,7 @@ $(READY): pyproject.toml constraints.txt
 	$$python -m venv .venv
 	@echo "installing into .venv (torch is large: this takes minutes, once)"
 	@$(BIN)/python -m pip install --quiet --quiet --constraint constraints.txt --editable ".[s3,dev]"
+	@$(BIN)/python -m pip install --quiet --require-hashes --no-deps --requirement constraints-s3-server.txt
 	@touch $@
 
 demo: $(READY) ## train, kill, resume on another number of ranks
@@ -48,6 +50,9 @@ bench: $(READY) ## measure saves and loads (NPROC, SIZE_GIB, BENCH_JSON)
 
 crash: $(READY) ## the long crash tests
 	$(BIN)/python -m pytest -m crash
+
+s3: $(READY) ## an S3 server on this machine until Ctrl-C; prints how to use it (S3_DATA keeps its data)
+	$(BIN)/python -m dcp_ckpt.testing.s3_server $(if $(S3_DATA),--data $(S3_DATA))
 
 clean: ## remove caches and build outputs; .venv and runs stay
 	rm -rf build dist ./*.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from dcp_ckpt.lifecycle.runs import Run, list_runs
     from dcp_ckpt.load.report import LoadReport
     from dcp_ckpt.ops.checkpoint import Checkpoint, open_checkpoint
+    from dcp_ckpt.ops.copy import CopyReport, copy_checkpoint
+    from dcp_ckpt.ops.plan import LoadPlan, plan_load
     from dcp_ckpt.ops.verify import VerifyReport, verify
     from dcp_ckpt.policies import (
         AnyOf,
@@ -41,21 +43,25 @@ _HOMES = {
     "CheckpointError": "errors",
     "CheckpointInfo": "save.handle",
     "Checkpointer": "checkpointer",
+    "CopyReport": "ops.copy",
     "ElasticSampler": "state.data",
     "EveryNSeconds": "policies",
     "EveryNSteps": "policies",
     "EverySeconds": "policies",
     "EverySteps": "policies",
     "LatestN": "policies",
+    "LoadPlan": "ops.plan",
     "LoadReport": "load.report",
     "Run": "lifecycle.runs",
     "SaveHandle": "save.handle",
     "TrainState": "state.train_state",
     "VerifyReport": "ops.verify",
+    "copy_checkpoint": "ops.copy",
     "list_runs": "lifecycle.runs",
     "load_checkpoint": "checkpointer",
     "open_checkpoint": "ops.checkpoint",
     "open_run": "runs",
+    "plan_load": "ops.plan",
     "verify": "ops.verify",
 }
 
@@ -68,21 +74,25 @@ __all__ = [
     "CheckpointError",
     "CheckpointInfo",
     "Checkpointer",
+    "CopyReport",
     "ElasticSampler",
     "EveryNSeconds",
     "EveryNSteps",
     "EverySeconds",
     "EverySteps",
     "LatestN",
+    "LoadPlan",
     "LoadReport",
     "Run",
     "SaveHandle",
     "TrainState",
     "VerifyReport",
+    "copy_checkpoint",
     "list_runs",
     "load_checkpoint",
     "open_checkpoint",
     "open_run",
+    "plan_load",
     "verify",
 ]
 

@@ -10,10 +10,10 @@ import logging
 import math
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 
@@ -28,6 +28,7 @@ from dcp_ckpt.errors import (
     StateMismatch,
 )
 from dcp_ckpt.lifecycle.catalogue import CheckpointEntry, read_catalogue
+from dcp_ckpt.lifecycle.pins import pin, unpin
 from dcp_ckpt.load.choose import Which, choose
 from dcp_ckpt.load.loader import Loader
 from dcp_ckpt.load.report import LoadReport
@@ -44,6 +45,8 @@ __all__ = ["Checkpointer", "load_checkpoint"]
 log = logging.getLogger(__name__)
 
 State = TrainState | dict[str, Any]
+
+_Result = TypeVar("_Result")
 
 
 class Checkpointer:
@@ -74,6 +77,7 @@ class Checkpointer:
         self._starts = 0
         self._loads = 0
         self._questions = 0
+        self._orders = 0
         self._last_save_time = time.monotonic()
         self._failed_load: CheckpointError | None = None
         self._closed = False
@@ -99,7 +103,8 @@ class Checkpointer:
 
         Returns as soon as this rank's bytes are copied and in its writer's hands; from then on the save
         survives the death of this process. It blocks for that copy, and for the bytes of the save before to
-        be durable (`when_busy`).
+        be durable (`when_busy`). With `overlap="step"` parameters and moments are copied after it has
+        returned: see `fence`, and `SaveHandle.wait_staged`.
 
         Args:
             state: a TrainState, or a nested dict of tensors, DTensors, Statefuls and values.
@@ -150,6 +155,7 @@ class Checkpointer:
         """
         self._require_open()
         session = self._started()
+        self.fence()
         self._loads += 1
         tag = f"load/{self._loads}"
 
@@ -162,16 +168,20 @@ class Checkpointer:
                 report: LoadReport | None = _load_path(path, components, self._channel, self._config, tag=tag)
             else:
                 loader = Loader(self._storage, self._storage.url, self._channel, self._config, tag=tag)
-                report = loader.load(components, which)
+                report = loader.load(components, which, session.catalogue)
         except (CheckpointNotFound, StateMismatch, FormatTooNew, ConfigError):
             raise
         except CheckpointError as error:
+            session.marks_changed()
             # The state may hold parts of several checkpoints now: saving it would make that last.
             self._failed_load = None if error.phase == "choose" else error
             raise
         self._failed_load = None
+        if report is not None and report.rejected:
+            session.marks_changed()
         if path is None and report is not None:
-            self._resumed_from(session, report, tag)
+            resumed = os.path.basename(report.path), report.epoch, report.step
+            self._on_rank_0("resumed", lambda: session.resumed_from(*resumed))
         return report
 
     def should_save(self, step: int) -> bool:
@@ -200,6 +210,22 @@ class Checkpointer:
             lambda: policy.is_due(step=step, seconds_since_save=elapsed),
             timeout_seconds=self._config.timeout_seconds,
         )
+
+    def fence(self) -> None:
+        """Wait until the newest save has copied everything, so that all of its state may be written.
+
+        Called on any rank by itself, from the thread that trains; blocks for what is left of the copy. The
+        `step()` of the torch.optim optimizers in the saved TrainState does this by itself, and so does
+        `load`. Only needed with `overlap="step"`, before other code writes parameters or moments:
+        `load_checkpoint`, `load_state_dict`, weights that are clipped, swapped or averaged, a CUDA graph that
+        holds the step. Without it the save fails and names what was changed. A write that PyTorch does not
+        count (through `.data`, numpy, `torch._foreach_*` on DTensors, fused kernels, graph replays) cannot be
+        seen: it may end up in the checkpoint, unless this is called first.
+
+        Raises nothing: a copy that fails or hangs fails its save, never the training.
+        """
+        if self._session is not None:
+            self._session.saver.fence()
 
     def wait(self, timeout: float | None = None) -> None:
         """Wait until the newest save has its outcome; failures stay in its handle.
@@ -231,6 +257,32 @@ class Checkpointer:
         except CheckpointNotFound:
             return None
         return self._info(found.entries[0])
+
+    def pin(self, step: int, *, reason: str | None = None) -> None:
+        """Keep the checkpoint of a step until it is unpinned. Called on all ranks; blocks. Idempotent.
+
+        Raises:
+            CheckpointNotFound: there is none, or retention has just removed it; on all ranks.
+            StorageError: the pin could not be written; on all ranks.
+        """
+        self._mark("pin", step, lambda entry: pin(self._storage, entry, reason=reason))
+
+    def unpin(self, step: int) -> None:
+        """Take back every pin of the checkpoint of a step. As `pin`, also in what it raises."""
+        self._mark("unpin", step, lambda entry: unpin(self._storage, entry))
+
+    def prune(self) -> list[str]:
+        """Apply `config.keep` now instead of after the next save. Called on all ranks; blocks.
+
+        Returns:
+            The paths of what was taken back, oldest first; its files stay for `grace_seconds`.
+
+        Raises:
+            CheckpointError: the run could not be read or changed, or is a newer start's; on all ranks.
+        """
+        self._require_open()
+        names = self._on_rank_0("prune", self._started().prune)
+        return [os.path.join(self._storage.url, name) for name in names]
 
     def close(self) -> None:
         """Finish all saves, end the writer and leave. Called on all ranks; blocks. Idempotent.
@@ -302,15 +354,25 @@ class Checkpointer:
             )
         return self._session
 
-    def _resumed_from(self, session: Session, report: LoadReport, tag: str) -> None:
-        """Rank 0 notes it; all ranks learn whether that worked."""
-        directory = os.path.basename(report.path)
-        broadcast(
-            self._channel,
-            f"{tag}/resumed",
-            lambda: session.resumed_from(directory, epoch=report.epoch, step=report.step),
-            timeout_seconds=self._config.timeout_seconds,
-        )
+    def _on_rank_0(self, what: str, act: Callable[[], _Result]) -> _Result:
+        """All ranks: let rank 0 act once; its answer, or its failure, is everybody's."""
+        self._require_open()
+        self._orders += 1
+        tag = f"{what}/{self._orders}"
+        return broadcast(self._channel, tag, act, timeout_seconds=self._config.timeout_seconds)
+
+    def _mark(self, what: str, step: int, mark: Callable[[CheckpointEntry], bool]) -> None:
+        """All ranks: let rank 0 mark the checkpoint of a step."""
+        if type(step) is not int:
+            raise ConfigError(f"step must be a whole number, not {step!r}")
+
+        def act() -> None:
+            found = choose(read_catalogue(self._storage), step, keep=None, url=self._storage.url)
+            mark(found.entries[0])
+            if self._session is not None:
+                self._session.marks_changed()
+
+        self._on_rank_0(what, act)
 
     def _info(self, entry: CheckpointEntry) -> CheckpointInfo:
         manifest = entry.manifest

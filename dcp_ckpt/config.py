@@ -25,7 +25,9 @@ class CheckpointConfig:
     Args:
         save_when: when `should_save` says yes; None leaves it to the caller's own rule.
         keep: what retention keeps besides what it never touches; None keeps everything.
-        overlap: "off": `save()` returns once this rank's bytes are copied. "step" is not built yet.
+        overlap: "off": `save()` returns once this rank's bytes are copied. "step": parameters and moments of
+            a TrainState are copied while forward and backward run, and the next `optimizer.step()` waits
+            until they are; whatever else writes them calls `Checkpointer.fence()` first.
         when_busy: a save that comes while the one before is still being written waits for it, or is skipped.
         on_failure: a failed save is logged and training goes on, or it raises at the next call, on all ranks.
         verify: check the digests of everything that a load reads.
@@ -92,8 +94,6 @@ class CheckpointConfig:
 
     def _refuse_unbuilt(self) -> None:
         # Accepting a setting without effect would be a promise that nobody keeps.
-        if self.overlap == "step":
-            raise ConfigError("overlap='step' is not built yet; use overlap='off'")
         if self.max_bandwidth_bytes is not None:
             raise ConfigError(
                 f"max_bandwidth_bytes={self.max_bandwidth_bytes!r} is not built yet; leave it at None"

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
@@ -40,7 +41,9 @@ __all__ = [
 
 _Result = TypeVar("_Result")
 
-_SLICE_SECONDS = 0.5
+_FIRST_POLL_SECONDS = 0.0005
+_POLL_SECONDS = 0.02
+_POLL_SECONDS_PER_RANK = 0.0002
 
 MISSING = object()
 """Stands for a message that did not come in time."""
@@ -160,14 +163,14 @@ class StoreChannel:
     def get(self, key: str, *, timeout_seconds: float) -> Any:
         store = self._alive()
         with _store_errors(self.rank):
-            if not _wait(store, [key], timeout_seconds):
+            if not _wait(store, [key], timeout_seconds, world_size=self.world_size):
                 raise TimeoutError(key)
             return msgspec.json.decode(store.get(key))
 
     def get_many(self, keys: Sequence[str], *, timeout_seconds: float) -> list[Any]:
         store = self._alive()
         with _store_errors(self.rank):
-            if _wait(store, list(keys), timeout_seconds):
+            if _wait(store, list(keys), timeout_seconds, world_size=self.world_size):
                 return [msgspec.json.decode(data) for data in store.multi_get(list(keys))]
             return [msgspec.json.decode(store.get(key)) if store.check([key]) else MISSING for key in keys]
 
@@ -207,19 +210,26 @@ class StoreChannel:
         return self._store
 
 
-def _wait(store: Store, keys: list[str], timeout_seconds: float) -> bool:
+def _wait(store: Store, keys: list[str], timeout_seconds: float, *, world_size: int) -> bool:
     """Wait for all keys; False when they are not all there in time."""
-    deadline = time.monotonic() + timeout_seconds
-    while True:
-        left = max(deadline - time.monotonic(), 0.001)
+    if threading.current_thread() is not threading.main_thread():
         try:
-            # In slices: while the call lasts, Python runs no signal handler on this thread.
-            store.wait(keys, timedelta(seconds=min(left, _SLICE_SECONDS)))
+            store.wait(keys, timedelta(seconds=max(timeout_seconds, 0.001)))
         except dist.DistStoreError:
-            if left <= _SLICE_SECONDS:
-                return False
-        else:
-            return True
+            return False
+        return True
+    # The main thread asks again and again instead: while a blocking wait lasts, Python runs no signal handler
+    # on it, and one that is cut in slices writes warnings to stderr at the end of each.
+    deadline = time.monotonic() + timeout_seconds
+    delay = _FIRST_POLL_SECONDS
+    while not store.check(keys):
+        left = deadline - time.monotonic()
+        if left <= 0:
+            return False
+        time.sleep(min(delay, left))
+        # All ranks ask one store: the more they are, the less often.
+        delay = min(1.5 * delay, max(_POLL_SECONDS, world_size * _POLL_SECONDS_PER_RANK))
+    return True
 
 
 @contextlib.contextmanager

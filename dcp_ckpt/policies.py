@@ -201,7 +201,7 @@ class BestN(KeepPolicy):
         return dict.fromkeys(self.ranked(checkpoints)[: self.n], reason)
 
 
-@dataclass(frozen=True, init=False)
+@dataclass(frozen=True, init=False, repr=False)
 class AnyOf(SavePolicy, KeepPolicy):
     """What any of the policies says; all of them save policies, or all keep policies."""
 
@@ -215,6 +215,9 @@ class AnyOf(SavePolicy, KeepPolicy):
             raise ConfigError(
                 f"AnyOf takes either save policies or keep policies, not {', '.join(map(repr, policies))}"
             )
+
+    def __repr__(self) -> str:
+        return f"AnyOf({', '.join(map(repr, self.policies))})"
 
     def is_due(self, *, step: int, seconds_since_save: float) -> bool:
         return any(

@@ -16,7 +16,7 @@ __all__ = ["Options", "parse_options"]
 _MODEL_SIZES = ("tiny", "small", "base")
 _PARALLEL = {"fsdp": True, "ddp": True, "hsdp": False, "fsdp+tp": False, "pp": False}
 _SAVE_STRATEGIES = {"steps": True, "epoch": False, "no": True}
-_OVERLAPS = {"off": True, "step": False}
+_OVERLAPS = ("step", "off")
 _RESUMES = ("auto", "never", "must")
 
 
@@ -88,7 +88,6 @@ def parse_options(arguments: Sequence[str] | None = None, *, announce: bool = Tr
     for flag, choices in (
         ("--parallel", _PARALLEL),
         ("--save-strategy", _SAVE_STRATEGIES),
-        ("--overlap", _OVERLAPS),
     ):
         value = parsed[_attribute(flag)]
         if not choices[value]:
@@ -179,5 +178,5 @@ def _add_saving_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--monitor", choices=("val_loss",), default="val_loss", help="what `best` compares")
     group.add_argument("--mode", choices=("min", "max"), default="min", help="whether less or more is better")
     group.add_argument(
-        "--overlap", choices=_OVERLAPS, default="off", help="whether staging overlaps the next step"
+        "--overlap", choices=_OVERLAPS, default="step", help="whether a save copies beside the next step"
     )

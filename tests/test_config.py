@@ -67,9 +67,7 @@ def test_a_wrong_value_is_refused_and_shown(name: str, value: Any) -> None:
     assert repr(value) in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    ("name", "value"), [("overlap", "step"), ("max_bandwidth_bytes", 1 << 20), ("allow_pickle", True)]
-)
+@pytest.mark.parametrize(("name", "value"), [("max_bandwidth_bytes", 1 << 20), ("allow_pickle", True)])
 def test_what_is_not_built_is_refused_instead_of_ignored(name: str, value: Any) -> None:
     with pytest.raises(ConfigError, match=f"{name}=.*not built yet"):
         CheckpointConfig(**{name: value})

@@ -121,4 +121,4 @@ def test_wrong_arguments_are_refused(make: Any) -> None:
 def test_policies_are_values() -> None:
     assert AnyOf(LatestN(2), BestN(1, "loss")) == AnyOf(LatestN(2), BestN(1, "loss"))
     assert hash(AtSteps(1, 2)) == hash(AtSteps(1, 2))
-    assert repr(AnyOf(LatestN(2))) == "AnyOf(policies=(LatestN(n=2),))"
+    assert repr(AnyOf(LatestN(2))) == "AnyOf(LatestN(n=2))"

@@ -15,10 +15,15 @@ from dcp_ckpt import __version__
 __all__ = ["cli", "main"]
 
 _COMMANDS = {
+    "copy": ("copy", "Copy a checkpoint to another place, checking every byte."),
     "inspect": ("inspect", "Show the tensors, values and origin of a checkpoint."),
     "list": ("runs", "List the checkpoints of a run."),
+    "pin": ("pins", "Keep a checkpoint, whatever retention says."),
+    "plan": ("plan", "Show what each rank of some world would read to load a checkpoint."),
+    "prune": ("prune", "Remove checkpoints of a run that no option keeps."),
     "recover": ("recover", "Complete and clean up a run after a crash."),
     "runs": ("runs", "List the runs in a directory."),
+    "unpin": ("pins", "Let retention remove a checkpoint again."),
     "verify": ("verify", "Check all bytes of a checkpoint or a run against their digests."),
 }
 """Name -> module, in which `<name>_command` is the command, and what the group's help says of it."""
@@ -43,7 +48,7 @@ class _LazyGroup(click.Group):
 @click.group(name="dcp-ckpt", cls=_LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="dcp-ckpt")
 def cli() -> None:
-    """Look at, check and repair checkpoints.
+    """Look at, check, copy, thin out and repair checkpoints.
 
     A REF is RUN@latest, RUN@best, RUN@STEP or a checkpoint directory.
 

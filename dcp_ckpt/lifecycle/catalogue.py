@@ -8,7 +8,7 @@ directory that is no checkpoint why it is none. Decides nothing. Called by the c
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property
@@ -33,10 +33,14 @@ from dcp_ckpt.lifecycle.retention import Candidate
 from dcp_ckpt.lifecycle.runs import RunDocument, read_run
 from dcp_ckpt.policies import BestN, Mode
 from dcp_ckpt.storage.base import Storage
+from dcp_ckpt.storage.listed import listed_once
+from dcp_ckpt.storage.ranges import run_in_order
 
 __all__ = ["Catalogue", "CheckpointEntry", "RejectedStep", "read_catalogue", "step_directories"]
 
 log = logging.getLogger(__name__)
+
+_CONCURRENT_READS = 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,12 +185,14 @@ def read_catalogue(storage: Storage) -> Catalogue:
         StorageError: the run could not be listed, or its `run.json` or marks not read.
         StorageTransient: nothing was learned about some step; going on could resume from too old a one.
     """
+    storage = listed_once(storage)
     run = _run_or_none(storage)
     marks = read_marks(storage)
     entries: list[CheckpointEntry] = []
     rejected: list[RejectedStep] = []
-    for directory in step_directories(storage):
-        found = _look(storage, directory, run, marks.get(directory, ()))
+    directories = step_directories(storage)
+    for directory, data in zip(directories, _read_manifests(storage, directories), strict=True):
+        found = _judge(directory, data, run, marks.get(directory, ()))
         if isinstance(found, CheckpointEntry):
             entries.append(found)
         else:
@@ -204,23 +210,52 @@ def _run_or_none(storage: Storage) -> RunDocument | None:
         return None
 
 
-def _look(
-    storage: Storage, directory: StepDir, run: RunDocument | None, marks: tuple[Mark, ...]
+def _read_manifests(storage: Storage, directories: Sequence[StepDir]) -> list[bytes | RejectedStep]:
+    """The manifest of each directory, or why there is none; several are read at a time."""
+    found: list[bytes | RejectedStep] = [_uncommitted(directory) for directory in directories]
+
+    def read(number: int) -> None:
+        directory = directories[number]
+        if not storage.capabilities.directories:
+            names = storage.list_names(f"{directory}/")
+            if MANIFEST not in names:
+                return
+            if names == [MANIFEST]:
+                # A checkpoint has fragments. What stands alone is the tombstone of one that was deleted.
+                found[number] = _removed(directory)
+                return
+        try:
+            found[number] = storage.read(f"{directory}/{MANIFEST}")
+        except StorageNotFound:
+            return
+        except StorageTransient:
+            raise
+        except StorageError as error:
+            found[number] = RejectedStep(directory=directory, state="unreadable", error=error)
+
+    run_in_order(len(directories), lambda: read, concurrency=_CONCURRENT_READS)
+    return found
+
+
+def _uncommitted(directory: StepDir) -> RejectedStep:
+    reason = "no manifest: the save is not finished, has failed, or was removed"
+    error = CheckpointNotFound(reason, phase="choose", path=str(directory))
+    return RejectedStep(directory=directory, state="uncommitted", error=error)
+
+
+def _removed(directory: StepDir) -> RejectedStep:
+    error = CheckpointNotFound("it was removed", phase="choose", path=str(directory))
+    return RejectedStep(directory=directory, state="removed", error=error)
+
+
+def _judge(
+    directory: StepDir, data: bytes | RejectedStep, run: RunDocument | None, marks: tuple[Mark, ...]
 ) -> CheckpointEntry | RejectedStep:
     key = f"{directory}/{MANIFEST}"
-    try:
-        data = storage.read(key)
-    except StorageNotFound:
-        reason = "no manifest: the save is not finished, has failed, or was removed"
-        error = CheckpointNotFound(reason, phase="choose", path=str(directory))
-        return RejectedStep(directory=directory, state="uncommitted", error=error)
-    except StorageTransient:
-        raise
-    except StorageError as storage_error:
-        return RejectedStep(directory=directory, state="unreadable", error=storage_error)
+    if isinstance(data, RejectedStep):
+        return data
     if is_tombstone(data, path=key):
-        error = CheckpointNotFound("it was removed", phase="choose", path=str(directory))
-        return RejectedStep(directory=directory, state="removed", error=error)
+        return _removed(directory)
     try:
         manifest = decode_manifest(data, path=key)
         _check_belongs(manifest, directory, run, key)

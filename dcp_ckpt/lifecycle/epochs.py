@@ -13,9 +13,11 @@ import secrets
 import socket
 import time
 from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import replace
 from datetime import UTC, datetime
 
-from dcp_ckpt.errors import Fenced, StorageExists, StorageUnsuitable
+from dcp_ckpt.errors import Fenced, StorageExists, StorageNotFound, StorageUnsuitable
 from dcp_ckpt.format.epoch import EpochClaim, Resumed, encode_epoch
 from dcp_ckpt.format.names import (
     EPOCHS,
@@ -28,12 +30,14 @@ from dcp_ckpt.format.names import (
     resumed_name,
 )
 from dcp_ckpt.storage.base import Storage
+from dcp_ckpt.storage.listed import list_again, listed_once
 
-__all__ = ["claim_epoch", "newest_epoch", "record_resumed", "require_newest", "utc_now", "wait_for_leases"]
+__all__ = ["claim_epoch", "record_resumed", "require_newest", "utc_now", "wait_for_leases"]
 
 log = logging.getLogger(__name__)
 
 _POLL_SECONDS = 0.2
+_STORE_POLL_SECONDS = 1.0
 _ATTEMPT_IN_NAME = re.compile(r"\.(e[0-9]{4,}-s[0-9]{6,})\.")
 
 
@@ -42,31 +46,35 @@ def utc_now() -> str:
     return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
 
 
-def newest_epoch(storage: Storage) -> int:
-    """The greatest epoch that was claimed; 0 when there is none."""
-    names = storage.list_names(f"{EPOCHS}/")
-    return max((epoch for name in names if (epoch := parse_epoch_name(name)) is not None), default=0)
-
-
 def require_newest(storage: Storage, epoch: int) -> None:
     """Make sure that nobody started after us, and that this still is the storage we claimed.
+
+    One small read, never a listing: claims leave no gap, so whoever came later has claimed the next number
+    first.
 
     Raises:
         Fenced: a newer epoch exists.
         StorageUnsuitable: our own claim is gone: the run was deleted or its file system unmounted.
     """
-    newest = newest_epoch(storage)
-    if newest < epoch:
+    if _is_claimed(storage, epoch + 1):
+        raise Fenced(
+            f"epoch {epoch + 1} has taken over this run from epoch {epoch}: another start of the same run "
+            "owns it now; this process must not save any more and should exit",
+            path=storage.url,
+        )
+    if storage.capabilities.directories and not _is_claimed(storage, epoch):
         raise StorageUnsuitable(
             f"the claim of epoch {epoch} is gone; was the run deleted, or its file system unmounted?",
             path=storage.url,
         )
-    if newest > epoch:
-        raise Fenced(
-            f"epoch {newest} has taken over this run from epoch {epoch}: another start of the same run owns "
-            "it now; this process must not save any more and should exit",
-            path=storage.url,
-        )
+
+
+def _is_claimed(storage: Storage, epoch: int) -> bool:
+    try:
+        storage.read(f"{EPOCHS}/{epoch_name(epoch)}")
+    except StorageNotFound:
+        return False
+    return True
 
 
 def wait_for_leases(storage: Storage, *, wait_seconds: float) -> list[int]:
@@ -75,19 +83,24 @@ def wait_for_leases(storage: Storage, *, wait_seconds: float) -> list[int]:
     Returns:
         The epochs that still live after that; they will be fenced.
     """
+    storage = listed_once(storage)
     deadline = time.monotonic() + wait_seconds
     announced = False
     while True:
         live = _live_epochs(storage)
         if not live or time.monotonic() >= deadline:
-            return live
+            break
         if not announced:
             log.warning(
                 "epoch(s) %s of %s still live; waiting up to %.0f s for their writers to finish",
                 live, storage.url, wait_seconds,
             )  # fmt: skip
             announced = True
-        time.sleep(_POLL_SECONDS)
+        # Where a lease runs out by itself, asking more often only costs requests.
+        time.sleep(_POLL_SECONDS if storage.capabilities.lease_ends_with_holder else _STORE_POLL_SECONDS)
+    if announced:
+        list_again(storage)
+    return live
 
 
 def claim_epoch(
@@ -105,7 +118,12 @@ def claim_epoch(
         hold: called with the key of the new epoch's lease before the claim becomes visible, and with None to
             give it up when the claim fails.
         wait_seconds: for writers of earlier epochs.
+
+    Raises:
+        StorageUnsuitable: names cannot be created exclusively there, so two owners could not be told apart.
     """
+    storage = listed_once(storage)
+    storage.require_exclusive_create()
     while True:
         live = wait_for_leases(storage, wait_seconds=wait_seconds)
         if live:
@@ -123,15 +141,30 @@ def claim_epoch(
         storage.make_directory(EPOCHS)
         hold(f"{EPOCHS}/{lease_name(claim.epoch)}")
         try:
+            _close_gap(storage, claim)
             storage.create_exclusive(f"{EPOCHS}/{epoch_name(claim.epoch)}", encode_epoch(claim))
         except StorageExists:
             log.warning("another start took epoch %d of %s at the same moment", claim.epoch, storage.url)
             hold(None)
+            list_again(storage)
             continue
         except BaseException:
             hold(None)
             raise
         return claim
+
+
+def _close_gap(storage: Storage, claim: EpochClaim) -> None:
+    """Claim the numbers that were used and never claimed: every owner before us must find itself followed.
+
+    Whoever holds epoch n looks for n + 1 only (`require_newest`).
+    """
+    names = storage.list_names(f"{EPOCHS}/")
+    last = max((epoch for name in names if (epoch := parse_epoch_name(name)) is not None), default=0)
+    for epoch in range(last + 1, claim.epoch):
+        skipped = replace(claim, epoch=epoch, epoch_id=secrets.token_hex(16), purpose="skipped")
+        with suppress(StorageExists):
+            storage.create_exclusive(f"{EPOCHS}/{epoch_name(epoch)}", encode_epoch(skipped))
 
 
 def record_resumed(storage: Storage, epoch: int, directory: StepDir, resumed_epoch: int, step: int) -> None:

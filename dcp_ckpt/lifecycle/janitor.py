@@ -1,19 +1,21 @@
 """The janitor: applies retention after each commit, and deletes what was un-committed after its grace period.
 
-Runs on rank 0's background thread. What to keep is decided by `plan_retention`; a failure here never fails a
-save.
+Runs on rank 0's background thread, and on its main thread when the user asks. What to keep is decided by
+`plan_retention`; a failure here never fails a save.
 """
 
 from __future__ import annotations
 
 import logging
+import threading
 import time
 
 from dcp_ckpt.errors import CheckpointError, Fenced
+from dcp_ckpt.format.manifest import Manifest
 from dcp_ckpt.format.names import StepDir
-from dcp_ckpt.lifecycle.catalogue import read_catalogue
+from dcp_ckpt.lifecycle.known import KnownRun
 from dcp_ckpt.lifecycle.retention import plan_retention
-from dcp_ckpt.lifecycle.sweep import delete_tree, seal, uncommit
+from dcp_ckpt.lifecycle.sweep import delete_files, delete_tree, seal, uncommit
 from dcp_ckpt.policies import KeepPolicy
 from dcp_ckpt.storage.base import Storage
 
@@ -31,14 +33,22 @@ class Janitor:
     """
 
     def __init__(
-        self, storage: Storage, *, epoch: int, keep: KeepPolicy | None, grace_seconds: float
+        self,
+        storage: Storage,
+        known: KnownRun,
+        *,
+        epoch: int,
+        keep: KeepPolicy | None,
+        grace_seconds: float,
     ) -> None:
         self._storage = storage
+        self._known = known
         self._epoch = epoch
         self._keep = keep
         self._grace_seconds = grace_seconds
         self._protected: dict[StepDir, str] = {}
-        self._waiting: dict[StepDir, float] = {}
+        self._waiting: dict[StepDir, tuple[float, Manifest]] = {}
+        self._lock = threading.Lock()
 
     def protect(self, directory: StepDir, reason: str) -> None:
         """Never take this checkpoint back in this epoch."""
@@ -47,35 +57,63 @@ class Janitor:
     def tidy(self) -> None:
         """Apply retention now, and delete what is over its grace period. Logs what fails."""
         try:
-            if self._keep is not None:
-                self._take_back()
-            self._delete_expired(time.monotonic())
+            self.take_back()
+            with self._lock:
+                self._delete_expired(time.monotonic())
         except Fenced as error:
             log.warning("retention stops: %s", error)
         except CheckpointError as error:
             log.warning("retention failed and is tried again after the next save: %s", error)
 
+    def take_back(self) -> list[StepDir]:
+        """Apply retention now. The files stay for the grace period, and go at a later `tidy` or `close`.
+
+        Returns:
+            What was taken back, oldest first.
+
+        Raises:
+            Fenced: a newer epoch exists.
+            CheckpointError: the run could not be read or changed.
+        """
+        if self._keep is None:
+            return []
+        with self._lock:
+            return self._take_back()
+
     def close(self) -> None:
         """Wait out the grace period of what is waiting (at most `grace_seconds`) and delete it."""
         if not self._waiting:
             return
-        time.sleep(max(max(self._waiting.values()) - time.monotonic(), 0.0))
+        latest = max(expires for expires, _ in self._waiting.values())
+        time.sleep(max(latest - time.monotonic(), 0.0))
         try:
             self._delete_expired(time.monotonic())
         except CheckpointError as error:
             log.warning("the next start deletes what is left: %s", error)
 
-    def _take_back(self) -> None:
-        candidates = [entry.candidate for entry in read_catalogue(self._storage).entries]
+    def _take_back(self) -> list[StepDir]:
+        entries = {entry.directory: entry for entry in self._known.catalogue().entries}
+        candidates = [entry.candidate for entry in entries.values()]
         plan = plan_retention(candidates, self._keep, protected=self._protected)
+        taken: list[StepDir] = []
         for decision in plan.removed:
             if uncommit(self._storage, decision.directory, epoch=self._epoch):
                 log.info("removed checkpoint %s: %s", decision.directory, decision.reason)
-                self._waiting[decision.directory] = time.monotonic() + self._grace_seconds
+                self._known.removed(decision.directory)
+                expires = time.monotonic() + self._grace_seconds
+                self._waiting[decision.directory] = expires, entries[decision.directory].manifest
+                taken.append(decision.directory)
+        return taken
 
     def _delete_expired(self, now: float) -> None:
-        for directory in [directory for directory, expires in self._waiting.items() if expires <= now]:
+        for directory, (expires, manifest) in list(self._waiting.items()):
+            if expires > now:
+                continue
             sealed = seal(self._storage, directory, epoch=self._epoch)
             del self._waiting[directory]
-            if sealed is not None:
+            if sealed is None:
+                continue
+            if self._storage.capabilities.directories:
                 delete_tree(self._storage, sealed)
+            else:
+                delete_files(self._storage, directory, manifest)

@@ -18,6 +18,7 @@ from dcp_ckpt.format.names import (
     parse_data_file_name,
     parse_epoch_name,
     parse_fragment_name,
+    parse_lease_name,
 )
 from dcp_ckpt.lifecycle.catalogue import Catalogue
 from dcp_ckpt.lifecycle.epochs import require_newest
@@ -36,7 +37,7 @@ def sweep_leftovers(storage: Storage, catalogue: Catalogue, *, epoch: int) -> li
     Raises:
         Fenced: a newer epoch exists.
     """
-    deleted: list[str] = []
+    deleted = _abandoned_uploads(storage, epoch)
     for keys in _leftovers(storage, catalogue, epoch):
         if keys:
             require_newest(storage, epoch)
@@ -56,6 +57,31 @@ def _leftovers(storage: Storage, catalogue: Catalogue, epoch: int) -> Iterator[l
         if rejected.state == "removed":
             keys = [info.key for info in storage.list(f"{rejected.directory}/")]
             yield [key for key in keys if key != f"{rejected.directory}/{MANIFEST}"]
+
+
+def _abandoned_uploads(storage: Storage, epoch: int) -> list[str]:
+    """Discard what dead writers had begun to upload, and the leases that nobody gave up.
+
+    A lease that was left behind is the sign of an end without `close`; without one nothing is asked.
+    """
+    if storage.capabilities.lease_ends_with_holder:
+        return []
+    leases = [
+        name
+        for name in storage.list_names(f"{EPOCHS}/")
+        if (held := parse_lease_name(name)) is not None and held < epoch
+    ]
+    if not leases:
+        return []
+
+    def is_abandoned(key: str) -> bool:
+        file = parse_data_file_name(key.rpartition("/")[2])
+        return file is not None and file[2].epoch < epoch
+
+    require_newest(storage, epoch)
+    aborted = storage.abort_uploads("", is_abandoned)
+    storage.delete(f"{EPOCHS}/{name}" for name in leases)
+    return aborted
 
 
 def _is_old_claim(name: str, epoch: int) -> bool:

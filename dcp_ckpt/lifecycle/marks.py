@@ -11,10 +11,11 @@ import logging
 import re
 import secrets
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
-from dcp_ckpt.errors import ConfigError, CorruptCheckpoint, FormatTooNew, StorageNotFound
+from dcp_ckpt.errors import ConfigError, CorruptCheckpoint, FormatTooNew, StorageExists, StorageNotFound
 from dcp_ckpt.format.documents import FORMAT_VERSION, decode_document, encode_json
 from dcp_ckpt.format.names import MARKS, StepDir
 from dcp_ckpt.lifecycle.epochs import utc_now
@@ -27,6 +28,7 @@ __all__ = [
     "MarkKind",
     "active_marks",
     "is_pinned",
+    "look_for_pin",
     "read_marks",
     "write_mark",
 ]
@@ -38,6 +40,9 @@ MarkKind = Literal["bad", "pin", "unpin", "suspect", "metrics"]
 MARK_KINDS: tuple[MarkKind, ...] = ("bad", "pin", "unpin", "suspect", "metrics")
 
 _NAME = re.compile(r"[a-z]+-([0-9a-f]{32})\.json")
+
+_FIRST_PIN_ID = "0" * 32
+"""The id of the first pin of a step directory: whoever removes asks for this name and lists nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,34 +102,55 @@ def write_mark(
         cancels=sorted(cancels),
         id=secrets.token_hex(16),
     )
-    document = {name: value for name, value in asdict(mark).items() if name != "id"}
+    document = encode_json({name: value for name, value in asdict(mark).items() if name != "id"})
     storage.make_directory(f"{MARKS}/{directory}")
-    storage.create_exclusive(f"{MARKS}/{directory}/{kind}-{mark.id}.json", encode_json(document))
+    if kind == "pin":
+        with suppress(StorageExists):
+            storage.create_exclusive(_key(directory, kind, _FIRST_PIN_ID), document)
+            return replace(mark, id=_FIRST_PIN_ID)
+    storage.create_exclusive(_key(directory, kind, mark.id), document)
     return mark
 
 
-def read_marks(storage: Storage) -> dict[StepDir, tuple[Mark, ...]]:
-    """All marks of a run by step directory, oldest first.
+def _key(directory: StepDir, kind: str, mark_id: str) -> str:
+    return f"{MARKS}/{directory}/{kind}-{mark_id}.json"
+
+
+def look_for_pin(storage: Storage, directory: StepDir) -> bool:
+    """Whether a pin stands in a step directory, by one small read where there never was one.
+
+    Raises:
+        StorageError: that could not be learned.
+    """
+    try:
+        storage.read(_key(directory, "pin", _FIRST_PIN_ID))
+    except StorageNotFound:
+        return False
+    return is_pinned(read_marks(storage, directory).get(directory, ()))
+
+
+def read_marks(storage: Storage, directory: StepDir | None = None) -> dict[StepDir, tuple[Mark, ...]]:
+    """All marks of a run, or of one step directory, by step directory, oldest first.
 
     Raises:
         StorageError: the run cannot be listed or read.
     """
     found: dict[StepDir, list[Mark]] = {}
-    for info in storage.list(f"{MARKS}/"):
+    for info in storage.list(f"{MARKS}/" if directory is None else f"{MARKS}/{directory}/"):
         parts = info.key.split("/")
-        directory = StepDir.parse(parts[1]) if len(parts) == 3 else None
+        marked = StepDir.parse(parts[1]) if len(parts) == 3 else None
         name = _NAME.fullmatch(parts[-1])
-        if directory is None or name is None:
+        if marked is None or name is None:
             continue
         try:
             mark = decode_document(storage.read(info.key), Mark, format=MARK_FORMAT, path=info.key)
         except (CorruptCheckpoint, FormatTooNew, StorageNotFound) as error:
             log.warning("skipping a mark that cannot be read: %s", error)
             continue
-        found.setdefault(directory, []).append(replace(mark, id=name[1]))
+        found.setdefault(marked, []).append(replace(mark, id=name[1]))
     return {
-        directory: tuple(sorted(marks, key=lambda mark: (mark.created_at, mark.id)))
-        for directory, marks in found.items()
+        marked: tuple(sorted(marks, key=lambda mark: (mark.created_at, mark.id)))
+        for marked, marks in found.items()
     }
 
 

@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 
 from dcp_ckpt.errors import (
     CheckpointError,
-    ConfigError,
     CorruptCheckpoint,
     LoadError,
     SaveFailed,
@@ -30,12 +29,13 @@ from dcp_ckpt.format.names import (
     parse_fragment_name,
 )
 from dcp_ckpt.lifecycle.catalogue import Catalogue, read_catalogue
+from dcp_ckpt.lifecycle.command_epoch import command_epoch
 from dcp_ckpt.lifecycle.commit import check_layouts, check_summaries, publish_manifest, read_fragments
-from dcp_ckpt.lifecycle.epochs import claim_epoch, wait_for_leases
 from dcp_ckpt.lifecycle.leftovers import sweep_leftovers
-from dcp_ckpt.lifecycle.runs import RunDocument, ensure_run
+from dcp_ckpt.lifecycle.runs import RunDocument
 from dcp_ckpt.lifecycle.sweep import delete_tree, empty_trash, seal
-from dcp_ckpt.storage.base import Lease, Storage
+from dcp_ckpt.storage.base import Storage
+from dcp_ckpt.storage.listed import listed_once
 
 __all__ = ["AttemptFiles", "RecoverReport", "plan_recovery", "recover_older_epochs", "recover_run"]
 
@@ -95,6 +95,7 @@ def recover_older_epochs(
     Returns:
         The catalogue afterwards, and what was done.
     """
+    storage = listed_once(storage)
     catalogue = read_catalogue(storage)
     absent = [rejected.directory for rejected in catalogue.rejected if rejected.is_absent]
     attempts = [files for directory in absent for files in _list_attempts(storage, directory)]
@@ -115,7 +116,8 @@ def recover_older_epochs(
         if directory not in committed:
             _seal_debris(storage, directory, epoch, report)
     report.removed.extend(empty_trash(storage, epoch=epoch))
-    catalogue = read_catalogue(storage)
+    if absent or report.removed:
+        catalogue = read_catalogue(storage)
     report.removed.extend(sweep_leftovers(storage, catalogue, epoch=epoch))
     if on_commit is not None:
         _finish_commits(storage, catalogue, on_commit)
@@ -132,33 +134,8 @@ def recover_run(storage: Storage, *, force: bool, wait_seconds: float) -> Recove
     Raises:
         ConfigError: a live owner holds the run and `force` is not given.
     """
-    run = ensure_run(storage)
-    live = wait_for_leases(storage, wait_seconds=wait_seconds)
-    if live and not force:
-        raise ConfigError(
-            f"epoch(s) {live} of this run are still live; stop that training first, or insist with --force, "
-            "which makes it stop saving",
-            path=storage.url,
-        )
-    leases: list[Lease] = []
-
-    def hold(key: str | None) -> None:
-        _close_all(leases)
-        if key is not None:
-            leases.append(storage.hold_lease(key))
-
-    try:
-        claim = claim_epoch(
-            storage, run_id=run.run_id, world_size=1, purpose="recover", hold=hold, wait_seconds=0.0
-        )
+    with command_epoch(storage, purpose="recover", force=force, wait_seconds=wait_seconds) as claim:
         return recover_older_epochs(storage, epoch=claim.epoch)[1]
-    finally:
-        _close_all(leases)
-
-
-def _close_all(leases: list[Lease]) -> None:
-    while leases:
-        leases.pop().close()
 
 
 def _refuse_newer_formats(catalogue: Catalogue) -> None:

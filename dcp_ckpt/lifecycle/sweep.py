@@ -11,20 +11,23 @@ import secrets
 
 from dcp_ckpt.errors import Fenced, StorageExists, StorageNotFound
 from dcp_ckpt.format.epoch import Tombstone, encode_epoch, is_tombstone
+from dcp_ckpt.format.manifest import Manifest
 from dcp_ckpt.format.names import (
     DCP_METADATA,
     MANIFEST,
     TRASH,
     StepDir,
+    data_file_name,
+    fragment_name,
     parse_data_file_name,
     parse_fragment_name,
 )
 from dcp_ckpt.lifecycle.epochs import require_newest
-from dcp_ckpt.lifecycle.marks import is_pinned, read_marks
+from dcp_ckpt.lifecycle.marks import look_for_pin
 from dcp_ckpt.storage.base import Storage
 from dcp_ckpt.storage.keys import final_name
 
-__all__ = ["delete_tree", "empty_trash", "seal", "uncommit"]
+__all__ = ["delete_files", "delete_tree", "empty_trash", "seal", "uncommit"]
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +47,7 @@ def uncommit(storage: Storage, directory: StepDir, *, epoch: int) -> bool:
         manifest = storage.read(key)
     except StorageNotFound:
         return False
-    if is_pinned(read_marks(storage).get(directory, ())):
+    if look_for_pin(storage, directory):
         return False
     storage.delete([f"{directory}/{DCP_METADATA}"])
     if storage.capabilities.directories:
@@ -54,14 +57,22 @@ def uncommit(storage: Storage, directory: StepDir, *, epoch: int) -> bool:
         storage.put(key, _tombstone(epoch))
     try:
         require_newest(storage, epoch)
+        # Whoever pins looks for the manifest after writing the pin: of the two, one sees the other.
+        is_pinned = look_for_pin(storage, directory)
     except Fenced:
         # The new owner may have chosen this very checkpoint between the two looks.
-        if storage.capabilities.directories:
-            storage.create_exclusive(key, manifest)
-        else:
-            storage.put(key, manifest)
+        _recommit(storage, key, manifest)
         raise
-    return True
+    if is_pinned:
+        _recommit(storage, key, manifest)
+    return not is_pinned
+
+
+def _recommit(storage: Storage, key: str, manifest: bytes) -> None:
+    if storage.capabilities.directories:
+        storage.create_exclusive(key, manifest)
+    else:
+        storage.put(key, manifest)
 
 
 def seal(storage: Storage, directory: StepDir, *, epoch: int) -> str | None:
@@ -101,6 +112,16 @@ def _close_name(storage: Storage, key: str, epoch: int) -> bool:
     except StorageExists:
         return is_tombstone(storage.read(key), path=key)
     return True
+
+
+def delete_files(storage: Storage, directory: StepDir, manifest: Manifest) -> None:
+    """Delete the files of a removed checkpoint, by name: on an object store that saves a listing."""
+    attempt = manifest.attempt_id
+    names = [DCP_METADATA]
+    for rank, ref in enumerate(manifest.fragments):
+        names.append(fragment_name(rank, attempt))
+        names += [data_file_name(rank, index, attempt) for index in range(len(ref.file_bytes))]
+    storage.delete(f"{directory}/{name}" for name in names)
 
 
 def delete_tree(storage: Storage, key: str) -> None:

@@ -15,11 +15,15 @@ import torch
 from dcp_ckpt.errors import CorruptCheckpoint, StorageError
 from dcp_ckpt.format.boxes import Box
 from dcp_ckpt.format.digests import BLOCK_BYTES, digest
+from dcp_ckpt.format.fragment import ChunkEntry
 from dcp_ckpt.load.ranges import Piece, Read, cover, pieces_of
-from dcp_ckpt.load.stored import StoredCheckpoint
+from dcp_ckpt.load.source import Source
 from dcp_ckpt.storage.base import ByteRange
 
-__all__ = ["Target", "fill"]
+__all__ = ["Request", "Target", "fill", "fill_requests"]
+
+_UNCHECKED_BLOCK_BYTES = 4096
+"""Without digests a read need not cover whole blocks, only whole pages."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,13 +34,26 @@ class Target:
     box: Box
 
 
-@torch.no_grad()
-def fill(stored: StoredCheckpoint, targets: Mapping[str, Target], *, verify: bool, concurrency: int) -> int:
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """One target, and the chunks that fill it.
+
+    Args:
+        name: of the stored tensor.
+        chunks: with the rank that stored each.
+    """
+
+    name: str
+    target: Target
+    chunks: Sequence[tuple[int, ChunkEntry]]
+
+
+def fill(source: Source, targets: Mapping[str, Target], *, verify: bool, concurrency: int) -> int:
     """Fill all targets in place.
 
     Args:
         targets: by stored name; dtype as stored.
-        verify: check the digest of every block read.
+        verify: check the digest of every block read, where there are digests.
         concurrency: threads that read, check and copy.
 
     Returns:
@@ -47,29 +64,42 @@ def fill(stored: StoredCheckpoint, targets: Mapping[str, Target], *, verify: boo
             partly filled then, but only with checked bytes.
     """
     wanted = {name: target.box for name, target in targets.items()}
+    requests = [
+        Request(name=name, target=targets[name], chunks=chunks)
+        for name, chunks in source.chunks(wanted).items()
+    ]
+    return fill_requests(source, requests, verify=verify, concurrency=concurrency)
+
+
+@torch.no_grad()
+def fill_requests(source: Source, requests: Sequence[Request], *, verify: bool, concurrency: int) -> int:
+    """As `fill`, where a tensor may have several targets; a target of another dtype is cast into."""
+    verify = verify and source.has_digests
     pieces: list[Piece] = []
-    for name, chunks in stored.chunks(wanted).items():
-        entry = stored.tensors[name]
-        found = pieces_of(name, entry.dtype, targets[name].box, chunks)
-        _require_covered(name, targets[name].box, found)
+    landings: list[_Landing] = []
+    for request in requests:
+        dtype = source.tensors[request.name].dtype
+        found = pieces_of(request.name, dtype, request.target.box, request.chunks)
+        _require_covered(request.name, request.target.box, found)
         pieces += found
+        landings += [_Landing(piece, request.target, getattr(torch, dtype)) for piece in found]
     files = {(piece.rank, piece.file) for piece in pieces}
-    reads = cover(pieces, {key: stored.file_bytes(*key) for key in files})
-    landings = [_Landing(piece, targets[piece.tensor]) for piece in pieces]
+    block_bytes = BLOCK_BYTES if source.has_digests else _UNCHECKED_BLOCK_BYTES
+    reads = cover(pieces, {key: source.file_bytes(*key) for key in files}, block_bytes=block_bytes)
 
     def consume(index: int, data: memoryview) -> None:
         read = reads[index]
         if verify:
-            _check(stored, read, data, pieces)
-        source = torch.frombuffer(data, dtype=torch.uint8)
+            _check(source, read, data, pieces)
+        content = torch.frombuffer(data, dtype=torch.uint8)
         for member in read.pieces:
-            landings[member].take(source, read.start)
+            landings[member].take(content, read.start)
 
     try:
-        stored.storage.read_ranges(
+        source.storage.read_ranges(
             [
                 ByteRange(
-                    key=stored.file_key(read.rank, read.file), offset=read.start, num_bytes=read.num_bytes
+                    key=source.file_key(read.rank, read.file), offset=read.start, num_bytes=read.num_bytes
                 )
                 for read in reads
             ],
@@ -77,8 +107,8 @@ def fill(stored: StoredCheckpoint, targets: Mapping[str, Target], *, verify: boo
             concurrency=concurrency,
         )
     except StorageError as error:
-        stated = {stored.file_key(*key): stored.file_bytes(*key) for key in files}
-        if damage := stored.damage(error, stated):
+        stated = {source.file_key(*key): source.file_bytes(*key) for key in files}
+        if damage := source.damage(error, stated):
             raise damage from error
         raise
     return sum(read.num_bytes for read in reads)
@@ -98,10 +128,10 @@ def _require_covered(name: str, wanted: Box, pieces: Sequence[Piece]) -> None:
         )
 
 
-def _check(stored: StoredCheckpoint, read: Read, data: memoryview, pieces: Sequence[Piece]) -> None:
+def _check(source: Source, read: Read, data: memoryview, pieces: Sequence[Piece]) -> None:
     for position in range(0, read.num_bytes, BLOCK_BYTES):
         block = read.first_block + position // BLOCK_BYTES
-        if digest(data[position : position + BLOCK_BYTES]) == stored.block_digest(
+        if digest(data[position : position + BLOCK_BYTES]) == source.block_digest(
             read.rank, read.file, block
         ):
             continue
@@ -118,19 +148,21 @@ def _check(stored: StoredCheckpoint, read: Read, data: memoryview, pieces: Seque
             f"block {block} (bytes {start} to {stop}) differs from its digest; "
             f"it holds {', '.join(names) or 'framing'}",
             phase="read",
-            path=stored.file_key(read.rank, read.file),
+            path=source.file_key(read.rank, read.file),
         )
 
 
 class _Landing:
     """Where one piece's bytes go: straight into the target, or into a buffer that is copied when full."""
 
-    def __init__(self, piece: Piece, target: Target) -> None:
+    def __init__(self, piece: Piece, target: Target, dtype: torch.dtype) -> None:
         self._piece = piece
+        self._dtype = dtype
         self._region = target.local[piece.outer] if piece.outer else target.local
         self._bytes: torch.Tensor | None = None
         self._is_direct = False
-        if piece.is_whole and self._region.is_cpu and self._region.is_contiguous():
+        region = self._region
+        if piece.is_whole and region.is_cpu and region.dtype == dtype and region.is_contiguous():
             self._bytes = self._region.reshape(-1).view(torch.uint8)
             self._is_direct = True
         self._left = piece.num_bytes
@@ -149,6 +181,10 @@ class _Landing:
             self._left -= stop - start
             if self._left or self._is_direct:
                 return
-        rows = self._bytes.view(self._region.dtype).view(self._piece.rows)
-        self._region.copy_(rows[self._piece.inner])
+        elements = self._bytes.view(self._dtype)
+        if self._piece.strides is None:
+            rows = elements.view(self._piece.rows)[self._piece.inner]
+        else:
+            rows = elements.as_strided(self._piece.rows, self._piece.strides)
+        self._region.copy_(rows)
         self._bytes = None

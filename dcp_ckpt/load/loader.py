@@ -9,20 +9,22 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from dcp_ckpt.config import CheckpointConfig
 from dcp_ckpt.coordination import Channel, broadcast
 from dcp_ckpt.errors import CheckpointError, CheckpointNotFound, CorruptCheckpoint, StorageNotFound
-from dcp_ckpt.format.manifest import Manifest, decode_manifest
-from dcp_ckpt.format.names import MANIFEST, StepDir
-from dcp_ckpt.format.values import decode_value
-from dcp_ckpt.lifecycle.catalogue import read_catalogue
+from dcp_ckpt.format.manifest import decode_manifest, encode_manifest
+from dcp_ckpt.format.names import DCP_METADATA, MANIFEST, StepDir
+from dcp_ckpt.lifecycle.catalogue import Catalogue
 from dcp_ckpt.lifecycle.marks import write_mark
 from dcp_ckpt.load.choose import Which, choose
 from dcp_ckpt.load.report import LoadReport, RejectedCheckpoint
 from dcp_ckpt.load.restore import Components, Restored, restore
+from dcp_ckpt.load.source import Source
+from dcp_ckpt.load.stock import open_stock, stock_digest
+from dcp_ckpt.load.stored import StoredCheckpoint
 from dcp_ckpt.storage.base import Storage
 
 __all__ = ["Loader"]
@@ -52,9 +54,15 @@ class Loader:
         self._tag = tag
         self._started = time.monotonic()
 
-    def load(self, components: Components, which: Which) -> LoadReport | None:
-        """Load what `which` names in this run; see `Checkpointer.load`."""
-        choice = self._choose(which)
+    def load(
+        self, components: Components, which: Which, catalogue: Callable[[], Catalogue]
+    ) -> LoadReport | None:
+        """Load what `which` names in this run; see `Checkpointer.load`.
+
+        Args:
+            catalogue: the checkpoints of the run; called on rank 0 only.
+        """
+        choice = self._choose(which, catalogue)
         rejected = [RejectedCheckpoint(path=path, reason=reason) for path, reason in choice["rejected"]]
         text = choice["manifest"]
         failure: CheckpointError | None = None
@@ -80,21 +88,44 @@ class Loader:
         raise failure
 
     def load_directory(self, components: Components, directory: str) -> LoadReport:
-        """Load one step directory, named by the caller: no choice and no falling back."""
+        """Load one checkpoint directory, of ours or of stock DCP, named by the caller: no falling back."""
         tag = f"{self._tag}/0"
-        return self._load(components, directory, [], tag, self._agreed_manifest(directory, tag))
+        found = broadcast(
+            self._channel,
+            f"{tag}/directory",
+            lambda: self._look_at(directory),
+            timeout_seconds=self._config.timeout_seconds,
+        )
+        if found["manifest"] is not None:
+            return self._load(components, directory, [], tag, found["manifest"])
 
-    def _choose(self, which: Which) -> dict[str, Any]:
+        def open_source() -> Source:
+            return open_stock(self._storage, directory, expected_digest=found["stock"])
+
+        return self._restore(components, directory, [], tag, open_source)
+
+    def _look_at(self, directory: str) -> dict[str, str | None]:
+        """The manifest of a directory, or the digest of its `.metadata` where it is a stock checkpoint."""
+        try:
+            return {"manifest": self._read_manifest(directory), "stock": None}
+        except CheckpointNotFound as error:
+            stock = stock_digest(self._storage, directory)
+            if stock is None:
+                error.message += f", nor a {DCP_METADATA} of stock DCP"
+                raise
+            return {"manifest": None, "stock": stock}
+
+    def _choose(self, which: Which, catalogue: Callable[[], Catalogue]) -> dict[str, Any]:
         """Rank 0's choice, told to all: directories to try, best first, and the first one's manifest."""
 
         def decide() -> dict[str, Any]:
-            found = choose(read_catalogue(self._storage), which, keep=self._config.keep, url=self._url)
+            found = choose(catalogue(), which, keep=self._config.keep, url=self._url)
             for rejected in found.rejected:
                 log.warning("not loading %s: %s", rejected.path, rejected.reason)
             directories = [str(entry.directory) for entry in found.entries]
             return {
                 "directories": directories,
-                "manifest": self._read_manifest(directories[0]) if directories else None,
+                "manifest": encode_manifest(found.entries[0].manifest).decode() if directories else None,
                 "rejected": [[rejected.path, rejected.reason] for rejected in found.rejected],
             }
 
@@ -110,10 +141,22 @@ class Loader:
         text: str,
     ) -> LoadReport:
         manifest = decode_manifest(text.encode(), path=f"{directory}/{MANIFEST}")
+
+        def open_source() -> Source:
+            return StoredCheckpoint(self._storage, directory, manifest)
+
+        return self._restore(components, directory, rejected, tag, open_source)
+
+    def _restore(
+        self,
+        components: Components,
+        directory: str,
+        rejected: Sequence[RejectedCheckpoint],
+        tag: str,
+        open_source: Callable[[], Source],
+    ) -> LoadReport:
         restored = restore(
-            self._storage,
-            directory,
-            manifest,
+            open_source,
             components,
             self._channel,
             tag=tag,
@@ -121,7 +164,7 @@ class Loader:
             concurrency=self._num_readers(),
             timeout_seconds=self._config.timeout_seconds,
         )
-        report = self._report(manifest, directory, restored, rejected)
+        report = self._report(directory, restored, rejected)
         if self._channel.rank == 0:
             log.info("%s", report)
         return report
@@ -151,25 +194,22 @@ class Loader:
         return max(1, min(_MOST_READERS, cores // self._channel.ranks_on_host))
 
     def _report(
-        self,
-        manifest: Manifest,
-        directory: str,
-        restored: Restored,
-        rejected: Sequence[RejectedCheckpoint],
+        self, directory: str, restored: Restored, rejected: Sequence[RejectedCheckpoint]
     ) -> LoadReport:
         return LoadReport(
-            step=manifest.step,
+            step=restored.origin.step,
             path=os.path.join(self._url, directory),
-            epoch=manifest.epoch,
-            saved_world_size=manifest.world_size,
+            epoch=restored.origin.epoch,
+            saved_world_size=restored.origin.world_size,
             world_size=self._channel.world_size,
             restored=restored.names,
             notes=restored.notes,
             skipped=restored.skipped,
             rejected=tuple(rejected),
-            metrics={name: decode_value(value, path=name) for name, value in manifest.metrics.items()},
+            metrics=dict(restored.origin.metrics),
             bytes_read=restored.bytes_read,
             seconds=time.monotonic() - self._started,
+            unverified=restored.unverified,
         )
 
     def _mark_bad(self, directory: str, error: CorruptCheckpoint) -> None:

@@ -16,6 +16,7 @@ from dcp_ckpt.format.boxes import Box, intersect
 from dcp_ckpt.format.digests import BLOCK_BYTES
 from dcp_ckpt.format.dtypes import dtype_info
 from dcp_ckpt.format.fragment import ChunkEntry
+from dcp_ckpt.load.source import StridedChunk
 
 __all__ = ["MERGE_GAP_BYTES", "READ_BYTES", "Piece", "Read", "cover", "pieces_of"]
 
@@ -37,6 +38,7 @@ class Piece:
         rank, file: the data file.
         start, num_bytes: the range in the file.
         rows: shape of the range's elements: the chunk's trailing sizes under some of its rows.
+        strides: of those elements, where they do not follow each other row by row.
         inner: the part of `rows` that is wanted, per dimension.
         outer: the part of the target that it fills, per dimension.
     """
@@ -49,11 +51,12 @@ class Piece:
     rows: tuple[int, ...]
     inner: tuple[slice, ...]
     outer: tuple[slice, ...]
+    strides: tuple[int, ...] | None = None
 
     @property
     def is_whole(self) -> bool:
-        """Whether every byte of the range is wanted."""
-        return all(
+        """Whether every byte of the range is wanted, in the order in which it is stored."""
+        return self.strides is None and all(
             part.start == 0 and part.stop == size for part, size in zip(self.inner, self.rows, strict=True)
         )
 
@@ -76,7 +79,11 @@ def pieces_of(tensor: str, dtype: str, wanted: Box, chunks: Sequence[tuple[int, 
     pieces: list[Piece] = []
     for rank, chunk in chunks:
         common = intersect(chunk.box, wanted)
-        if common is not None:
+        if common is None:
+            continue
+        if isinstance(chunk, StridedChunk):
+            pieces.append(_cut_strided(tensor, item_bytes, wanted, rank, chunk, common))
+        else:
             pieces += _cut(tensor, item_bytes, wanted, rank, chunk, common)
     return pieces
 
@@ -118,12 +125,40 @@ def _cut(tensor: str, item_bytes: int, wanted: Box, rank: int, chunk: ChunkEntry
     return pieces
 
 
-def cover(pieces: Sequence[Piece], file_bytes: Mapping[tuple[int, int], int]) -> list[Read]:
+def _cut_strided(
+    tensor: str, item_bytes: int, wanted: Box, rank: int, chunk: StridedChunk, common: Box
+) -> Piece:
+    """One chunk's part as the range from its first to its last element."""
+    first = sum((c - o) * s for c, o, s in zip(common.offsets, chunk.offsets, chunk.strides, strict=True))
+    span = 1 + sum((size - 1) * stride for size, stride in zip(common.sizes, chunk.strides, strict=True))
+    return Piece(
+        tensor=tensor,
+        rank=rank,
+        file=chunk.file,
+        start=chunk.payload_offset + first * item_bytes,
+        num_bytes=span * item_bytes,
+        rows=common.sizes,
+        inner=tuple(slice(0, size) for size in common.sizes),
+        outer=tuple(
+            slice(c - o, c - o + size)
+            for c, o, size in zip(common.offsets, wanted.offsets, common.sizes, strict=True)
+        ),
+        strides=chunk.strides,
+    )
+
+
+def cover(
+    pieces: Sequence[Piece],
+    file_bytes: Mapping[tuple[int, int], int],
+    *,
+    block_bytes: int = BLOCK_BYTES,
+) -> list[Read]:
     """Cover all pieces by reads of whole blocks, in order of file and offset.
 
     Args:
         pieces: in any order.
         file_bytes: size of each data file, by rank and file index.
+        block_bytes: reads start and end at multiples of this.
     """
     by_file: dict[tuple[int, int], list[int]] = {}
     for index, piece in enumerate(pieces):
@@ -131,18 +166,18 @@ def cover(pieces: Sequence[Piece], file_bytes: Mapping[tuple[int, int], int]) ->
     reads: list[Read] = []
     for (rank, file), members in sorted(by_file.items()):
         members.sort(key=lambda index: pieces[index].start)
-        for start, stop in _runs([pieces[index] for index in members]):
+        for start, stop in _runs([pieces[index] for index in members], block_bytes):
             end = min(stop, file_bytes[rank, file])
             reads += _split(rank, file, start, end, members, pieces)
     return reads
 
 
-def _runs(pieces: Sequence[Piece]) -> list[tuple[int, int]]:
+def _runs(pieces: Sequence[Piece], block_bytes: int) -> list[tuple[int, int]]:
     """Block-aligned runs of bytes that cover pieces sorted by start."""
     runs: list[tuple[int, int]] = []
     for piece in pieces:
-        start = piece.start // BLOCK_BYTES * BLOCK_BYTES
-        stop = -(-(piece.start + piece.num_bytes) // BLOCK_BYTES) * BLOCK_BYTES
+        start = piece.start // block_bytes * block_bytes
+        stop = -(-(piece.start + piece.num_bytes) // block_bytes) * block_bytes
         if runs and start <= runs[-1][1] + MERGE_GAP_BYTES:
             runs[-1] = (runs[-1][0], max(runs[-1][1], stop))
         else:

@@ -22,8 +22,8 @@ class LoadReport:
     Args:
         step: the training step of the checkpoint; training goes on with the next one.
         path: URL or path of its directory.
-        epoch: the epoch that saved it.
-        saved_world_size: the number of ranks that saved.
+        epoch: the epoch that saved it; 0 when it has none.
+        saved_world_size: the number of ranks that saved; 0 when the checkpoint does not say.
         world_size: the number of ranks that loaded.
         restored: names of tensors and values that were put back.
         notes: what was reinitialised or derived instead of restored.
@@ -32,6 +32,7 @@ class LoadReport:
         metrics: as given to `save()`, decoded.
         bytes_read: from storage, by this rank.
         seconds: wall time of the load on this rank.
+        unverified: what could not be checked, or was not asked to be.
     """
 
     step: int
@@ -46,14 +47,17 @@ class LoadReport:
     metrics: dict[str, object]
     bytes_read: int
     seconds: float
+    unverified: tuple[str, ...] = ()
 
     def __str__(self) -> str:
+        saved_by = f"{self.saved_world_size} rank(s)" if self.saved_world_size else "stock DCP"
         lines = [
-            f"resumed from step {self.step} ({self.path}), saved by {self.saved_world_size} rank(s), "
+            f"resumed from step {self.step} ({self.path}), saved by {saved_by}, "
             f"loaded by {self.world_size}: {len(self.restored)} entries, "
             f"{self.bytes_read / 1e6:.1f} MB in {self.seconds:.2f} s"
         ]
         lines += [f"  rejected {rejected.path}: {rejected.reason}" for rejected in self.rejected]
+        lines += [f"  not verified: {what}" for what in self.unverified]
         lines += [f"  {note}" for note in self.notes]
         if self.skipped:
             lines.append(f"  {len(self.skipped)} stored entries were not asked for: {self.skipped[0]}, ...")

@@ -7,24 +7,23 @@ installed only after every rank has read and checked all its bytes.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TypeVar
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 import torch
 from torch.distributed.tensor import DTensor
 
 from dcp_ckpt.coordination import Channel, agree, raise_first
-from dcp_ckpt.errors import CheckpointError, LoadError
+from dcp_ckpt.errors import CheckpointError, LoadError, StateError
 from dcp_ckpt.format.boxes import Box
-from dcp_ckpt.format.fragment import ValueEntry
-from dcp_ckpt.format.manifest import Manifest
 from dcp_ckpt.format.values import decode_value
 from dcp_ckpt.load.diff import mismatch_error, tensor_problems
 from dcp_ckpt.load.fill import Target, fill
-from dcp_ckpt.load.stored import StoredCheckpoint
-from dcp_ckpt.state.component import Component, Problem, StoredState, StoredTensor, Targets
+from dcp_ckpt.load.flattened import regroup
+from dcp_ckpt.load.source import Origin, Source
+from dcp_ckpt.state.component import Component, Path, Problem, StoredState, Targets
 from dcp_ckpt.state.placements import local_tensor, placements_of
-from dcp_ckpt.storage.base import Storage
+from dcp_ckpt.state.tree import join_path
 
 __all__ = ["Components", "Restored", "restore"]
 
@@ -44,14 +43,21 @@ class Restored:
     notes: tuple[str, ...]
     skipped: tuple[str, ...]
     bytes_read: int
+    unverified: tuple[str, ...]
+    origin: Origin
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Fitted:
-    """A checkpoint that fits the live state, before its payload is read."""
+    """A checkpoint that fits the live state, before its payload is read.
 
-    stored: StoredCheckpoint
+    Args:
+        stored_names: of tensors that the checkpoint has under another name.
+    """
+
+    source: Source
     state: StoredState
+    stored_names: Mapping[str, str]
     components: tuple[Component, ...]
     targets: tuple[Targets, ...]
 
@@ -61,9 +67,7 @@ class _Fitted:
 
 
 def restore(
-    storage: Storage,
-    directory: str,
-    manifest: Manifest,
+    open_source: Callable[[], Source],
     components: Components,
     channel: Channel,
     *,
@@ -75,7 +79,7 @@ def restore(
     """Load one checkpoint into the components. Called on all ranks; blocks.
 
     Args:
-        directory: of the checkpoint, below the root of `storage`.
+        open_source: opens the checkpoint; called where a failure reaches all ranks.
         components: makes what is to be restored, in the order of installing.
         tag: unique in the life of the channel.
 
@@ -90,62 +94,77 @@ def restore(
         assert result is not None, "no rank failed"
         return result
 
-    fitted = phase("fit", lambda: _fit(storage, directory, manifest, components, channel))
+    fitted = phase("fit", lambda: _fit(open_source, components, channel))
     bytes_read = phase("read", lambda: _fill(fitted, verify=verify, concurrency=concurrency))
     notes = phase("install", lambda: _install(fitted))
     asked = {name for targets in fitted.targets for name in (*targets.tensors, *targets.values)}
+    origin = fitted.source.origin
+    unasked = () if verify or not fitted.source.has_digests else ("digests: CheckpointConfig(verify=False)",)
     return Restored(
         names=tuple(sorted(asked)),
-        notes=tuple(notes),
-        skipped=tuple(name for name in fitted.stored.names() if name not in asked),
+        notes=(*notes, *origin.notes),
+        skipped=tuple(name for name in (*fitted.state.tensors, *fitted.state.values) if name not in asked),
         bytes_read=bytes_read,
+        unverified=(*origin.unverified, *unasked),
+        origin=origin,
     )
 
 
-def _fit(storage: Storage, directory: str, manifest: Manifest, make: Components, channel: Channel) -> _Fitted:
+def _fit(open_source: Callable[[], Source], make: Components, channel: Channel) -> _Fitted:
     """Open the checkpoint and find everything that does not fit."""
     components = tuple(make())
-    stored = StoredCheckpoint(storage, directory, manifest)
-    state = _stored_state(stored, channel)
+    source = open_source()
+    state = source.state(rank=channel.rank, world_size=channel.world_size)
+    stored_names: Mapping[str, str] = {}
+    if source.flat_paths is not None:
+        regrouped = regroup(state, source.flat_paths, _live_values(components))
+        state, stored_names = regrouped.state, regrouped.stored_names
     targets = tuple(component.targets(state) for component in components)
     problems: list[Problem] = []
     for wanted in targets:
         problems += wanted.problems
         problems += tensor_problems(wanted.tensors, state.tensors)
     if problems:
-        raise mismatch_error(problems, stored.names(), step=manifest.step, path=f"{storage.url}/{directory}")
-    return _Fitted(stored=stored, state=state, components=components, targets=targets)
-
-
-def _stored_state(stored: StoredCheckpoint, channel: Channel) -> StoredState:
-    manifest = stored.manifest
-    per_rank: Mapping[str, ValueEntry] = {}
-    if manifest.world_size == channel.world_size:
-        per_rank = stored.per_rank(channel.rank)
-    return StoredState(
-        tensors={
-            name: StoredTensor(
-                path=tuple(entry.path), dtype=getattr(torch, entry.dtype), shape=tuple(entry.shape)
-            )
-            for name, entry in stored.tensors.items()
-        },
-        values={name: decode_value(entry.value, path=name) for name, entry in stored.values.items()},
-        value_paths={name: tuple(entry.path) for name, entry in stored.values.items()},
-        per_rank={name: decode_value(entry.value, path=name) for name, entry in per_rank.items()},
-        step=manifest.step,
-        saved_world_size=manifest.world_size,
-        rank=channel.rank,
-        world_size=channel.world_size,
-        seed_material=f"{manifest.run_id}/{manifest.attempt}/{manifest.step}",
+        raise mismatch_error(
+            [_with_reason(problem, source.unreadable) for problem in problems],
+            source.names(),
+            step=state.step,
+            path=f"{source.storage.url}/{source.directory}",
+        )
+    return _Fitted(
+        source=source, state=state, stored_names=stored_names, components=components, targets=targets
     )
+
+
+def _live_values(components: Sequence[Component]) -> list[tuple[Path, Any]]:
+    """Path and content of every value that a save would store now."""
+    found: list[tuple[Path, Any]] = []
+    for component in components:
+        try:
+            captured = component.capture()
+        except StateError:
+            continue  # what cannot be saved as it is now may well be loaded into, under the names stored
+        found += [
+            (path, decode_value(value, path=join_path(path))) for path, value in captured.values.items()
+        ]
+    return found
+
+
+def _with_reason(problem: Problem, unreadable: Mapping[str, str]) -> Problem:
+    """A value is not missing when it is there and cannot be read."""
+    if problem.kind != "missing":
+        return problem
+    below = f"{problem.key}."
+    reasons = [why for name, why in unreadable.items() if name == problem.key or name.startswith(below)]
+    return replace(problem, detail=f"cannot be read: {reasons[0]}") if reasons else problem
 
 
 def _fill(fitted: _Fitted, *, verify: bool, concurrency: int) -> int:
     targets = {
-        name: Target(local=local_tensor(tensor), box=_held_box(name, tensor))
+        fitted.stored_names.get(name, name): Target(local=local_tensor(tensor), box=_held_box(name, tensor))
         for name, tensor in fitted.tensors.items()
     }
-    return fill(fitted.stored, targets, verify=verify, concurrency=concurrency)
+    return fill(fitted.source, targets, verify=verify, concurrency=concurrency)
 
 
 def _held_box(name: str, tensor: torch.Tensor) -> Box:

@@ -8,6 +8,7 @@ so a rank that resumes on the same layout reads the indexing fragments and its o
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from dcp_ckpt.errors import CorruptCheckpoint, StorageError, StorageNotFound
 from dcp_ckpt.format.boxes import Box, Mesh, Placement, expand_ranks, intersect, shard_box
@@ -15,7 +16,13 @@ from dcp_ckpt.format.digests import digest
 from dcp_ckpt.format.fragment import ChunkEntry, Fragment, TensorEntry, ValueEntry, decode_fragment
 from dcp_ckpt.format.manifest import Manifest
 from dcp_ckpt.format.names import MANIFEST, StepDir, data_file_name, fragment_name
+from dcp_ckpt.format.stock_metadata import DCP_SAVE_TAG, FlatPath
+from dcp_ckpt.format.values import decode_value
+from dcp_ckpt.load.source import Origin
 from dcp_ckpt.storage.base import ByteRange, Storage
+
+if TYPE_CHECKING:
+    from dcp_ckpt.state.component import StoredState
 
 __all__ = ["StoredCheckpoint"]
 
@@ -31,6 +38,8 @@ class StoredCheckpoint:
         manifest: decoded and valid.
     """
 
+    has_digests = True
+
     def __init__(self, storage: Storage, directory: StepDir | str, manifest: Manifest) -> None:
         self.storage = storage
         self.directory = str(directory)
@@ -39,10 +48,52 @@ class StoredCheckpoint:
         self._meshes: dict[str, Mesh | None] = {}
         self.tensors: dict[str, TensorEntry] = {}
         self.values: dict[str, ValueEntry] = {}
+        self.unreadable: dict[str, str] = {}
         index = expand_ranks(manifest.index)
         self._require(index)
         for rank in index:
             self._add_index(self._fragments[rank])
+
+    @property
+    def flat_paths(self) -> Mapping[str, FlatPath] | None:
+        if DCP_SAVE_TAG not in self.manifest.tags:
+            return None
+        tensors = {name: tuple(entry.path) for name, entry in self.tensors.items()}
+        return tensors | {name: tuple(entry.path) for name, entry in self.values.items()}
+
+    @property
+    def origin(self) -> Origin:
+        metrics = {name: decode_value(value, path=name) for name, value in self.manifest.metrics.items()}
+        return Origin(
+            step=self.manifest.step,
+            epoch=self.manifest.epoch,
+            world_size=self.manifest.world_size,
+            metrics=metrics,
+        )
+
+    def state(self, *, rank: int, world_size: int) -> StoredState:
+        import torch
+
+        from dcp_ckpt.state.component import StoredState, StoredTensor
+
+        manifest = self.manifest
+        per_rank = self.per_rank(rank) if manifest.world_size == world_size else {}
+        return StoredState(
+            tensors={
+                name: StoredTensor(
+                    path=tuple(entry.path), dtype=getattr(torch, entry.dtype), shape=tuple(entry.shape)
+                )
+                for name, entry in self.tensors.items()
+            },
+            values={name: decode_value(entry.value, path=name) for name, entry in self.values.items()},
+            value_paths={name: tuple(entry.path) for name, entry in self.values.items()},
+            per_rank={name: decode_value(entry.value, path=name) for name, entry in per_rank.items()},
+            step=manifest.step,
+            saved_world_size=manifest.world_size,
+            rank=rank,
+            world_size=world_size,
+            seed_material=f"{manifest.run_id}/{manifest.attempt}/{manifest.step}",
+        )
 
     def per_rank(self, rank: int) -> Mapping[str, ValueEntry]:
         """The values of one saved rank."""
@@ -67,6 +118,12 @@ class StoredCheckpoint:
                 if box is not None and intersect(chunk.box, box):
                     by_name[chunk.tensor].append((rank, chunk))
         return by_name
+
+    def all_fragments(self) -> list[Fragment]:
+        """The fragments of all ranks, in rank order."""
+        ranks = range(self.manifest.world_size)
+        self._require(ranks)
+        return [self._fragments[rank] for rank in ranks]
 
     def holders(self, name: str, box: Box) -> list[int]:
         """The ranks whose fragments may hold chunks of a tensor's box."""

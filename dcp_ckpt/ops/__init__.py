@@ -3,6 +3,17 @@
 from __future__ import annotations
 
 from dcp_ckpt.ops.checkpoint import Checkpoint, open_checkpoint
+from dcp_ckpt.ops.copy import CopyReport, copy_checkpoint
+from dcp_ckpt.ops.plan import LoadPlan, plan_load
 from dcp_ckpt.ops.verify import VerifyReport, verify
 
-__all__ = ["Checkpoint", "VerifyReport", "open_checkpoint", "verify"]
+__all__ = [
+    "Checkpoint",
+    "CopyReport",
+    "LoadPlan",
+    "VerifyReport",
+    "copy_checkpoint",
+    "open_checkpoint",
+    "plan_load",
+    "verify",
+]

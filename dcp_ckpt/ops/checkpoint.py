@@ -35,7 +35,7 @@ from dcp_ckpt.storage.base import Storage
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Checkpoint", "open_checkpoint", "read_fragment", "read_manifest"]
+__all__ = ["Checkpoint", "check_fragment", "open_checkpoint", "read_fragment", "read_manifest"]
 
 
 def open_checkpoint(ref: str | os.PathLike[str]) -> Checkpoint:
@@ -252,15 +252,23 @@ def read_fragment(storage: Storage, directory: str, manifest: Manifest, rank: in
         FormatTooNew: it was written by a newer version.
     """
     key = f"{directory}/{fragment_name(rank, manifest.attempt_id)}"
-    data = storage.read(key)
+    return check_fragment(storage.read(key), manifest, rank, path=key)
+
+
+def check_fragment(data: bytes, manifest: Manifest, rank: int, *, path: str) -> Fragment:
+    """Decode one rank's fragment after checking its bytes against the manifest. Pure.
+
+    Raises:
+        CorruptCheckpoint, FormatTooNew: as `read_fragment`.
+    """
     problem = _fragment_problem(data, manifest.fragments[rank])
     if problem:
-        raise CorruptCheckpoint(f"fragment {problem}", rank=rank, phase="read", path=key)
-    fragment = decode_fragment(data, path=key)
+        raise CorruptCheckpoint(f"fragment {problem}", rank=rank, phase="read", path=path)
+    fragment = decode_fragment(data, path=path)
     identity = (fragment.run_id, fragment.epoch_id, fragment.attempt, fragment.step, fragment.rank)
     if identity != (manifest.run_id, manifest.epoch_id, manifest.attempt, manifest.step, rank):
         raise CorruptCheckpoint(
-            "fragment is that of another rank or attempt", rank=rank, phase="read", path=key
+            "fragment is that of another rank or attempt", rank=rank, phase="read", path=path
         )
     return fragment
 

@@ -18,7 +18,7 @@ from dcp_ckpt.lifecycle.catalogue import Catalogue, CheckpointEntry, read_catalo
 from dcp_ckpt.policies import Mode
 from dcp_ckpt.storage import open_storage
 
-__all__ = ["CheckpointLocation", "RunRef", "parse_ref", "resolve_ref", "split_location"]
+__all__ = ["CheckpointLocation", "RunRef", "parse_ref", "resolve_entry", "resolve_ref", "split_location"]
 
 _SELECTOR = re.compile(r"latest|best|best:(?P<metric>[^@]+):(?P<mode>min|max)|(?P<step>\d+)")
 _MAX_LISTED = 10
@@ -78,6 +78,34 @@ def resolve_ref(ref: str | os.PathLike[str]) -> CheckpointLocation:
     with closing(open_storage(run_ref.run)) as storage:
         entry = _select(read_catalogue(storage), run_ref)
     return CheckpointLocation(root=run_ref.run, directory=str(entry.directory))
+
+
+def resolve_entry(ref: str | os.PathLike[str]) -> tuple[str, CheckpointEntry]:
+    """Find the one checkpoint that `ref` names, as its run sees it: with its marks. Blocks on storage.
+
+    Returns:
+        The path or URL of the run, and the checkpoint.
+
+    Raises:
+        CheckpointNotFound, CorruptCheckpoint, FormatTooNew, ConfigError: as `resolve_ref`; also when the run
+            around a checkpoint directory does not count it as its own.
+    """
+    run_ref = parse_ref(ref)
+    if run_ref is not None:
+        with closing(open_storage(run_ref.run)) as storage:
+            return run_ref.run, _select(read_catalogue(storage), run_ref)
+    location = _resolve_directory(os.fspath(ref))
+    with closing(open_storage(location.root)) as storage:
+        catalogue = read_catalogue(storage)
+    for entry in catalogue.entries:
+        if str(entry.directory) == location.directory:
+            return location.root, entry
+    for rejected in catalogue.rejected:
+        if str(rejected.directory) == location.directory:
+            raise rejected.error
+    raise CheckpointNotFound(
+        "it is not in a run: its directory is not named step-NNNNNNNN", phase="choose", path=str(location)
+    )
 
 
 def split_location(path: str) -> tuple[str, str]:

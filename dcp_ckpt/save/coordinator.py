@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import logging
 import time
+from dataclasses import replace
 
 from dcp_ckpt.coordination import MISSING, Channel, as_checkpoint_error, error_fields, error_from_fields
 from dcp_ckpt.errors import CheckpointError, CommitUnknown, LoadError, SaveFailed, StorageError
-from dcp_ckpt.format.fragment import Fragment, decode_fragment
+from dcp_ckpt.format.fragment import FileEntry, Fragment, decode_fragment
 from dcp_ckpt.format.manifest import FragmentSummary, Manifest, build_manifest, decode_manifest, summarize
 from dcp_ckpt.format.names import MANIFEST, AttemptId, StepDir, data_file_name, fragment_name
 from dcp_ckpt.lifecycle.commit import check_layouts, check_summaries, publish_manifest, read_fragments
@@ -25,13 +26,15 @@ log = logging.getLogger(__name__)
 
 
 class Coordinator:
-    """Commits the attempts of one epoch."""
+    """Commits the attempts of one epoch; `committed` is the newest manifest that it published."""
 
     def __init__(self, storage: Storage, channel: Channel, *, epoch: int) -> None:
         self._storage = storage
         self._channel = channel
         self._epoch = epoch
-        self._checked_layouts: set[tuple[str, ...]] = set()
+        self._checked: tuple[str, ...] | None = None
+        self._tables: list[Fragment] = []
+        self.committed: Manifest | None = None
 
     def conclude(
         self, keys: SaveKeys, *, step: int, directory: StepDir, attempt: AttemptId, deadline: float
@@ -109,18 +112,29 @@ class Coordinator:
         require_newest(self._storage, self._epoch)
         manifest = build_manifest(summaries)
         publish_manifest(self._storage, directory, manifest)
+        self.committed = manifest
         return manifest
+
+    def described(self, own: Fragment) -> list[Fragment]:
+        """All fragments of the newest commit, but for digests and other ranks' values: nothing is read.
+
+        Args:
+            own: rank 0's fragment of it.
+        """
+        return [own, *(replace(table, attempt=own.attempt) for table in self._tables[1:])]
 
     def _layout_problem(
         self, directory: StepDir, attempt: AttemptId, summaries: list[FragmentSummary]
     ) -> str | None:
-        """Check once for each combination of layouts that the ranks' chunks make up the tensors."""
+        """Check whenever the ranks' layouts change that their chunks make up the tensors."""
         layouts = tuple(summary.layout for summary in summaries)
-        if layouts in self._checked_layouts:
+        if layouts == self._checked:
             return None
-        problem = check_layouts(self._read_fragments(directory, attempt, summaries))
+        fragments = self._read_fragments(directory, attempt, summaries)
+        problem = check_layouts(fragments)
         if problem is None:
-            self._checked_layouts.add(layouts)
+            self._checked = layouts
+            self._tables = [replace(fragment, files=_without_digests(fragment)) for fragment in fragments]
         return problem
 
     def _read_fragments(
@@ -159,3 +173,7 @@ class Coordinator:
         """Whether the directory's manifest is that of the attempt."""
         key = f"{directory}/{MANIFEST}"
         return decode_manifest(self._storage.read(key), path=key).attempt == str(attempt)
+
+
+def _without_digests(fragment: Fragment) -> list[FileEntry]:
+    return [replace(file, block_digests="") for file in fragment.files]

@@ -27,7 +27,7 @@ from dcp_ckpt.format.names import DCP_METADATA, MANIFEST, AttemptId, StepDir, da
 from dcp_ckpt.lifecycle.commit import read_fragments
 from dcp_ckpt.storage.base import Storage
 
-__all__ = ["AUTO_MAX_CHUNKS", "build_metadata", "derive_metadata"]
+__all__ = ["AUTO_MAX_CHUNKS", "build_metadata", "derive_metadata", "write_metadata"]
 
 AUTO_MAX_CHUNKS = 100_000
 """With `dcp_metadata="auto"`, larger checkpoints get no `.metadata`: it would cost more than the save."""
@@ -46,7 +46,13 @@ def derive_metadata(storage: Storage, directory: StepDir, *, max_chunks: int | N
     manifest = decode_manifest(storage.read(key), path=key)
     sizes = [ref.size_bytes for ref in manifest.fragments]
     found = read_fragments(storage, directory, manifest.attempt_id, range(manifest.world_size), sizes)
-    fragments = [fragment for fragment, _ in found]
+    write_metadata(storage, directory, [fragment for fragment, _ in found], max_chunks=max_chunks)
+
+
+def write_metadata(
+    storage: Storage, directory: StepDir, fragments: Sequence[Fragment], *, max_chunks: int | None
+) -> None:
+    """The same, of a checkpoint whose fragments are known; their digests are not needed."""
     if max_chunks is None or sum(len(fragment.chunks) for fragment in fragments) <= max_chunks:
         storage.put(f"{directory}/{DCP_METADATA}", pickle.dumps(build_metadata(fragments)))
 

@@ -18,8 +18,8 @@ class CheckpointInfo:
         step: the training step.
         path: URL or path of its directory.
         bytes: size of all data files.
-        stall_seconds: how long `save()` held this rank's training thread; 0.0 when it was not saved by this
-            process.
+        stall_seconds: how long the save held this rank's training thread: the call of `save()` and the wait
+            at its fence; 0.0 when it was not saved by this process.
         durable_seconds: from the call of `save()` until the manifest was durable, on this rank's clock.
         metrics: as given to `save()`.
         tags: as given to `save()`.
@@ -47,6 +47,7 @@ class SaveHandle:
     def __init__(self, step: int) -> None:
         self.step = step
         self._staged = threading.Event()
+        self._is_staged = False
         self._done = threading.Event()
         self._outcome = "pending"
         self._info: CheckpointInfo | None = None
@@ -71,9 +72,10 @@ class SaveHandle:
         """Wait until this rank's bytes are owned by the writer; from then on the save survives this process.
 
         Returns:
-            False when `timeout` seconds passed first.
+            False when `timeout` seconds passed first, and when the save failed or was skipped before.
         """
-        return self._staged.wait(timeout)
+        self._staged.wait(timeout)
+        return self._is_staged
 
     def wait_done(self, timeout: float | None = None) -> bool:
         """Wait for the outcome, whatever it is. Does not count as having been told of a failure.
@@ -111,6 +113,7 @@ class SaveHandle:
         self._seen = True
 
     def mark_staged(self) -> None:
+        self._is_staged = True
         self._staged.set()
 
     def resolve(

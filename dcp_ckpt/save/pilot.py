@@ -17,11 +17,11 @@ from dcp_ckpt.coordination import Channel, error_fields, error_from_fields
 from dcp_ckpt.errors import CheckpointError, CoordinationError, SaveFailed
 from dcp_ckpt.format.digests import digest
 from dcp_ckpt.format.documents import encode_json
-from dcp_ckpt.format.fragment import Fragment
 from dcp_ckpt.format.manifest import FragmentSummary
 from dcp_ckpt.format.names import AttemptId, StepDir
 from dcp_ckpt.save.coordinator import Coordinator
 from dcp_ckpt.save.handle import CheckpointInfo, SaveHandle
+from dcp_ckpt.save.handover import Handover
 from dcp_ckpt.save.record import Report, SaveKeys, Verdict, from_message, to_message
 from dcp_ckpt.save.writer_link import WriterLink
 
@@ -35,9 +35,9 @@ class Flight:
     """One save under way on this rank.
 
     Args:
-        fragment: what the writer was given; None when staging failed with `error`.
-        replicated: name -> digest of what must be equal on all ranks.
+        handover: tells what the writer was given, or why it was given nothing; may not have ended yet.
         started, deadline: monotonic times of the call of `save()`, and of when it has failed.
+        stall_seconds: how long `save()` held the training thread.
     """
 
     keys: SaveKeys
@@ -46,15 +46,13 @@ class Flight:
     directory: StepDir
     path: str
     handle: SaveHandle
+    handover: Handover
     started: float
     deadline: float
     stall_seconds: float = 0.0
     created_at: str = ""
     metrics: dict[str, object] = field(default_factory=dict)
     tags: tuple[str, ...] = ()
-    fragment: Fragment | None = None
-    replicated: dict[str, str] = field(default_factory=dict)
-    error: CheckpointError | None = None
 
 
 class Pilot:
@@ -113,9 +111,11 @@ class Pilot:
                 self._resolve(flight, Verdict(outcome="unknown", error=error_fields(failure)))
 
     def _fly(self, flight: Flight) -> None:
+        flight.handover.wait()
         if self._channel.rank == 0:
-            combined = digest(encode_json(flight.replicated))
-            self._channel.put(flight.keys.replicated, {"digest": combined, "names": flight.replicated})
+            replicated = flight.handover.replicated
+            combined = digest(encode_json(replicated))
+            self._channel.put(flight.keys.replicated, {"digest": combined, "names": replicated})
         report = self._report(flight)
         self._channel.put(flight.keys.report(self._channel.rank), to_message(report))
         if self._coordinator is None:
@@ -151,11 +151,11 @@ class Pilot:
             # Asked by name: after a failed staging, the job under way may be that of the save after.
             if self._link.is_writing(str(flight.attempt)):
                 ref = self._link.wait(str(flight.attempt), deadline=flight.deadline)
-            if flight.error is not None:
-                raise flight.error
-            assert flight.fragment is not None, "staged, or failed with an error"
+            if flight.handover.error is not None:
+                raise flight.handover.error
+            assert flight.handover.fragment is not None, "handed over, or failed with an error"
             self._require_same_replicas(flight)
-            return Report(summary=FragmentSummary.of(flight.fragment, ref))
+            return Report(summary=FragmentSummary.of(flight.handover.fragment, ref))
         except CheckpointError as error:
             error.rank = rank if error.rank is None else error.rank
             error.step = flight.step if error.step is None else error.step
@@ -170,12 +170,10 @@ class Pilot:
             message = self._channel.get(flight.keys.replicated, timeout_seconds=left)
         except TimeoutError as error:
             raise CoordinationError("rank 0 did not stage this save in time", phase="write") from error
-        if message["digest"] == digest(encode_json(flight.replicated)):
+        ours, theirs = flight.handover.replicated, message["names"]
+        if message["digest"] == digest(encode_json(ours)):
             return
-        theirs = message["names"]
-        names = sorted(
-            name for name in {*theirs, *flight.replicated} if theirs.get(name) != flight.replicated.get(name)
-        )
+        names = sorted(name for name in {*theirs, *ours} if theirs.get(name) != ours.get(name))
         shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
         raise SaveFailed(
             f"state that must be equal on all ranks differs from rank 0's: {shown}; "
@@ -213,7 +211,7 @@ class Pilot:
             step=flight.step,
             path=flight.path,
             bytes=verdict.total_bytes,
-            stall_seconds=flight.stall_seconds,
+            stall_seconds=flight.stall_seconds + flight.handover.fence_seconds,
             durable_seconds=durable_seconds,
             metrics=flight.metrics,
             tags=flight.tags,

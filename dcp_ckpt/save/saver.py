@@ -1,7 +1,8 @@
 """The saver: one call of `save()`, from rank 0's decision to the job in the writer's hands.
 
-Runs on the main thread of every rank; what comes after is the pilot's. In a steady save it copies payload and
-sends two small messages: no plan, no collective, no storage access.
+Runs on the main thread of every rank; with `overlap="step"` its end, from the copy of parameters and moments
+on, on the fence's. What comes after is the pilot's. In a steady save it copies payload and sends two small
+messages: no plan, no collective, no storage access.
 """
 
 from __future__ import annotations
@@ -9,12 +10,13 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from dcp_ckpt.config import CheckpointConfig
 from dcp_ckpt.coordination import Channel, as_checkpoint_error, error_fields, error_from_fields
-from dcp_ckpt.errors import CheckpointError, CoordinationError, StepAlreadySaved
+from dcp_ckpt.errors import CheckpointError, CoordinationError
 from dcp_ckpt.format.digests import digest
 from dcp_ckpt.format.documents import encode_json
 from dcp_ckpt.format.epoch import EpochClaim
@@ -22,71 +24,23 @@ from dcp_ckpt.format.fragment import Fragment
 from dcp_ckpt.format.names import AttemptId, StepDir
 from dcp_ckpt.format.values import encode_value
 from dcp_ckpt.lifecycle.epochs import utc_now
+from dcp_ckpt.save.fence import Fence
 from dcp_ckpt.save.handle import SaveHandle
+from dcp_ckpt.save.handover import Handover
 from dcp_ckpt.save.pilot import Flight, Pilot
 from dcp_ckpt.save.record import Record, SaveKeys, from_message, to_message
 from dcp_ckpt.save.staging import Staged, Stager, capture
+from dcp_ckpt.save.step_policy import StepPolicy
 from dcp_ckpt.save.writer_link import WriterLink
 from dcp_ckpt.state.component import Component
 from dcp_ckpt.writer.messages import WriteJob
 
-__all__ = ["Saver", "StepPolicy"]
+__all__ = ["Saver"]
 
 log = logging.getLogger(__name__)
 
-
-@dataclass
-class StepPolicy:
-    """Rank 0's knowledge of which step goes where. Used on rank 0's main thread only.
-
-    Args:
-        floor: steps must be greater: the newest step of the run until one was resumed from, then that one,
-            then the last one committed.
-        taken: step directories that stood there when the epoch was claimed.
-        resumed: whether a checkpoint of the run was loaded in this epoch.
-        has_saved: whether this epoch committed anything.
-    """
-
-    epoch: int
-    floor: int
-    taken: frozenset[StepDir]
-    resumed: bool = False
-    has_saved: bool = False
-
-    def refuse(self, step: int, *, in_flight: int | None) -> CheckpointError | None:
-        """Why a step cannot be saved; `in_flight` is that of the save that has no outcome yet."""
-        floor = self.floor if in_flight is None else max(self.floor, in_flight)
-        if step > floor:
-            return None
-        if not self.resumed and not self.has_saved and in_flight is None:
-            return StepAlreadySaved(
-                f"the run holds checkpoints up to step {floor} and none was loaded; load one before saving "
-                f"step {step}, or start a new run: else retention would remove what is there",
-                step=step,
-            )
-        return StepAlreadySaved(
-            f"step {step} is not after step {floor}, which is committed or being committed; steps of a run "
-            "grow, and a committed step is never replaced",
-            step=step,
-        )
-
-    def committed(self, step: int) -> None:
-        """A step of this epoch is committed."""
-        self.has_saved = True
-        self.floor = max(self.floor, step)
-
-    def resumed_from(self, step: int) -> None:
-        """A checkpoint was loaded.
-
-        Only before the first commit may that lead back: a later rollback would leave newer steps of this
-        epoch standing, and needs an epoch, so a Checkpointer, of its own.
-        """
-        self.resumed = True
-        self.floor = max(self.floor, step) if self.has_saved else step
-
-    def directory(self, step: int) -> StepDir:
-        plain = StepDir(step)
-        return StepDir(step, self.epoch) if plain in self.taken else plain
+_FENCE_PATIENCE_SECONDS = 60.0
+"""How long a step waits for copies that make no progress; then the save fails and the step goes on."""
 
 
 class Saver:
@@ -119,6 +73,7 @@ class Saver:
         self._stager = stager
         self._link = link
         self._pilot = pilot
+        self._fence = Fence(rank=channel.rank)
         self._calls = 0
         self._handles: list[SaveHandle] = []
 
@@ -148,6 +103,8 @@ class Saver:
         self._handles = [*filter(self._still_matters, self._handles), handle]
         directory = StepDir.parse(record.directory)
         assert directory is not None, "made by rank 0 from a StepDir"
+        # Ranks come to the call at different times, and leave the record at nearly the same one.
+        deadline = time.monotonic() + self._config.timeout_seconds
         flight = Flight(
             keys=keys,
             step=step,
@@ -155,23 +112,23 @@ class Saver:
             directory=directory,
             path=f"{self._url}/{directory}",
             handle=handle,
+            handover=self._handover(step, deadline),
             started=started,
-            # Ranks come to the call at different times, and leave the record at nearly the same one.
-            deadline=time.monotonic() + self._config.timeout_seconds,
+            deadline=deadline,
             created_at=record.created_at,
             metrics=dict(metrics),
             tags=tuple(tags),
         )
         try:
             self._require_same_step(step, record)
-            flight = self._stage(flight, components())
-            handle.mark_staged()
+            self._stage(flight, components())
         except BaseException as error:
             # Raising here would leave the other ranks in the next collective without us: the failure travels
             # with the verdict instead, and surfaces on all ranks at the same call. An interrupt is told, too,
             # and then goes on.
             log.debug("staging of step %d failed", step, exc_info=True)
-            flight = replace(flight, error=as_checkpoint_error(error, rank=self._channel.rank))
+            flight.handover.give_up(as_checkpoint_error(error, rank=self._channel.rank))
+            self._fence.release()
             if not isinstance(error, Exception):
                 raise
         finally:
@@ -183,6 +140,10 @@ class Saver:
         if handle.outcome == "pending":
             return True
         return self._config.on_failure == "raise" and not handle.failure_seen
+
+    def fence(self) -> None:
+        """Wait until the newest save has copied what it copies late; see `Checkpointer.fence`."""
+        self._fence.wait()
 
     def wait(self, timeout_seconds: float | None) -> None:
         """Wait for the newest save; failures are left in its handle.
@@ -204,11 +165,12 @@ class Saver:
         return untold[-1] if untold and self._config.on_failure == "raise" else None
 
     def close(self) -> None:
-        """Finish all saves, end the thread and the writer. Idempotent.
+        """Finish all saves, end the threads and the writer. Idempotent.
 
         Raises:
             SaveFailed: the writer had to be killed.
         """
+        self._fence.close(timeout_seconds=self._config.timeout_seconds)
         self._pilot.close()
         try:
             self._link.close(timeout_seconds=self._config.timeout_seconds)
@@ -273,17 +235,50 @@ class Saver:
                 phase="stage",
             )
 
-    def _stage(self, flight: Flight, components: Sequence[Component]) -> Flight:
-        self._link.wait_idle(timeout_seconds=self._config.timeout_seconds)
-        staged = self._stager.stage(capture(components))
-        fragment = self._fragment(flight, staged)
-        job = WriteJob(
-            storage_url=self._url, directory=str(flight.directory), fragment=fragment, direct_io=True
+    def _handover(self, step: int, deadline: float) -> Handover:
+        return Handover(
+            rank=self._channel.rank,
+            step=step,
+            deadline=deadline,
+            patience_seconds=_FENCE_PATIENCE_SECONDS,
         )
-        self._link.submit(job, staged.arena.descriptor)
-        return replace(flight, fragment=fragment, replicated=staged.replicated)
 
-    def _fragment(self, flight: Flight, staged: Staged) -> Fragment:
+    def _stage(self, flight: Flight, components: Sequence[Component]) -> None:
+        """Copy what has to be copied now, and see to it that the rest follows."""
+        # In this order: what is still being copied has not been given to the writer yet.
+        self._fence.wait_idle(timeout_seconds=self._config.timeout_seconds)
+        self._link.wait_idle(timeout_seconds=self._config.timeout_seconds)
+        captured = capture(components)
+        staged = self._stager.stage(captured, overlap=self._config.overlap == "step")
+        if staged.rest:
+            self._fence.start(flight.handover, partial(self._hand_over, flight, staged), captured.optimizers)
+        else:
+            self._hand_over(flight, staged)
+
+    def _hand_over(self, flight: Flight, staged: Staged) -> None:
+        """Copy the rest and give the save to the writer. On the fence's thread when there is a rest.
+
+        Every way out ends the hand-over; only interrupts go on.
+        """
+        try:
+            late_samples = staged.rest.run(flight.handover.go_on)
+            if not flight.handover.mark_copied():
+                return
+            replicated = staged.replicated(late_samples)
+            fragment = self._fragment(flight, staged, replicated)
+            job = WriteJob(
+                storage_url=self._url, directory=str(flight.directory), fragment=fragment, direct_io=True
+            )
+            self._link.submit(job, staged.arena.descriptor)
+            flight.handle.mark_staged()
+            flight.handover.finish(fragment, replicated)
+        except BaseException as error:
+            log.debug("staging of step %d failed", flight.step, exc_info=True)
+            flight.handover.fail(as_checkpoint_error(error, rank=self._channel.rank))
+            if not isinstance(error, Exception):
+                raise
+
+    def _fragment(self, flight: Flight, staged: Staged, replicated: Mapping[str, str]) -> Fragment:
         coordinates = self._channel.rank == 0
         return Fragment(
             run_id=self._claim.run_id,
@@ -300,7 +295,7 @@ class Saver:
             layout=staged.plan.digest,
             values=staged.values,
             per_rank=staged.per_rank,
-            replicated=digest(encode_json(staged.replicated)),
+            replicated=digest(encode_json(replicated)),
             created_at=flight.created_at if coordinates else None,
             metrics=_encoded_metrics(flight.metrics) if coordinates else {},
             tags=list(flight.tags) if coordinates else [],

@@ -15,21 +15,24 @@ import msgspec
 
 from dcp_ckpt.config import CheckpointConfig
 from dcp_ckpt.coordination import Channel, agree, broadcast, raise_first
-from dcp_ckpt.errors import CheckpointError
+from dcp_ckpt.errors import CheckpointError, StorageUnsuitable
 from dcp_ckpt.format.epoch import EpochClaim
 from dcp_ckpt.format.names import EPOCHS, StepDir, lease_name
 from dcp_ckpt.lifecycle.catalogue import Catalogue, step_directories
 from dcp_ckpt.lifecycle.epochs import claim_epoch, record_resumed
 from dcp_ckpt.lifecycle.janitor import Janitor
+from dcp_ckpt.lifecycle.known import KnownRun
 from dcp_ckpt.lifecycle.recover import recover_older_epochs
 from dcp_ckpt.lifecycle.runs import ensure_run
 from dcp_ckpt.save.coordinator import Coordinator
-from dcp_ckpt.save.dcp_metadata import AUTO_MAX_CHUNKS, derive_metadata
+from dcp_ckpt.save.dcp_metadata import AUTO_MAX_CHUNKS, derive_metadata, write_metadata
 from dcp_ckpt.save.pilot import Flight, Pilot
-from dcp_ckpt.save.saver import Saver, StepPolicy
+from dcp_ckpt.save.saver import Saver
 from dcp_ckpt.save.staging import Stager
+from dcp_ckpt.save.step_policy import StepPolicy
 from dcp_ckpt.save.writer_link import WriterLink
 from dcp_ckpt.storage.base import Storage
+from dcp_ckpt.storage.listed import listed_once
 
 __all__ = ["Session"]
 
@@ -65,6 +68,8 @@ class Session:
         self._config = config
         self._steps: StepPolicy | None = None
         self._janitor: Janitor | None = None
+        self._coordinator: Coordinator | None = None
+        self.known: KnownRun | None = None
         timeout = config.recover_wait_seconds + config.timeout_seconds
         claimed = broadcast(channel, f"{tag}/claim", self._claim, timeout_seconds=timeout)
         self.claim = msgspec.convert(claimed, type=EpochClaim)
@@ -80,7 +85,7 @@ class Session:
             link.hold_lease(storage.url, None)
             raise_first(failures)
 
-    def resumed_from(self, directory: str, *, epoch: int, step: int) -> None:
+    def resumed_from(self, directory: str, epoch: int, step: int) -> None:
         """Rank 0: steps go on after this one, and it is never removed while this epoch lives.
 
         Raises:
@@ -94,6 +99,29 @@ class Session:
         self._janitor.protect(step_dir, "resumed from")
         record_resumed(self._storage, self._steps.epoch, step_dir, epoch, step)
 
+    def catalogue(self) -> Catalogue:
+        """Rank 0: what is committed now.
+
+        Raises:
+            StorageError: it could not be learned.
+        """
+        assert self.known is not None
+        return self.known.catalogue()
+
+    def marks_changed(self) -> None:
+        """This process wrote marks: rank 0 reads them anew at the next look."""
+        if self.known is not None:
+            self.known.marks_changed()
+
+    def prune(self) -> list[str]:
+        """Rank 0: apply retention now; the names of the step directories that were taken back.
+
+        Raises:
+            CheckpointError: the run could not be read or changed.
+        """
+        assert self._janitor is not None
+        return [str(directory) for directory in self._janitor.take_back()]
+
     def close(self) -> None:
         """Finish all saves, join thread and writer, delete what is over its grace period. Idempotent.
 
@@ -106,9 +134,18 @@ class Session:
 
     def _claim(self) -> dict[str, Any]:
         """Rank 0: claim the next epoch and clear up after the ones before."""
+        if not self._storage.capabilities.shared:
+            raise StorageUnsuitable(
+                "the writers are processes of their own and would not see what is stored here; use a path or "
+                "s3://",
+                path=self._storage.url,
+            )
+        self._storage.require_exclusive_create()
+        # From here to the end of the start, an object store is listed once.
+        storage = listed_once(self._storage)
         claim = claim_epoch(
-            self._storage,
-            run_id=ensure_run(self._storage).run_id,
+            storage,
+            run_id=ensure_run(storage).run_id,
             world_size=self._channel.world_size,
             purpose="train",
             hold=lambda key: self._link.hold_lease(self._storage.url, key),
@@ -116,17 +153,19 @@ class Session:
         )
         try:
             catalogue, report = recover_older_epochs(
-                self._storage, epoch=claim.epoch, on_commit=self._derive_metadata
+                storage, epoch=claim.epoch, on_commit=self._derive_metadata
             )
-            taken = frozenset(step_directories(self._storage))
+            taken = frozenset(step_directories(storage))
         except BaseException:
             self._link.hold_lease(self._storage.url, None)
             raise
         for directory in report.committed:
             log.warning("committed %s, which the start before had finished writing", directory)
         self._steps = StepPolicy(epoch=claim.epoch, floor=_newest_step(catalogue), taken=taken)
+        self.known = KnownRun(self._storage, catalogue)
         self._janitor = Janitor(
             self._storage,
+            self.known,
             epoch=claim.epoch,
             keep=self._config.keep,
             grace_seconds=self._config.grace_seconds,
@@ -136,15 +175,18 @@ class Session:
     def _join(self, global_ranks: Sequence[int]) -> Pilot:
         """Every rank: hold the lease, and make what saves; returns what must be closed if another fails."""
         rank, world_size = self._channel.rank, self._channel.world_size
-        if rank != 0:
+        if rank != 0 and self._storage.capabilities.lease_ends_with_holder:
+            # Elsewhere holding costs requests all the time: rank 0's writer holds it for all, and the others
+            # when their trainer has died while they still work.
             key = f"{EPOCHS}/{lease_name(self.claim.epoch)}"
             self._link.hold_lease(self._storage.url, key)
         channel = self._channel.clone()
-        coordinator = Coordinator(self._storage, channel, epoch=self.claim.epoch) if rank == 0 else None
+        if rank == 0:
+            self._coordinator = Coordinator(self._storage, channel, epoch=self.claim.epoch)
         pilot = Pilot(
             channel,
             self._link,
-            coordinator,
+            self._coordinator,
             self._after_commit,
             timeout_seconds=self._config.timeout_seconds,
         )
@@ -164,9 +206,15 @@ class Session:
         """On rank 0's background thread, after the verdict is out. What fails here fails no save."""
         assert self._steps is not None
         assert self._janitor is not None
+        assert self._coordinator is not None
+        assert self._coordinator.committed is not None
+        assert self.known is not None
         self._steps.committed(flight.step)
+        self.known.committed(flight.directory, self._coordinator.committed)
         try:
-            self._derive_metadata(self._storage, flight.directory)
+            if self._config.dcp_metadata != "never" and flight.handover.fragment is not None:
+                fragments = self._coordinator.described(flight.handover.fragment)
+                write_metadata(self._storage, flight.directory, fragments, max_chunks=self._max_chunks)
         except CheckpointError as error:
             log.warning("no .metadata for stock DCP readers in %s: %s", flight.directory, error)
         self._janitor.tidy()
@@ -174,8 +222,11 @@ class Session:
     def _derive_metadata(self, storage: Storage, directory: StepDir) -> None:
         if self._config.dcp_metadata == "never":
             return
-        limit = AUTO_MAX_CHUNKS if self._config.dcp_metadata == "auto" else None
-        derive_metadata(storage, directory, max_chunks=limit)
+        derive_metadata(storage, directory, max_chunks=self._max_chunks)
+
+    @property
+    def _max_chunks(self) -> int | None:
+        return AUTO_MAX_CHUNKS if self._config.dcp_metadata == "auto" else None
 
 
 def _newest_step(catalogue: Catalogue) -> int:

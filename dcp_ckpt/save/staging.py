@@ -1,7 +1,7 @@
 """Staging: copying one state's bytes into the arena, so that training may go on while they are written.
 
 Called on the main thread of every rank, at an optimizer-step boundary. It reads the live state exactly as it
-is now; what it returns shares no memory with it.
+is now; what it returns shares memory with it only in the copies that are left for later.
 """
 
 from __future__ import annotations
@@ -14,19 +14,16 @@ import torch
 
 from dcp_ckpt.errors import StateError
 from dcp_ckpt.format.containers import SLAB_ALIGNMENT_BYTES, value_container
-from dcp_ckpt.format.digests import digest
-from dcp_ckpt.format.documents import encode_json
 from dcp_ckpt.format.fragment import FileEntry, ValueEntry
 from dcp_ckpt.save.arena import Arena
+from dcp_ckpt.save.late_copy import LateCopy, LateTensor, can_be_late
 from dcp_ckpt.save.layout import SEGMENT_BYTES, round_up
 from dcp_ckpt.save.plan import LayoutKey, SavePlan, layout_key, make_plan
+from dcp_ckpt.save.replicas import replica_digests, sample_of
 from dcp_ckpt.state.component import Captured, Component, Path
 from dcp_ckpt.state.placements import local_tensor
 
 __all__ = ["Staged", "Stager", "capture"]
-
-_SAMPLE_ELEMENTS = 64
-"""How much of every unsharded tensor is compared between ranks: enough to see replicas that drifted apart."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,19 +32,27 @@ class Staged:
 
     Args:
         plan: its layout.
-        arena: holds the bytes of the data file.
+        arena: holds the bytes of the data file, once `rest` has run.
+        rest: the copies that are left to do.
         file_bytes: size of the data file; 0 when this rank writes none.
         values: replicated values with the place of their containers; rank 0 only.
         per_rank: values of this rank.
-        replicated: name -> digest of everything that must be equal on all ranks.
+        equal_values: replicated values by path, encoded.
+        samples: by name, of the tensors that every rank holds whole; without those in `rest`.
     """
 
     plan: SavePlan
     arena: Arena
+    rest: LateCopy
     file_bytes: int
     values: dict[str, ValueEntry]
     per_rank: dict[str, ValueEntry]
-    replicated: dict[str, str]
+    equal_values: Mapping[Path, Any]
+    samples: dict[str, bytes]
+
+    def replicated(self, late_samples: Mapping[str, bytes]) -> dict[str, str]:
+        """Name -> digest of all that must be equal on all ranks; `late_samples` are those of `rest`."""
+        return replica_digests(self.equal_values, {**self.samples, **late_samples})
 
     @property
     def files(self) -> list[FileEntry]:
@@ -75,13 +80,24 @@ def capture(components: Sequence[Component]) -> Captured:
     values: dict[Path, Any] = {}
     per_rank: dict[Path, Any] = {}
     stock: dict[Path, Any] = {}
+    optimizers: list[torch.optim.Optimizer] = []
+    step_writes: set[int] = set()
     for component in components:
         captured = component.capture()
         tensors.update(captured.tensors)
         values.update(captured.values)
         per_rank.update(captured.per_rank)
         stock.update(captured.stock)
-    return Captured(tensors=dict(sorted(tensors.items())), values=values, per_rank=per_rank, stock=stock)
+        optimizers += captured.optimizers
+        step_writes |= captured.step_writes
+    return Captured(
+        tensors=dict(sorted(tensors.items())),
+        values=values,
+        per_rank=per_rank,
+        stock=stock,
+        optimizers=tuple(optimizers),
+        step_writes=frozenset(step_writes),
+    )
 
 
 class Stager:
@@ -94,8 +110,11 @@ class Stager:
         self._bound: _Bound | None = None
 
     @torch.no_grad()
-    def stage(self, captured: Captured) -> Staged:
-        """Copy the captured state into the arena. Blocks for the copy; the arena must be free.
+    def stage(self, captured: Captured, *, overlap: bool) -> Staged:
+        """Copy the captured state into the arena, which must be free. Blocks for the copy.
+
+        Args:
+            overlap: leave what only optimizer steps write for `Staged.rest`.
 
         Raises:
             StateError: the state cannot be stored.
@@ -103,21 +122,57 @@ class Stager:
         """
         containers = self._value_containers(captured)
         bound = self._bind(captured, sum(len(data) + SEGMENT_BYTES for data in containers.values()))
-        locals_ = [local_tensor(tensor) for tensor in captured.tensors.values()]
-        sources = [
-            locals_[index] if part is None else locals_[index][part] for index, part in bound.plan.sources
+        live = list(captured.tensors.values())
+        locals_ = [local_tensor(tensor) for tensor in live]
+        is_late = [
+            overlap and id(tensor) in captured.step_writes and can_be_late(local)
+            for tensor, local in zip(live, locals_, strict=True)
         ]
-        if sources:
-            torch._foreach_copy_(bound.views, sources)
-        replicated = self._replicated(captured, bound.plan, locals_)
+        rest = self._rest(bound, live, locals_, is_late)
+        early = [
+            (view, locals_[index] if part is None else locals_[index][part])
+            for view, (index, part) in zip(bound.views, bound.plan.sources, strict=True)
+            if not is_late[index]
+        ]
+        if early:
+            views, sources = zip(*early, strict=True)
+            torch._foreach_copy_(views, sources)
+        sampled = [] if self._world_size == 1 else [i for i in bound.plan.replicated if not is_late[i]]
         values, file_bytes = self._lay_values(captured, bound, containers)
         return Staged(
             plan=bound.plan,
             arena=bound.arena,
+            rest=rest,
             file_bytes=file_bytes,
             values=values,
             per_rank=_entries(captured.per_rank),
-            replicated=replicated,
+            equal_values=captured.values if self._world_size > 1 else {},
+            samples={bound.plan.names[index]: sample_of(locals_[index]) for index in sampled},
+        )
+
+    def _rest(
+        self,
+        bound: _Bound,
+        live: Sequence[torch.Tensor],
+        locals_: Sequence[torch.Tensor],
+        is_late: Sequence[bool],
+    ) -> LateCopy:
+        parts: dict[int, list[tuple[tuple[slice, ...] | None, torch.Tensor]]] = {}
+        for view, (index, part) in zip(bound.views, bound.plan.sources, strict=True):
+            parts.setdefault(index, []).append((part, view))
+        sampled = frozenset(bound.plan.replicated if self._world_size > 1 else ())
+        return LateCopy(
+            [
+                LateTensor(
+                    name=bound.plan.names[index],
+                    live=live[index],
+                    local=locals_[index],
+                    is_sampled=index in sampled,
+                    parts=parts.get(index, ()),
+                )
+                for index, late in enumerate(is_late)
+                if late and (index in parts or index in sampled)
+            ]
         )
 
     def close(self) -> None:
@@ -172,27 +227,6 @@ class Stager:
         end = round_up(position, SEGMENT_BYTES)
         bound.arena.write(position, bytes(end - position))
         return entries, end
-
-    def _replicated(
-        self, captured: Captured, plan: SavePlan, locals_: Sequence[torch.Tensor]
-    ) -> dict[str, str]:
-        if self._world_size == 1:
-            return {}
-        digests = {".".join(path): digest(encode_json(value)) for path, value in captured.values.items()}
-        samples = [_first_elements(locals_[index]) for index in plan.replicated]
-        for index, sample in zip(plan.replicated, samples, strict=True):
-            # Not by way of numpy, which is not required.
-            data = bytes(sample.contiguous().view(torch.uint8).tolist()) if sample.numel() else b""
-            kind = [str(sample.dtype).removeprefix("torch."), list(locals_[index].shape)]
-            digests[plan.names[index]] = digest(encode_json(kind) + data)
-        return digests
-
-
-def _first_elements(tensor: torch.Tensor) -> torch.Tensor:
-    """The first elements in row-major order, without copying the rest of a tensor that is not contiguous."""
-    while tensor.ndim > 1 and tensor.shape[0] and tensor[0].numel() >= _SAMPLE_ELEMENTS:
-        tensor = tensor[0]
-    return tensor[:_SAMPLE_ELEMENTS].reshape(-1)[:_SAMPLE_ELEMENTS] if tensor.ndim else tensor.reshape(-1)
 
 
 def _entries(values: Mapping[Path, Any]) -> dict[str, ValueEntry]:

@@ -1,7 +1,7 @@
 """This rank's line to its writer across the writer's death: hand over, wait, start a new one when it died.
 
-The main thread submits, the background thread waits; they never do so at once, because a job is only
-submitted when the arena is free, and the arena is free only when the last job was answered.
+One thread submits (the main one, or the fence's), the pilot's waits; they never do so at once, because a job
+is only submitted when the arena is free, and the arena is free only when the last job was answered.
 """
 
 from __future__ import annotations

@@ -28,12 +28,17 @@ class Captured:
         values: replicated values, already encoded by `dcp_ckpt.format.values.encode_value`.
         per_rank: values of this rank only, encoded.
         stock: replicated values as plain Python objects, for stock DCP readers; same keys as `values`.
+        optimizers: those whose `step()` can be held until a copy is done.
+        step_writes: `id()` of the live tensors that nothing but the `step()` of one of `optimizers` writes,
+            of whichever component: they may be copied after `save()` has returned.
     """
 
     tensors: Mapping[Path, torch.Tensor] = field(default_factory=dict)
     values: Mapping[Path, Any] = field(default_factory=dict)
     per_rank: Mapping[Path, Any] = field(default_factory=dict)
     stock: Mapping[Path, Any] = field(default_factory=dict)
+    optimizers: tuple[torch.optim.Optimizer, ...] = ()
+    step_writes: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +61,8 @@ class StoredState:
         per_rank: this rank's values by name, decoded; those of saved rank r when this is rank r of
             a world of the same size, else empty.
         step: training step.
-        saved_world_size: number of ranks that saved.
+        saved_world_size: number of ranks that saved; 0 for a stock DCP checkpoint, which does not say and
+            holds nothing of single ranks.
         rank: this process's rank.
         world_size: number of ranks that load.
         seed_material: a value that is the same on all ranks and differs between checkpoints and

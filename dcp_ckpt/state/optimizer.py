@@ -7,6 +7,7 @@ cast. Knows parameter names from its caller; knows nothing of modules, files or 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -83,8 +84,12 @@ class OptimizerComponent:
                 f"{join_path(self._prefix)}: the optimizer holds state for something that is not in its "
                 "param_groups; remove that entry from optimizer.state, or keep it in TrainState(extra=...)"
             )
+        moments = frozenset(map(id, collector.captured().tensors.values()))
         collector.add_value(self._groups_path, groups)
-        return collector.captured()
+        if not _runs_hooks(self._optimizer):
+            return collector.captured()
+        parameters = frozenset(id(p) for group in self._optimizer.param_groups for p in group["params"])
+        return replace(collector.captured(), optimizers=(self._optimizer,), step_writes=moments | parameters)
 
     def _capture_state(self, collector: StateCollector, name: str, state: Mapping[str, Any]) -> None:
         for key, value in state.items():
@@ -238,6 +243,11 @@ class OptimizerComponent:
                     continue
                 group[key] = _merged(group.get(key), value)
         return notes
+
+
+def _runs_hooks(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether `step()` calls the hooks that are registered; a wrapper may skip `Optimizer.__init__`."""
+    return hasattr(optimizer, "_optimizer_step_pre_hooks") and getattr(type(optimizer).step, "hooked", False)
 
 
 def _merged(live: Any, value: Any) -> Any:

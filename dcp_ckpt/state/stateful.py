@@ -284,6 +284,9 @@ class PerRankComponent:
         return Targets(problems=tuple(problems))
 
     def install(self, stored: StoredState, targets: Targets) -> list[str]:
+        if not stored.saved_world_size:
+            name = join_path(self._prefix)
+            return [f"{name}: not restored, a stock DCP checkpoint holds nothing of single ranks"]
         if stored.saved_world_size != stored.world_size:
             return [
                 f"{join_path(self._prefix)}: saved on {stored.saved_world_size} ranks, loaded on "

@@ -37,10 +37,13 @@ def open_storage(url: str | os.PathLike[str]) -> Storage:
     """Open the place that `url` names; nothing is read or written yet.
 
     Args:
-        url: a path (relative to the working directory now), `file:///path`, or what `Storage.url` gave.
+        url: a path (relative to the working directory now), `file:///path`, `s3://BUCKET/PREFIX`, the URL of
+            another fsspec file system, or what `Storage.url` gave. `file+single-writer://` and
+            `s3+single-writer://` vouch that one process alone writes there.
 
     Raises:
         ConfigError: the URL names no storage that can be opened here.
+        MissingDependencyError: the package that speaks to it is not installed.
     """
     text = os.fspath(url)
     if not text:
@@ -51,14 +54,10 @@ def open_storage(url: str | os.PathLike[str]) -> Storage:
     scheme, rest = match[1].lower(), match[2]
     if scheme in ("file", SINGLE_WRITER_SCHEME):
         return LocalStorage(_path_of(text, rest), single_writer=scheme == SINGLE_WRITER_SCHEME)
-    if scheme == "memory":
-        raise ConfigError(
-            f"{text} cannot be opened by name: memory belongs to one object in one process; make a "
-            "dcp_ckpt.storage.memory.MemoryStorage and pass that object"
-        )
-    raise ConfigError(
-        f"{text}: object storage ({scheme}://) is not available yet; use a path or file:///path"
-    )
+    # Imported here: its client libraries take longer to load than most commands take to run.
+    from dcp_ckpt.storage.objects.opening import open_object_storage
+
+    return open_object_storage(text)
 
 
 def _path_of(url: str, rest: str) -> str:

@@ -33,13 +33,16 @@ class StorageCapabilities:
         exclusive_create: `create_exclusive` holds among all processes and hosts.
         directories: empty directories exist, and renames are atomic (a file system).
         direct_io: `open_writer` bypasses the page cache when asked to.
-        lease_ends_with_holder: a lease ends with its holder, however that ends.
+        lease_ends_with_holder: a lease ends with its holder, however that ends; else it runs out some
+            seconds later, and costs requests while it is held.
+        shared: other processes see the same objects.
     """
 
     exclusive_create: bool
     directories: bool
     direct_io: bool
     lease_ends_with_holder: bool
+    shared: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,16 +65,26 @@ class ByteRange:
 class ObjectWriter(Protocol):
     """Writes one new object in segments. Not visible as complete to anyone until `finish`."""
 
+    @property
+    def segment_bytes(self) -> int:
+        """How many bytes a segment has best; the last one may have fewer."""
+        ...
+
     def write_segment(self, offset: int, data: memoryview) -> None:
         """Write `data` at `offset`. Segments come in ascending order, without overlap.
 
         With direct I/O, offset, length and address should be multiples of 4096; others are
-        written through the cache.
+        written through the cache. The bytes may be sent later: they MUST NOT change before `finish` or
+        `abort` returns.
         """
         ...
 
     def finish(self) -> None:
-        """Return when the object is whole and durable (fsync, or a completed upload). Idempotent."""
+        """Return when the object is whole and durable (fsync, or a completed upload). Idempotent.
+
+        Raises:
+            StorageExists: the name was taken, where that is not found when the writer is opened.
+        """
         ...
 
     def abort(self) -> None:
@@ -157,6 +170,14 @@ class Storage(Protocol):
         """
         ...
 
+    def require_exclusive_create(self) -> None:
+        """Find out whether `create_exclusive` holds among processes. May create and delete an object, once.
+
+        Raises:
+            StorageUnsuitable: it does not, and nobody vouched for a single writer.
+        """
+        ...
+
     def put(self, key: str, data: Buffer) -> None:
         """Create or replace the object atomically and durably."""
         ...
@@ -181,7 +202,8 @@ class Storage(Protocol):
     def list_names(self, prefix: str) -> builtins.list[str]:  # `list` is the method here
         """The first parts of the keys below `prefix`, sorted; directories end in `/`.
 
-        Empty directories count where they exist.
+        Empty directories count where they exist. Some object stores show a name for a while after its last
+        object was deleted.
         """
         ...
 
@@ -203,6 +225,17 @@ class Storage(Protocol):
         Raises:
             StorageNotFound: there is no such directory.
             StorageUnsuitable: `capabilities.directories` is false.
+        """
+        ...
+
+    def abort_uploads(self, prefix: str, is_abandoned: Callable[[str], bool]) -> builtins.list[str]:
+        """Discard unfinished large objects below `prefix` that no listing shows, where a store keeps such.
+
+        Args:
+            is_abandoned: told a key, says whether nobody writes it any more.
+
+        Returns:
+            The keys of those discarded.
         """
         ...
 

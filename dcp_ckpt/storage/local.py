@@ -115,6 +115,9 @@ class LocalStorage:
         with translated("create the file", path, needed_bytes=memoryview(data).nbytes):
             self._create(path, data)
 
+    def require_exclusive_create(self) -> None:
+        """Nothing to do: the first creation finds out by itself, and leaves nothing where it cannot hold."""
+
     def put(self, key: str, data: Buffer) -> None:
         path = self._path(key)
         with translated("write the file", path, needed_bytes=memoryview(data).nbytes):
@@ -185,6 +188,11 @@ class LocalStorage:
             # The new name first: should the power fail in between, two names are better than none.
             sync_directory(os.path.dirname(new_path))
             sync_directory(os.path.dirname(path))
+
+    def abort_uploads(self, prefix: str, is_abandoned: Callable[[str], bool]) -> builtins.list[str]:
+        """None: an unfinished file has a name of its own, and is listed."""
+        check_prefix(prefix)
+        return []
 
     def hold_lease(self, key: str) -> Lease:
         path = self._path(key)
@@ -278,6 +286,7 @@ def _capabilities(*, exclusive_create: bool, direct_io: bool) -> StorageCapabili
         directories=True,
         direct_io=direct_io,
         lease_ends_with_holder=True,
+        shared=True,
     )
 
 

@@ -43,6 +43,9 @@ class LocalObjectWriter:
         StorageFull: there is no room.
     """
 
+    # Large enough for the disk, small enough to be digested while in cache.
+    segment_bytes = 8 << 20
+
     def __init__(self, path: str, *, size_bytes: int, direct: bool, calls: SystemCalls) -> None:
         self._path = path
         self._size_bytes = size_bytes

@@ -47,6 +47,7 @@ class MemoryStorage:
             directories=False,
             direct_io=False,
             lease_ends_with_holder=True,
+            shared=False,
         )
 
     def read(self, key: str) -> bytes:
@@ -85,6 +86,9 @@ class MemoryStorage:
         with self._lock:
             self._check_free(key)
             self._objects[key] = bytes(data)
+
+    def require_exclusive_create(self) -> None:
+        """It holds: there is one lock."""
 
     def put(self, key: str, data: Buffer) -> None:
         check_key(key)
@@ -129,6 +133,10 @@ class MemoryStorage:
         check_key(new_key)
         raise StorageUnsuitable("there are no directories to rename here", path=self._where(key))
 
+    def abort_uploads(self, prefix: str, is_abandoned: Callable[[str], bool]) -> builtins.list[str]:
+        check_prefix(prefix)
+        return []
+
     def hold_lease(self, key: str) -> MemoryLease:
         check_key(key)
         with self._lock:
@@ -165,6 +173,8 @@ class MemoryStorage:
 
 class MemoryObjectWriter:
     """Collects segments; the object appears, whole, at `finish`."""
+
+    segment_bytes = 8 << 20
 
     def __init__(
         self, settle: Callable[[str, bytes | None], None], *, path: str, key: str, size_bytes: int

@@ -12,7 +12,8 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from dcp_ckpt.storage.base import ByteRange, Lease, ObjectInfo, ObjectWriter, Storage, StorageCapabilities
+from dcp_ckpt.storage.base import ByteRange, Lease, ObjectInfo, ObjectWriter, Storage
+from dcp_ckpt.storage.forwarding import ForwardingStorage
 
 __all__ = ["MeteredStorage", "RequestCount"]
 
@@ -27,7 +28,7 @@ class RequestCount:
     num_bytes: int = 0
 
 
-class MeteredStorage:
+class MeteredStorage(ForwardingStorage):
     """A storage that counts, and otherwise does what `inner` does.
 
     Kinds are the names of the methods, also those of writers (`write_segment`, `finish`, `abort`). Each range
@@ -36,7 +37,7 @@ class MeteredStorage:
     """
 
     def __init__(self, inner: Storage) -> None:
-        self._inner = inner
+        super().__init__(inner)
         self._lock = threading.Lock()
         self._num_requests: Counter[str] = Counter()
         self._num_bytes: Counter[str] = Counter()
@@ -52,14 +53,6 @@ class MeteredStorage:
     def count(self, kind: str) -> RequestCount:
         """What was asked for of one kind so far."""
         return self.counts().get(kind, RequestCount())
-
-    @property
-    def url(self) -> str:
-        return self._inner.url
-
-    @property
-    def capabilities(self) -> StorageCapabilities:
-        return self._inner.capabilities
 
     def read(self, key: str) -> bytes:
         self._add_request("read")
@@ -90,6 +83,10 @@ class MeteredStorage:
         self._add_request("create_exclusive")
         self._inner.create_exclusive(key, data)
         self._add_bytes("create_exclusive", memoryview(data).nbytes)
+
+    def require_exclusive_create(self) -> None:
+        self._add_request("require_exclusive_create")
+        self._inner.require_exclusive_create()
 
     def put(self, key: str, data: Buffer) -> None:
         self._add_request("put")
@@ -126,6 +123,10 @@ class MeteredStorage:
         self._add_request("rename_directory")
         self._inner.rename_directory(key, new_key)
 
+    def abort_uploads(self, prefix: str, is_abandoned: Callable[[str], bool]) -> builtins.list[str]:
+        self._add_request("abort_uploads")
+        return self._inner.abort_uploads(prefix, is_abandoned)
+
     def hold_lease(self, key: str) -> Lease:
         self._add_request("hold_lease")
         return self._inner.hold_lease(key)
@@ -133,9 +134,6 @@ class MeteredStorage:
     def lease_is_held(self, key: str) -> bool:
         self._add_request("lease_is_held")
         return self._inner.lease_is_held(key)
-
-    def close(self) -> None:
-        self._inner.close()
 
     def _add_request(self, kind: str, num_requests: int = 1) -> None:
         with self._lock:
@@ -156,6 +154,10 @@ class _MeteredWriter:
         self._inner = inner
         self._add_request = add_request
         self._add_bytes = add_bytes
+
+    @property
+    def segment_bytes(self) -> int:
+        return self._inner.segment_bytes
 
     def write_segment(self, offset: int, data: memoryview) -> None:
         self._add_request("write_segment")

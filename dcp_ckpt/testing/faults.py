@@ -7,15 +7,15 @@ users.
 
 from __future__ import annotations
 
-import builtins
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from types import TracebackType
 
-from dcp_ckpt.storage.base import ByteRange, Lease, ObjectInfo, ObjectWriter, Storage, StorageCapabilities
+from dcp_ckpt.storage.base import Lease, ObjectWriter, Storage
+from dcp_ckpt.storage.forwarding import ForwardingStorage
 
 __all__ = ["FailAt", "FaultyStorage", "fail_nth", "kill_nth"]
 
@@ -39,7 +39,7 @@ def kill_nth(number: int) -> FailAt:
     return fail_at
 
 
-class FaultyStorage:
+class FaultyStorage(ForwardingStorage):
     """Does what `inner` does, and asks `fail_at` at every operation that changes something.
 
     Operations are the methods that change something, those of writers (`write_segment`, `finish`, `abort`),
@@ -54,36 +54,13 @@ class FaultyStorage:
     """
 
     def __init__(self, inner: Storage, fail_at: FailAt, *, answer_lost: bool = False) -> None:
-        self._inner = inner
+        super().__init__(inner)
         self._faults = _Faults(fail_at, answer_lost=answer_lost)
 
     @property
     def num_operations(self) -> int:
         """How many operations were asked for so far, failed ones included."""
         return self._faults.num_operations
-
-    @property
-    def url(self) -> str:
-        return self._inner.url
-
-    @property
-    def capabilities(self) -> StorageCapabilities:
-        return self._inner.capabilities
-
-    def read(self, key: str) -> bytes:
-        return self._inner.read(key)
-
-    def read_ranges(
-        self,
-        ranges: Sequence[ByteRange],
-        consume: Callable[[int, memoryview], None],
-        *,
-        concurrency: int,
-    ) -> None:
-        self._inner.read_ranges(ranges, consume, concurrency=concurrency)
-
-    def size(self, key: str) -> int:
-        return self._inner.size(key)
 
     def create_exclusive(self, key: str, data: Buffer) -> None:
         with self._faults.at("create_exclusive", key):
@@ -97,12 +74,6 @@ class FaultyStorage:
         with self._faults.at("open_writer", key):
             writer = self._inner.open_writer(key, size_bytes=size_bytes, direct=direct)
         return _FaultyWriter(writer, self._faults, key)
-
-    def list(self, prefix: str) -> list[ObjectInfo]:
-        return self._inner.list(prefix)
-
-    def list_names(self, prefix: str) -> builtins.list[str]:
-        return self._inner.list_names(prefix)
 
     def make_directory(self, key: str) -> None:
         with self._faults.at("make_directory", key):
@@ -125,12 +96,6 @@ class FaultyStorage:
         with self._faults.at("hold_lease", key):
             lease = self._inner.hold_lease(key)
         return _FaultyLease(lease, self._faults, key)
-
-    def lease_is_held(self, key: str) -> bool:
-        return self._inner.lease_is_held(key)
-
-    def close(self) -> None:
-        self._inner.close()
 
 
 class _Faults:
@@ -180,6 +145,10 @@ class _FaultyWriter:
         self._inner = inner
         self._faults = faults
         self._key = key
+
+    @property
+    def segment_bytes(self) -> int:
+        return self._inner.segment_bytes
 
     def write_segment(self, offset: int, data: memoryview) -> None:
         with self._faults.at("write_segment", self._key):

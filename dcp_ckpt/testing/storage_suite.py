@@ -140,7 +140,9 @@ class StorageSuite(StorageWriteSuite):
         storage.delete(["a/b/c"])
         storage.remove_directory("a/b")
         storage.remove_directory("a/b")
-        assert storage.list_names("a/") == []
+        assert storage.list("a/") == []
+        # An object store may show the names of emptied prefixes for a while.
+        assert not directories or storage.list_names("a/") == []
 
     def test_renaming_a_directory(self, storage: Storage) -> None:
         storage.put("a/b/c", b"x")

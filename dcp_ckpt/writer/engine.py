@@ -17,10 +17,7 @@ from dcp_ckpt.format.names import EPOCHS, data_file_name, epoch_name, fragment_n
 from dcp_ckpt.storage.base import ObjectWriter, Storage
 from dcp_ckpt.writer.messages import WriteJob
 
-__all__ = ["IO_BYTES", "check_shared_storage", "write_attempt"]
-
-IO_BYTES = 8 * BLOCK_BYTES
-"""Bytes of one write: large enough for the disk, small enough to be digested while in cache."""
+__all__ = ["check_shared_storage", "write_attempt"]
 
 
 def check_shared_storage(storage: Storage, fragment: Fragment) -> None:
@@ -79,8 +76,8 @@ def _write_file(writer: ObjectWriter, data: memoryview) -> str:
     """Write and fsync one data file; returns its block digests."""
     digests: list[str] = []
     try:
-        for offset in range(0, len(data), IO_BYTES):
-            segment = data[offset : offset + IO_BYTES]
+        for offset in range(0, len(data), writer.segment_bytes):
+            segment = data[offset : offset + writer.segment_bytes]
             # Digest first: the pass over the block is the one that brings it into the cache.
             digests.extend(
                 digest(segment[start : start + BLOCK_BYTES]) for start in range(0, len(segment), BLOCK_BYTES)

@@ -20,6 +20,7 @@ from types import TracebackType
 import msgspec
 
 from dcp_ckpt.errors import CheckpointError
+from dcp_ckpt.format.names import EPOCHS, lease_name
 from dcp_ckpt.storage import open_storage
 from dcp_ckpt.storage.base import Lease, Storage
 from dcp_ckpt.writer.engine import check_shared_storage, write_attempt
@@ -31,6 +32,7 @@ from dcp_ckpt.writer.messages import (
     decode_request,
     encode,
 )
+from dcp_ckpt.writer.orphan import OrphanLease
 
 __all__ = ["main"]
 
@@ -60,6 +62,7 @@ class Program:
         self._lease: Lease | None = None
         self._arena: mmap.mmap | None = None
         self._arena_inode = -1
+        self._seen_epoch = ""
 
     def serve(self) -> None:
         """Answer requests in order until the trainer is gone and nothing is left to do."""
@@ -159,16 +162,26 @@ class Program:
         self._arena_inode = status.st_ino
 
     def _write(self, job: WriteJob) -> Reply:
-        self._storage = self._storage or open_storage(job.storage_url)
-        check_shared_storage(self._storage, job.fragment)
-        with memoryview(self._arena if self._arena is not None else b"") as arena:
-            ref = write_attempt(self._storage, job, arena)
+        storage = self._storage = self._storage or open_storage(job.storage_url)
+        if self._seen_epoch != job.fragment.epoch_id:
+            check_shared_storage(storage, job.fragment)
+            self._seen_epoch = job.fragment.epoch_id
+        mapped = self._arena if self._arena is not None else b""
+        with self._watch_over(storage, job), memoryview(mapped) as arena:
+            ref = write_attempt(storage, job, arena)
         return Reply(
             attempt=job.fragment.attempt,
             fragment_bytes=ref.size_bytes,
             digest=ref.digest,
             file_bytes=ref.file_bytes,
         )
+
+    def _watch_over(self, storage: Storage, job: WriteJob) -> contextlib.AbstractContextManager[object]:
+        """Make sure that the next start waits for this job, should the trainer die during it."""
+        held = self._lease is not None or storage.capabilities.lease_ends_with_holder
+        if held or self._trainer is None:
+            return contextlib.nullcontext()
+        return OrphanLease(storage, f"{EPOCHS}/{lease_name(job.fragment.epoch)}", trainer=self._trainer)
 
 
 def _open_pidfd(pid: int) -> int | None:

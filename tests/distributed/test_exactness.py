@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -57,19 +59,31 @@ class Training:
         }
 
 
-def train(kind: str, path: str, save_at: Sequence[int]) -> dict[str, Any]:
+def train(kind: str, path: str, save_at: Sequence[int], overlap: str) -> dict[str, Any]:
     """Train from the start; with saves where asked for."""
     training = Training(kind)
     if not save_at:
         for _ in range(NUM_STEPS):
             training.step()
         return training.outcome()
-    with Checkpointer(path, config=worlds.config()) as checkpointer:
-        for step in range(1, NUM_STEPS + 1):
-            training.step()
+    handles = []
+    with Checkpointer(path, config=worlds.config(overlap=overlap)) as checkpointer:
+        for step in range(NUM_STEPS + 1):
+            if step:
+                training.step()
             if step in save_at:
-                checkpointer.save(training.state, step=step)
+                handles.append(checkpointer.save(training.state, step=step))
+        checkpointer.wait()
+    assert [handle.outcome for handle in handles] == ["committed"] * len(save_at)
     return training.outcome()
+
+
+def stored_bytes(path: Path) -> dict[str, str]:
+    """Digests of all data files below `path`, by step and rank."""
+    return {
+        f"{file.parent.name}/{file.name.partition('.')[0]}": hashlib.sha256(file.read_bytes()).hexdigest()
+        for file in sorted(path.glob("step-*/__*.distcp"))
+    }
 
 
 def resume(kind: str, path: str, step: int) -> dict[str, Any]:
@@ -87,11 +101,16 @@ def resume(kind: str, path: str, step: int) -> dict[str, Any]:
 
 @pytest.mark.parametrize("kind", ["fsdp", "ddp"])
 def test_run_with_saves_and_resumed_run_equal_the_plain_run(pool, tmp_path, kind):
-    plain = pool.run(train, 4, kind, str(tmp_path), ())
+    every_step = range(NUM_STEPS + 1)
+    plain = pool.run(train, 4, kind, str(tmp_path), (), "off")
     assert len(plain[0]["history"]) == NUM_STEPS
     assert len({outcome["random"] for outcome in plain}) == 4, "every rank draws its own dropout"
-    assert pool.run(train, 4, kind, str(tmp_path), range(1, NUM_STEPS + 1)) == plain
-    assert pool.run(resume, 4, kind, str(tmp_path), 3) == plain
+    for overlap in ("off", "step"):
+        assert pool.run(train, 4, kind, str(tmp_path / overlap), every_step, overlap) == plain
+        assert pool.run(resume, 4, kind, str(tmp_path / overlap), 3) == plain
+    stored = stored_bytes(tmp_path / "off")
+    assert len(stored) >= NUM_STEPS
+    assert stored_bytes(tmp_path / "step") == stored
 
 
 def samples_of_a_resumed_run(path: str, num_steps: int) -> tuple[list[list[int]], str]:

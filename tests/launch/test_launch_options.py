@@ -27,7 +27,6 @@ from launch.options import parse_options
         (["--parallel", "fsdp+tp"], "--parallel fsdp+tp"),
         (["--parallel", "pp"], "--parallel pp"),
         (["--save-strategy", "epoch"], "--save-strategy epoch"),
-        (["--overlap", "step"], "--overlap step"),
         (["--resume", "ask"], "--resume ask"),
         (["--resume", "runs/run-001@100"], "--resume runs/run-001@100"),
     ],
@@ -65,6 +64,8 @@ def test_defaults_need_no_flag():
     assert all(options.batch_size % world_size == 0 for world_size in (1, 2, 3, 4, 5, 6, 8))
     assert options.model_size in MODEL_SIZES
     assert options.saves
+    assert options.overlap == "step"
+    assert parse_options(["--overlap", "off"]).overlap == "off"
 
 
 def test_options_are_recorded_as_json():

@@ -1,0 +1,160 @@
+"""What is measured, which ratios of it are asked for, and the numbers to reach.
+
+Pure: names and arithmetic, no torch, no effects. Used by the phases for the names and by the report.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+__all__ = [
+    "LABELS",
+    "MACHINE",
+    "OURS",
+    "PROCESS",
+    "SHARED",
+    "STOCK_LOAD",
+    "STOCK_SAVE",
+    "SUCCESSOR",
+    "TARGETS",
+    "THREAD",
+    "UNITS",
+    "Target",
+    "compute_ratios",
+    "passes",
+]
+
+OURS = "dcp_ckpt"
+STOCK_SAVE = "dcp.save"
+STOCK_LOAD = "dcp.load"
+THREAD = "dcp.async_save thread"
+PROCESS = "dcp.async_save process"
+SHARED = "dcp.async_save process+shm"
+SUCCESSOR = "torch_checkpointing"
+MACHINE = "machine"
+
+LABELS = {
+    "memcpy": "copy of the state, memory warm",
+    "direct_write": "direct write + fsync of as many bytes",
+    "buffered_write": "buffered write + fsync of as many bytes",
+    "direct_read": "direct read of as many bytes",
+    "cached_read": "read of as many bytes, page cache warm",
+    "step": "forward and backward",
+    "step_replicated": "forward and backward, replicated state",
+    "stall_sharded": "stall: save() + wait at the fence",
+    "stall_replicated": "stall, replicated state",
+    "held": "held: until the tensors are free; overlap off",
+    "durable": "save until durable; overlap off",
+    "load_same": "load, same ranks, page cache warm",
+    "load_8_4": "load on half the ranks, page cache warm",
+    "load_8_6": "load on three quarters of the ranks, page cache warm",
+    "load_4_8": "load of half the ranks on all, page cache warm",
+    "load_after_save": "load right after a save, page cache as it left it",
+    "ddp_load_time": "load of replicated state, page cache warm",
+    "ddp_bytes_read": "bytes read for it (rchar, all ranks)",
+    "ddp_bytes_reported": "bytes read for it (LoadReport, all ranks)",
+    "tax": "tax of one save over K training steps",
+    "first_save": "first save of a fresh process until durable",
+    "first_save_blocked": "first save of a fresh process holds the trainer",
+    "arena": "staging memory over the bytes of the state",
+    "writer_memory": "PSS of a writer process without staging memory",
+}
+"""Metric -> what it is, for people; the state of the page cache included where it matters."""
+
+UNITS = {
+    "ddp_bytes_read": "bytes",
+    "ddp_bytes_reported": "bytes",
+    "arena": "x",
+    "writer_memory": "MiB",
+}
+"""Metrics that are not seconds."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """One ratio and what it should be.
+
+    Args:
+        name: its key in the JSON.
+        above, below: metric and system of the numerator and of the denominator; without the second, the
+            first is a ratio already.
+        needed, aim: bounds of the ratio.
+        higher_is_better: the bounds are lower ones.
+        also: metrics of this project with upper bounds of their own, which are part of the target.
+    """
+
+    name: str
+    above: tuple[str, str]
+    below: tuple[str, str] | None
+    needed: float
+    aim: float | None
+    higher_is_better: bool = False
+    also: tuple[tuple[str, float], ...] = ()
+
+
+def _same(name: str, system: str, needed: float, aim: float) -> Target:
+    """Ours over theirs in the metric that the ratio is named after."""
+    return Target(name=name, above=(name, OURS), below=(name, system), needed=needed, aim=aim)
+
+
+TARGETS = (
+    _same("stall_sharded", THREAD, 0.20, 0.02),
+    _same("stall_replicated", THREAD, 0.05, 0.02),
+    Target(
+        name="held_over_memcpy",
+        above=("held", OURS),
+        below=("memcpy", MACHINE),
+        needed=1.5,
+        aim=1.1,
+    ),
+    _same("durable", STOCK_SAVE, 0.70, 0.55),
+    Target(
+        name="of_direct_write",
+        above=("direct_write", MACHINE),
+        below=("durable", OURS),
+        needed=0.75,
+        aim=0.92,
+        higher_is_better=True,
+    ),
+    _same("load_same", STOCK_LOAD, 0.50, 0.30),
+    _same("load_8_4", STOCK_LOAD, 0.45, 0.25),
+    _same("load_8_6", STOCK_LOAD, 0.45, 0.25),
+    _same("load_4_8", STOCK_LOAD, 0.45, 0.25),
+    _same("load_after_save", STOCK_LOAD, 1.0, 0.6),
+    _same("ddp_bytes_read", STOCK_LOAD, 0.15, 0.126),
+    _same("ddp_load_time", STOCK_LOAD, 0.8, 0.6),
+    _same("tax", THREAD, 0.5, 0.25),
+    _same("first_save", PROCESS, 0.3, 0.1),
+    Target(
+        name="extra_memory",
+        above=("arena", OURS),
+        below=None,
+        needed=1.02,
+        aim=None,
+        also=(("writer_memory", 16.0),),
+    ),
+)
+"""The ratios of the contract, in its order."""
+
+
+def compute_ratios(medians: Mapping[tuple[str, str], float]) -> dict[str, float | None]:
+    """All ratios; None where a side was not measured or the lower one is 0."""
+    return {target.name: _ratio(target, medians) for target in TARGETS}
+
+
+def passes(target: Target, medians: Mapping[tuple[str, str], float]) -> bool | None:
+    """Whether the needed bound is met; None when there is no ratio."""
+    ratio = _ratio(target, medians)
+    if ratio is None:
+        return None
+    met = ratio >= target.needed if target.higher_is_better else ratio <= target.needed
+    return met and all(medians.get((metric, OURS), bound) <= bound for metric, bound in target.also)
+
+
+def _ratio(target: Target, medians: Mapping[tuple[str, str], float]) -> float | None:
+    above = medians.get(target.above)
+    if target.below is None or above is None:
+        return above
+    below = medians.get(target.below)
+    return above / below if below else None

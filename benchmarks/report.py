@@ -1,0 +1,155 @@
+"""The results, as the JSON of the contract and as a table for people.
+
+Pure but for printing. Used by the entry point on rank 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from benchmarks.measure import Samples, median_and_mad
+from benchmarks.ratios import (
+    LABELS,
+    MACHINE,
+    OURS,
+    PROCESS,
+    SHARED,
+    STOCK_LOAD,
+    STOCK_SAVE,
+    SUCCESSOR,
+    TARGETS,
+    THREAD,
+    UNITS,
+    Target,
+    compute_ratios,
+    passes,
+)
+
+__all__ = ["Row", "make_rows", "print_table", "result"]
+
+_COLUMNS = (
+    ((OURS,), OURS),
+    ((STOCK_SAVE, STOCK_LOAD), "dcp.save / .load"),
+    ((THREAD,), "async thread"),
+    ((PROCESS,), "async process"),
+    ((SHARED,), "process+shm"),
+    ((SUCCESSOR,), "torch_ checkpointing"),
+    ((MACHINE,), MACHINE),
+)
+_WIDTH = 190
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One number, or the reason why there is none.
+
+    Args:
+        median, mad: over the rounds; None when the measurement failed.
+        values: of each round.
+        note: what a reader must know; "" for nothing.
+    """
+
+    metric: str
+    system: str
+    median: float | None
+    mad: float | None
+    unit: str
+    values: tuple[float, ...] = ()
+    note: str = ""
+
+    def as_json(self) -> dict[str, object]:
+        return {
+            "metric": self.metric,
+            "system": self.system,
+            "median": self.median,
+            "mad": self.mad,
+            "unit": self.unit,
+            "label": LABELS[self.metric],
+            "values": list(self.values),
+            "note": self.note,
+        }
+
+
+def make_rows(samples: Samples, notes: Mapping[str, str]) -> list[Row]:
+    """All rows, in the order of the metrics; `notes` holds one for some systems."""
+    order = list(LABELS)
+    keys = sorted({*samples.values, *samples.failures}, key=lambda key: (order.index(key[0]), key[1]))
+    rows = []
+    for metric, system in keys:
+        reason = samples.failures.get((metric, system))
+        values = samples.values.get((metric, system), [])
+        unit = UNITS.get(metric, "s")
+        if reason is not None or not values:
+            note = f"failed: {reason or 'no round counted'}"
+            rows.append(Row(metric=metric, system=system, median=None, mad=None, unit=unit, note=note))
+            continue
+        median, mad = median_and_mad(values)
+        rows.append(
+            Row(
+                metric=metric,
+                system=system,
+                median=median,
+                mad=mad,
+                unit=unit,
+                values=tuple(values),
+                note=notes.get(system, ""),
+            )
+        )
+    return rows
+
+
+def result(machine: Mapping[str, object], rows: Sequence[Row], samples: Samples) -> dict[str, object]:
+    """What is written as JSON."""
+    return {
+        "machine": dict(machine),
+        "rows": [row.as_json() for row in rows],
+        "ratios": compute_ratios(samples.medians()),
+    }
+
+
+def print_table(rows: Sequence[Row], samples: Samples, notes: Mapping[str, str]) -> None:
+    """Numbers of all systems, then the ratios with the bounds to reach."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(width=_WIDTH)
+    cells = {(row.metric, row.system): _cell(row) for row in rows}
+    table = Table("metric", *(f"{title}{'*' if notes.get(names[0]) else ''}" for names, title in _COLUMNS))
+    for metric, label in LABELS.items():
+        found = [
+            next((cells[metric, name] for name in names if (metric, name) in cells), "")
+            for names, _ in _COLUMNS
+        ]
+        if any(found):
+            table.add_row(label, *found)
+    console.print(table)
+    for name, note in notes.items():
+        console.print(f"* {name}: {note}")
+    targets = Table("ratio", "of", "over", "ratio", "needed", "aim", "ok?")
+    medians = samples.medians()
+    ratios = compute_ratios(medians)
+    for target in TARGETS:
+        targets.add_row(*_target_cells(target, ratios[target.name], passes(target, medians)))
+    console.print(targets)
+
+
+def _cell(row: Row) -> str:
+    if row.median is None or row.mad is None:
+        return "failed"
+    scale, unit = (1e-6, "MB") if row.unit == "bytes" else (1.0, row.unit)
+    return f"{row.median * scale:.3f} {unit} ±{row.mad * scale:.3f}"
+
+
+def _target_cells(target: Target, ratio: float | None, passed: bool | None) -> list[str]:
+    sign = "≥" if target.higher_is_better else "≤"
+    also = "".join(f" and {metric} {sign} {bound:g} {UNITS[metric]}" for metric, bound in target.also)
+    return [
+        target.name,
+        " ".join(target.above),
+        " ".join(target.below) if target.below else "",
+        "none" if ratio is None else f"{ratio:.3f}",
+        f"{sign} {target.needed:g}{also}",
+        "less" if target.aim is None else f"{sign} {target.aim:g}",
+        {True: "yes", False: "NO", None: "?"}[passed],
+    ]

@@ -1,0 +1,53 @@
+"""The epoch of a command that changes a run: claimed, held, and given up at its end.
+
+A command is an owner like a trainer, with one rank and no writer process (docs/format.md, section 9). Called
+by what the command line runs: recover and prune.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+from dcp_ckpt.errors import ConfigError
+from dcp_ckpt.format.epoch import EpochClaim
+from dcp_ckpt.lifecycle.epochs import claim_epoch, wait_for_leases
+from dcp_ckpt.lifecycle.runs import ensure_run
+from dcp_ckpt.storage.base import Storage
+
+__all__ = ["command_epoch"]
+
+
+@contextmanager
+def command_epoch(
+    storage: Storage, *, purpose: str, force: bool, wait_seconds: float
+) -> Iterator[EpochClaim]:
+    """Own the run for as long as the context lasts. Blocks up to `wait_seconds` for those who live.
+
+    Args:
+        purpose: of the claim.
+        force: go on although the owner of the run lives; it is fenced then.
+        wait_seconds: how long to wait for writers that still work.
+
+    Raises:
+        ConfigError: a live owner holds the run and `force` is not given; nothing was claimed.
+        StorageError: the epoch could not be claimed.
+    """
+    run = ensure_run(storage)
+    live = wait_for_leases(storage, wait_seconds=wait_seconds)
+    if live and not force:
+        raise ConfigError(
+            f"epoch(s) {', '.join(map(str, live))} of this run are still live; stop that training first, or "
+            "insist with --force, which makes it stop saving",
+            path=storage.url,
+        )
+    with ExitStack() as held:
+
+        def hold(key: str | None) -> None:
+            held.close()
+            if key is not None:
+                held.enter_context(storage.hold_lease(key))
+
+        yield claim_epoch(
+            storage, run_id=run.run_id, world_size=1, purpose=purpose, hold=hold, wait_seconds=0.0
+        )

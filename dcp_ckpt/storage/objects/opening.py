@@ -1,0 +1,48 @@
+"""From a URL to an object storage: which client speaks to it, and how requests are repeated."""
+
+from __future__ import annotations
+
+from dcp_ckpt.errors import ConfigError
+from dcp_ckpt.storage.keys import check_key
+from dcp_ckpt.storage.objects.client import ObjectClient
+from dcp_ckpt.storage.objects.fsspec_client import FsspecClient
+from dcp_ckpt.storage.objects.retry import RetryingClient, RetryPolicy
+from dcp_ckpt.storage.objects.s3 import S3Client
+from dcp_ckpt.storage.objects.storage import ObjectStorage
+
+__all__ = ["open_object_storage"]
+
+_SINGLE_WRITER = "+single-writer"
+
+
+def open_object_storage(url: str, *, retry: RetryPolicy | None = None) -> ObjectStorage:
+    """Open a store; nothing is asked of it yet.
+
+    Args:
+        url: `s3://BUCKET[/PREFIX]`, or the URL of another fsspec file system; a scheme that ends in
+            `+single-writer` vouches that one process alone writes there.
+        retry: how requests are repeated.
+
+    Raises:
+        ConfigError: the URL names no store.
+        MissingDependencyError: its client is not installed.
+    """
+    scheme, _, rest = url.partition("://")
+    scheme = scheme.lower()
+    kind = scheme.removesuffix(_SINGLE_WRITER)
+    path = rest.strip("/")
+    if path:
+        check_key(path)
+    client: ObjectClient
+    if kind in ("s3", "s3a"):
+        bucket, _, prefix = path.partition("/")
+        if not bucket:
+            raise ConfigError(f"{url} names no bucket; write s3://BUCKET/PREFIX")
+        client = S3Client(bucket, prefix)
+    else:
+        client = FsspecClient(kind, path)
+    return ObjectStorage(
+        RetryingClient(client, retry or RetryPolicy()),
+        url=f"{scheme}://{path}",
+        single_writer=scheme.endswith(_SINGLE_WRITER),
+    )

@@ -1,0 +1,236 @@
+"""S3 and what speaks its protocol, through s3fs and the client that it makes.
+
+Owns the requests and their settings: credentials, endpoint and region are those of the standard AWS
+environment and config files; a request is sent once (repeating is `RetryingClient`'s); payloads are neither
+signed nor hashed again, since every block has a digest of its own (botocore would run SHA-256 over every body
+sent over plain http).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Sequence
+from email.utils import parsedate_to_datetime
+from typing import Any
+
+from dcp_ckpt.errors import ConfigError, MissingDependencyError, StorageError, StorageTransient
+from dcp_ckpt.storage.base import ObjectInfo
+from dcp_ckpt.storage.objects.client import Buffer, StoreTraits
+from dcp_ckpt.storage.objects.s3_errors import from_client_library, from_response
+
+__all__ = ["S3Client"]
+
+_CONNECTIONS = 64
+_CONNECT_SECONDS = 5.0
+_ANSWER_SECONDS = 30.0
+"""For an answer, and for each stretch of silence in one; the sending of a body is not silence."""
+
+_SLOWEST_BYTES_PER_SECOND = 256 << 10
+_DELETE_BATCH = 1000
+_READ_BYTES = 1 << 20
+
+
+class S3Client:
+    """One bucket and prefix; see `ObjectClient` for the methods.
+
+    Args:
+        bucket: must exist.
+        prefix: empty, or without a slash at either end.
+
+    Raises:
+        MissingDependencyError: s3fs is not installed.
+    """
+
+    def __init__(self, bucket: str, prefix: str) -> None:
+        try:
+            import s3fs
+        except ImportError as error:
+            raise MissingDependencyError(
+                "s3:// needs the s3fs package: pip install 'dcp_ckpt[s3]'", path=f"s3://{bucket}"
+            ) from error
+        self._bucket = bucket
+        self._prefix = f"{prefix}/" if prefix else ""
+        self._reached = False
+        self._closed = False
+        self._fs = s3fs.S3FileSystem(
+            skip_instance_cache=True,
+            use_listings_cache=False,
+            config_kwargs={
+                "retries": {"total_max_attempts": 1, "mode": "standard"},
+                "max_pool_connections": _CONNECTIONS,
+                "connect_timeout": _CONNECT_SECONDS,
+                "read_timeout": _ANSWER_SECONDS,
+                "s3": {"payload_signing_enabled": False},
+                "request_checksum_calculation": "when_required",
+                "response_checksum_validation": "when_required",
+                # It refuses memoryviews as bodies, which the HTTP client sends without copying them.
+                "parameter_validation": False,
+            },
+        )
+
+    @property
+    def loop(self) -> asyncio.AbstractEventLoop:
+        loop: asyncio.AbstractEventLoop = self._fs.loop
+        return loop
+
+    @property
+    def url(self) -> str:
+        return f"s3://{self._bucket}/{self._prefix}".rstrip("/")
+
+    @property
+    def traits(self) -> StoreTraits:
+        return StoreTraits(conditional_put=True, shared=True, parts=True)
+
+    @property
+    def reached(self) -> bool:
+        return self._reached
+
+    async def get(self, key: str, *, offset: int = 0, num_bytes: int | None = None) -> bytearray:
+        span = {} if num_bytes is None else {"Range": f"bytes={offset}-{offset + num_bytes - 1}"}
+        async with self._asking("GET", key, num_bytes or 0) as s3:
+            answer = await s3.get_object(**self._at(key), **span)
+            expected = int(answer["ContentLength"])
+            async with answer["Body"] as body:
+                data = bytearray()
+                while piece := await body.read(_READ_BYTES):
+                    data += piece
+        if len(data) != expected:
+            raise StorageTransient(
+                f"the answer broke off after {len(data)} of {expected} bytes", path=self._where(key)
+            )
+        return data
+
+    async def size(self, key: str) -> int:
+        async with self._asking("HEAD", key) as s3:
+            answer = await s3.head_object(**self._at(key))
+        return int(answer["ContentLength"])
+
+    async def age_seconds(self, key: str) -> float:
+        async with self._asking("HEAD", key) as s3:
+            answer = await s3.head_object(**self._at(key))
+        # Both moments are the store's, so no clock of ours is trusted.
+        now = parsedate_to_datetime(answer["ResponseMetadata"]["HTTPHeaders"]["date"])
+        age: float = (now - answer["LastModified"]).total_seconds()
+        return age
+
+    async def put(self, key: str, data: Buffer, *, only_if_absent: bool) -> None:
+        condition = {"IfNoneMatch": "*"} if only_if_absent else {}
+        async with self._asking("PUT", key, len(data)) as s3:
+            await s3.put_object(**self._at(key), Body=data, **condition)
+
+    async def start_upload(self, key: str) -> str:
+        async with self._asking("CreateMultipartUpload", key) as s3:
+            answer = await s3.create_multipart_upload(**self._at(key))
+        return str(answer["UploadId"])
+
+    async def put_part(self, key: str, upload: str, number: int, data: Buffer) -> str:
+        async with self._asking("UploadPart", key, len(data)) as s3:
+            answer = await s3.upload_part(**self._at(key), UploadId=upload, PartNumber=number, Body=data)
+        return str(answer["ETag"])
+
+    async def complete_upload(self, key: str, upload: str, tags: Sequence[str], *, size_bytes: int) -> None:
+        parts = [{"PartNumber": number, "ETag": tag} for number, tag in enumerate(tags, start=1)]
+        async with self._asking("CompleteMultipartUpload", key) as s3:
+            await s3.complete_multipart_upload(
+                **self._at(key), UploadId=upload, MultipartUpload={"Parts": parts}, IfNoneMatch="*"
+            )
+
+    async def abort_upload(self, key: str, upload: str) -> None:
+        try:
+            async with self._asking("AbortMultipartUpload", key) as s3:
+                await s3.abort_multipart_upload(**self._at(key), UploadId=upload)
+        except StorageError as error:
+            if isinstance(error, StorageTransient) or await self._upload_exists(key, upload):
+                raise
+
+    async def list_uploads(self, prefix: str) -> list[tuple[str, str]]:
+        found = []
+        async with self._asking("ListMultipartUploads", prefix) as s3:
+            pages = s3.get_paginator("list_multipart_uploads")
+            async for page in pages.paginate(Bucket=self._bucket, Prefix=self._prefix + prefix):
+                for upload in page.get("Uploads", ()):
+                    if upload["Key"].startswith(self._prefix + prefix):
+                        found.append((upload["Key"].removeprefix(self._prefix), upload["UploadId"]))
+        return found
+
+    async def list_objects(self, prefix: str) -> list[ObjectInfo]:
+        return [
+            ObjectInfo(key=item["Key"].removeprefix(self._prefix), size_bytes=int(item["Size"]))
+            async for page in self._pages(prefix)
+            for item in page.get("Contents", ())
+            # Some stores keep an empty object for a directory.
+            if not item["Key"].endswith("/")
+        ]
+
+    async def list_names(self, prefix: str) -> list[str]:
+        start = len(self._prefix) + len(prefix)
+        names = []
+        async for page in self._pages(prefix, Delimiter="/"):
+            names += [item["Prefix"][start:] for item in page.get("CommonPrefixes", ())]
+            names += [item["Key"][start:] for item in page.get("Contents", ())]
+        return [name for name in names if name]
+
+    async def delete(self, keys: Sequence[str]) -> None:
+        if len(keys) == 1:
+            async with self._asking("DELETE", keys[0]) as s3:
+                await s3.delete_object(**self._at(keys[0]))
+            return
+        for start in range(0, len(keys), _DELETE_BATCH):
+            batch = [{"Key": self._prefix + key} for key in keys[start : start + _DELETE_BATCH]]
+            async with self._asking("DeleteObjects", keys[start]) as s3:
+                answer = await s3.delete_objects(
+                    Bucket=self._bucket, Delete={"Objects": batch, "Quiet": True}
+                )
+            for failed in answer.get("Errors") or ():
+                path = f"s3://{self._bucket}/{failed.get('Key', '')}"
+                raise from_response({"Error": failed}, operation="DELETE", path=path)
+
+    def close(self) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        creator = self._fs._s3creator if self._fs._s3 is not None else None
+        if creator is not None:
+            self._fs.close_session(self._fs.loop, creator)
+
+    async def _upload_exists(self, key: str, upload: str) -> bool:
+        return (key, upload) in await self.list_uploads(key)
+
+    async def _pages(self, prefix: str, **options: str) -> AsyncIterator[dict[str, Any]]:
+        token: dict[str, str] = {}
+        while True:
+            async with self._asking("LIST", prefix) as s3:
+                page = await s3.list_objects_v2(
+                    Bucket=self._bucket, Prefix=self._prefix + prefix, **options, **token
+                )
+            yield page
+            if not page.get("IsTruncated"):
+                return
+            token = {"ContinuationToken": page["NextContinuationToken"]}
+
+    def _at(self, key: str) -> dict[str, str]:
+        return {"Bucket": self._bucket, "Key": self._prefix + key}
+
+    def _where(self, key: str) -> str:
+        return f"s3://{self._bucket}/{self._prefix}{key}"
+
+    @contextlib.asynccontextmanager
+    async def _asking(self, operation: str, key: str, num_bytes: int = 0) -> AsyncIterator[Any]:
+        """The client for one request, bounded in time, its errors translated."""
+        from botocore.exceptions import ClientError
+
+        if self._closed:
+            raise ConfigError("this storage is closed", path=self._where(key))
+        limit = _CONNECT_SECONDS + _ANSWER_SECONDS + num_bytes / _SLOWEST_BYTES_PER_SECOND
+        try:
+            async with asyncio.timeout(limit):
+                yield await self._fs.set_session()
+            self._reached = True
+        except ClientError as error:
+            self._reached = True
+            raise from_response(error.response, operation=operation, path=self._where(key)) from error
+        except (StorageError, asyncio.CancelledError):
+            raise
+        except Exception as error:
+            raise from_client_library(error, operation=operation, path=self._where(key)) from error

@@ -1,0 +1,230 @@
+"""Checkpoints on an object store: the storage protocol over an `ObjectClient`.
+
+Owns the bridge from the callers' threads to the client's event loop, the merging and the concurrency of
+reads, and the probe for stores that ignore conditions. Knows no store by name.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import builtins
+import secrets
+import threading
+from collections.abc import Callable, Coroutine, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+
+from dcp_ckpt.errors import StorageError, StorageExists, StorageNotFound, StorageUnsuitable
+from dcp_ckpt.storage.base import ByteRange, ObjectInfo, StorageCapabilities
+from dcp_ckpt.storage.keys import check_key, check_prefix, is_listed
+from dcp_ckpt.storage.objects.client import Buffer, ObjectClient
+from dcp_ckpt.storage.objects.fetch import Fetch, merge_ranges
+from dcp_ckpt.storage.objects.lease import ObjectLease, is_fresh
+from dcp_ckpt.storage.objects.upload import ObjectUpload
+from dcp_ckpt.storage.ranges import check_ranges
+
+__all__ = ["ObjectStorage"]
+
+_Result = TypeVar("_Result")
+
+_FETCHES_IN_FLIGHT = 16
+
+
+class ObjectStorage:
+    """See `Storage` for the methods.
+
+    Args:
+        client: closed with this object.
+        url: what `open_storage` takes to open the same place.
+        single_writer: the user vouches that no other process creates objects here; names are then looked at
+            before they are created, which two writers at once could both do.
+    """
+
+    def __init__(self, client: ObjectClient, *, url: str, single_writer: bool) -> None:
+        self._client = client
+        self._url = url
+        self._single_writer = single_writer
+        self._probe_lock = threading.Lock()
+        self._probed = False
+
+    @property
+    def url(self) -> str:
+        return self._url
+
+    @property
+    def capabilities(self) -> StorageCapabilities:
+        return StorageCapabilities(
+            exclusive_create=self._client.traits.conditional_put and not self._single_writer,
+            directories=False,
+            direct_io=False,
+            lease_ends_with_holder=False,
+            shared=self._client.traits.shared,
+        )
+
+    def read(self, key: str) -> bytes:
+        return bytes(self._run(self._client.get(check_key(key))))
+
+    def read_ranges(
+        self,
+        ranges: Sequence[ByteRange],
+        consume: Callable[[int, memoryview], None],
+        *,
+        concurrency: int,
+    ) -> None:
+        check_ranges(ranges, concurrency=concurrency)
+        if not ranges:
+            return
+        with ThreadPoolExecutor(concurrency, thread_name_prefix="dcp_ckpt-consume") as pool:
+            self._run(self._fetch_all(ranges, consume, pool))
+
+    def size(self, key: str) -> int:
+        return self._run(self._client.size(check_key(key)))
+
+    def create_exclusive(self, key: str, data: Buffer) -> None:
+        check_key(key)
+        if self._single_writer:
+            self._run(self._look_and_put(key, data))
+        else:
+            self._run(self._client.put(key, data, only_if_absent=True))
+
+    def require_exclusive_create(self) -> None:
+        if self._single_writer:
+            return
+        if not self._client.traits.conditional_put:
+            raise self._unsuitable("it is not known to create an object only if the name is free")
+        with self._probe_lock:
+            if not self._probed:
+                self._probe()
+                self._probed = True
+
+    def put(self, key: str, data: Buffer) -> None:
+        self._run(self._client.put(check_key(key), data, only_if_absent=False))
+
+    def open_writer(self, key: str, *, size_bytes: int, direct: bool) -> ObjectUpload:
+        return ObjectUpload(self._client, check_key(key), size_bytes=size_bytes)
+
+    def list(self, prefix: str) -> builtins.list[ObjectInfo]:
+        check_prefix(prefix)
+        found = self._run(self._client.list_objects(prefix))
+        listed = (info for info in found if all(map(is_listed, info.key[len(prefix) :].split("/"))))
+        return sorted(listed, key=lambda info: info.key)
+
+    def list_names(self, prefix: str) -> builtins.list[str]:
+        check_prefix(prefix)
+        names = self._run(self._client.list_names(prefix))
+        return sorted({name for name in names if is_listed(name.removesuffix("/"))})
+
+    def make_directory(self, key: str) -> None:
+        check_key(key)
+
+    def delete(self, keys: Iterable[str]) -> None:
+        wanted = [check_key(key) for key in keys]
+        if wanted:
+            self._run(self._client.delete(wanted))
+
+    def remove_directory(self, key: str) -> None:
+        check_key(key)
+
+    def rename_directory(self, key: str, new_key: str) -> None:
+        check_key(key)
+        check_key(new_key)
+        raise StorageUnsuitable("there are no directories to rename here", path=f"{self._url}/{key}")
+
+    def abort_uploads(self, prefix: str, is_abandoned: Callable[[str], bool]) -> builtins.list[str]:
+        check_prefix(prefix)
+        return self._run(self._abort_uploads(prefix, is_abandoned))
+
+    def hold_lease(self, key: str) -> ObjectLease:
+        return ObjectLease(self._client, check_key(key))
+
+    def lease_is_held(self, key: str) -> bool:
+        return self._run(is_fresh(self._client, check_key(key)))
+
+    def close(self) -> None:
+        self._client.close()
+
+    async def _fetch_all(
+        self,
+        ranges: Sequence[ByteRange],
+        consume: Callable[[int, memoryview], None],
+        pool: ThreadPoolExecutor,
+    ) -> None:
+        """All requests, a bounded number at a time; a slot is held until its bytes were consumed."""
+        slots = asyncio.Semaphore(_FETCHES_IN_FLIGHT)
+        loop = asyncio.get_running_loop()
+
+        async def fetch(item: Fetch) -> None:
+            async with slots:
+                data = memoryview(
+                    await self._client.get(item.key, offset=item.offset, num_bytes=item.num_bytes)
+                )
+                for number in item.members:
+                    part = self._cut(ranges[number], item, data)
+                    await loop.run_in_executor(pool, consume, number, part)
+
+        for number, item in enumerate(ranges):
+            if not item.num_bytes:
+                await loop.run_in_executor(pool, consume, number, memoryview(bytearray()))
+        tasks = [asyncio.ensure_future(fetch(item)) for item in merge_ranges(ranges)]
+        try:
+            await asyncio.gather(*tasks)
+        except BaseException:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            raise
+
+    def _cut(self, item: ByteRange, fetch: Fetch, data: memoryview) -> memoryview:
+        start = item.offset - fetch.offset
+        if start + item.num_bytes > len(data):
+            raise StorageError(
+                f"the object ends early: {item.num_bytes} bytes at offset {item.offset} were asked for, and "
+                f"it ends at {fetch.offset + len(data)}",
+                path=f"{self._url}/{item.key}",
+            )
+        return data[start : start + item.num_bytes]
+
+    async def _look_and_put(self, key: str, data: Buffer) -> None:
+        try:
+            await self._client.size(key)
+        except StorageNotFound:
+            await self._client.put(key, data, only_if_absent=False)
+        else:
+            raise StorageExists("the name is taken", path=f"{self._url}/{key}")
+
+    def _probe(self) -> None:
+        """Create one object twice: the second time must be refused."""
+        key = f".probe-{secrets.token_hex(8)}"
+        self._run(self._client.put(key, b"first", only_if_absent=True))
+        try:
+            self._run(self._client.put(key, b"second", only_if_absent=True))
+        except StorageExists:
+            return
+        finally:
+            self._run(self._client.delete([key]))
+        raise self._unsuitable("it accepts `If-None-Match: *` and ignores it")
+
+    def _unsuitable(self, reason: str) -> StorageUnsuitable:
+        scheme, _, rest = self._url.partition("://")
+        return StorageUnsuitable(
+            f"two writers could overwrite each other's checkpoints in this store: {reason}; use another "
+            f"store, or vouch for a single writer with {scheme}+single-writer://{rest}",
+            path=self._url,
+        )
+
+    async def _abort_uploads(self, prefix: str, is_abandoned: Callable[[str], bool]) -> builtins.list[str]:
+        aborted = []
+        for key, upload in await self._client.list_uploads(prefix):
+            if is_abandoned(key):
+                await self._client.abort_upload(key, upload)
+                aborted.append(key)
+        return aborted
+
+    def _run(self, request: Coroutine[Any, Any, _Result]) -> _Result:
+        """Run on the client's loop, and wait; an interrupt cancels it."""
+        future = asyncio.run_coroutine_threadsafe(request, self._client.loop)
+        try:
+            return future.result()
+        except BaseException:
+            future.cancel()
+            raise
