@@ -1,7 +1,7 @@
-"""The first save of a fresh training job, which pays for processes, imports and fresh memory.
+"""The first save of a training job, which pays for processes, imports and fresh memory.
 
-A program of its own, which `measure_first_saves` runs: every sample is a new torchrun, so that nothing is
-warm but the files of Python itself.
+A process has one first save of each system, so the benchmark's own job gives one sample and every other one
+is a torchrun of this file, in which the systems come in another order.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import sys
 import time
 import warnings
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 # torchrun runs this file as a script: sys.path then starts with benchmarks/, not with the directory above it.
@@ -24,58 +25,85 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 import torch.distributed as dist
 
-from benchmarks.measure import Ranks, SectionFailed, slowest
-from benchmarks.peers import DEADLINE_SECONDS, System, make_system
-from benchmarks.ratios import OURS
+from benchmarks.measure import Ranks, slowest
+from benchmarks.peers import System
+from benchmarks.ratios import OURS, PROCESS, SUCCESSOR
 from benchmarks.rounds import Bench, say
-from benchmarks.workload import sharded_state
+from benchmarks.workload import Digests, State, sharded_state
 
-__all__ = ["main", "measure_first_saves"]
+__all__ = ["first_saves", "main", "measure_first_saves"]
 
+SYSTEMS = (OURS, PROCESS, SUCCESSOR)
+METRICS = ("first_save", "first_save_blocked")
+_JOB_SECONDS = 240.0
 _SHOWN_CHARACTERS = 600
 _LAUNCHER_VARIABLES = ("GROUP_", "LOCAL_", "MASTER_", "RANK", "ROLE_", "TORCHELASTIC_", "WORLD_SIZE")
 """Beginnings of the variables that torchrun sets for its ranks, which a torchrun inside must not see."""
 
 
-def measure_first_saves(bench: Bench, names: list[str], num_rounds: int) -> None:
-    """`num_rounds` fresh jobs for each system. Called on all ranks, of which only rank 0 has work."""
-    for number in range(num_rounds):
-        bench.samples.counting = True
+def first_saves(bench: Bench, state: State, expected: Digests, names: list[str]) -> dict[str, System]:
+    """Start each system and save with it, on the clock from before it is started.
+
+    Returns:
+        The systems that work, by name; the caller closes them.
+    """
+    systems: dict[str, System] = {}
+
+    def measure(name: str) -> None:
+        group = bench.new_group()
+
+        def save() -> dict[str, float]:
+            start = time.perf_counter()
+            system = systems[name] = bench.start(name, group, directory=f"first-{name}")
+            system.begin(state)
+            system.fence()
+            blocked = time.perf_counter() - start
+            system.finish()
+            return {"blocked": blocked, "durable": time.perf_counter() - start}
+
+        parts = slowest(bench.ranks.together(save))
+        system = systems[name]
+        bench.checked_load(lambda: system.load(state), state, expected, name)
+        bench.on_first_rank(system.discard)
+        bench.samples.add("first_save", name, parts["durable"])
+        bench.samples.add("first_save_blocked", name, parts["blocked"])
+
+    for name in names:
         if bench.ranks.rank == 0:
-            say(f"first save: round {number + 1} of {num_rounds}")
-        for name in names[number % len(names) :] + names[: number % len(names)]:
-            _measure(bench, name)
+            say(f"first save: {name}")
+        bench.attempt(name, METRICS, state, partial(measure, name))
+        if name in bench.missing and name in systems:
+            bench.close(systems.pop(name))
+    return systems
 
 
-def _measure(bench: Bench, name: str) -> None:
-    metrics = ("first_save", "first_save_blocked")
-    if name not in bench.missing:
-        try:
-            parts = slowest(
-                bench.ranks.together(lambda: _job(bench, name) if bench.ranks.rank == 0 else None)
-            )
-        except SectionFailed as error:
-            if name == OURS:
-                raise
-            bench.drop(name, str(error))
-        else:
-            bench.samples.add("first_save", name, parts["durable"])
-            bench.samples.add("first_save_blocked", name, parts["blocked"])
-            return
-    for metric in metrics:
-        bench.samples.fail(metric, name, bench.missing[name])
+def measure_first_saves(bench: Bench, num_jobs: int) -> None:
+    """As many fresh jobs. Called on all ranks, of which only rank 0 has work; nothing else may be running."""
+    bench.samples.counting = True
+    for number in range(1, num_jobs + 1):
+        if bench.ranks.rank == 0:
+            say(f"first save: fresh job {number} of {num_jobs}")
+        first = number % len(SYSTEMS)
+        names = [name for name in SYSTEMS[first:] + SYSTEMS[:first] if name not in bench.missing]
+
+        def run(names: list[str] = names) -> dict[str, float]:
+            return _job(bench, names) if bench.ranks.rank == 0 else {}
+
+        for key, seconds in slowest(bench.ranks.together(run)).items():
+            metric, name = key.split("/")
+            bench.samples.add(metric, name, seconds)
 
 
-def _job(bench: Bench, name: str) -> dict[str, float]:
-    """Run this file under a torchrun of its own; its result."""
-    directory = bench.directory / "first-save"
+def _job(bench: Bench, names: list[str]) -> dict[str, float]:
+    """Run this file under a torchrun of its own: metric/system -> seconds."""
+    directory = bench.directory / "first-saves"
     directory.mkdir()
     result = directory / "result.json"
     command = [
         *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
         *("--nproc_per_node", str(bench.ranks.size), str(Path(__file__).resolve())),
-        *("--system", name, "--state-bytes", str(bench.state_bytes), "--overlap", bench.overlap),
-        *("--dir", str(directory), "--json", str(result)),
+        *("--state-bytes", str(bench.state_bytes), "--overlap", bench.overlap),
+        *("--dir", str(directory), "--json", str(result), *names),
     ]
     environment = {key: value for key, value in os.environ.items() if not key.startswith(_LAUNCHER_VARIABLES)}
     with subprocess.Popen(
@@ -87,7 +115,7 @@ def _job(bench: Bench, name: str) -> dict[str, float]:
         start_new_session=True,
     ) as process:
         try:
-            output, _ = process.communicate(timeout=DEADLINE_SECONDS)
+            output, _ = process.communicate(timeout=_JOB_SECONDS)
         except BaseException:
             os.killpg(
                 process.pid, signal.SIGTERM
@@ -102,40 +130,30 @@ def _job(bench: Bench, name: str) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--system", required=True)
     parser.add_argument("--state-bytes", required=True, type=int)
     parser.add_argument("--overlap", choices=("step", "off"), required=True)
     parser.add_argument("--dir", required=True, type=Path)
     parser.add_argument("--json", required=True, type=Path)
+    parser.add_argument("systems", nargs="+", choices=SYSTEMS)
     options = parser.parse_args()
     warnings.filterwarnings("ignore", category=UserWarning)
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", timeout=timedelta(seconds=DEADLINE_SECONDS))
-    ranks = Ranks()
+    dist.init_process_group("gloo", timeout=timedelta(seconds=_JOB_SECONDS))
     bench = Bench(
-        directory=options.dir, state_bytes=options.state_bytes, rounds=1, overlap=options.overlap, ranks=ranks
+        directory=options.dir,
+        state_bytes=options.state_bytes,
+        rounds=1,
+        overlap=options.overlap,
+        ranks=Ranks(),
     )
-    state = sharded_state(options.state_bytes, (ranks.size,), range(ranks.size))
-    state.fill()
-    expected = bench.digests_of(state)
-    group = bench.new_group()
-    made: list[System] = []
-
-    def save() -> dict[str, float]:
-        start = time.perf_counter()
-        system = make_system(options.system, options.dir / "saves", options.overlap, lambda: group)
-        made.append(system)
-        system.begin(state)
-        system.fence()
-        blocked = time.perf_counter() - start
-        system.finish()
-        return {"blocked": blocked, "durable": time.perf_counter() - start}
-
-    parts = slowest(ranks.together(save))
-    bench.checked_load(lambda: made[0].load(state), state, expected, options.system)
-    made[0].close()
-    if ranks.rank == 0:
-        options.json.write_text(json.dumps(parts))
+    state = sharded_state(options.state_bytes, (bench.ranks.size,), range(bench.ranks.size))
+    bench.ranks.together(state.fill)
+    for system in first_saves(bench, state, bench.digests_of(state), options.systems).values():
+        bench.close(system)
+    if bench.ranks.rank == 0:
+        medians = bench.samples.medians()
+        text = json.dumps({f"{metric}/{name}": seconds for (metric, name), seconds in medians.items()})
+        options.json.write_text(text)
     dist.destroy_process_group()
 
 

@@ -26,7 +26,7 @@ __all__ = [
 
 Parts = Mapping[str, float]
 
-_STUCK_SECONDS = 30.0
+_STUCK_SECONDS = 300.0
 """A section that lasts longer prints the stacks of all its threads."""
 
 

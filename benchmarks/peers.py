@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib
 import shutil
-from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -210,8 +209,8 @@ class StockAsync(StockSave):
 class TorchCheckpointing:
     """`torch_checkpointing`, which stages in a thread and writes in a process, without fsync.
 
-    Its direct I/O, the default, writes unaligned pieces, which ext4 and XFS refuse; so it is off here. It gets
-    the local tensors, since its process can only warn about the device meshes of DTensors.
+    Its direct I/O, the default, writes unaligned pieces, which ext4 refuses; so it is off here. It gets the
+    local tensors, since its process can only warn about the device meshes of DTensors.
 
     Raises:
         ImportError: it is not installed.
@@ -270,14 +269,12 @@ def load_stock(path: Path, state: State, group: dist.ProcessGroup | None) -> Non
     dcp_load(state.tensors, checkpoint_id=path, process_group=group)
 
 
-def make_system(
-    name: str, directory: Path, overlap: Overlap, group: Callable[[], dist.ProcessGroup]
-) -> System:
+def make_system(name: str, directory: Path, overlap: Overlap, group: dist.ProcessGroup) -> System:
     """Start the system of this name. Called on all ranks.
 
     Args:
         directory: its own.
-        group: makes a process group of all ranks that nothing else uses; called when the system needs one.
+        group: of all ranks, used by nothing else.
 
     Raises:
         ImportError: it is not installed.
@@ -285,8 +282,8 @@ def make_system(
     if name == OURS:
         return Ours(directory, overlap)
     if name == STOCK_SAVE:
-        return StockSave(directory, group())
+        return StockSave(directory, group)
     if name == SUCCESSOR:
         return TorchCheckpointing(directory)
     kind = AsyncCheckpointerType.THREAD if name == THREAD else AsyncCheckpointerType.PROCESS
-    return StockAsync(directory, group(), kind=kind, shared_memory=name == SHARED)
+    return StockAsync(directory, group, kind=kind, shared_memory=name == SHARED)

@@ -44,9 +44,9 @@ class Bench:
     missing: dict[str, str] = field(default_factory=dict)
     notes: dict[str, str] = field(default_factory=dict)
 
-    def each_round(self, phase: str) -> Iterator[int]:
-        """Numbers of the rounds, from 0; the first one warms up and is not counted."""
-        for number in range(self.rounds + 1):
+    def each_round(self, phase: str, *, warm: bool = False) -> Iterator[int]:
+        """Numbers of the rounds; round 0 warms up, is not counted, and is left out when all is `warm`."""
+        for number in range(int(warm), self.rounds + 1):
             self.samples.counting = number > 0
             if self.ranks.rank == 0:
                 say(f"{phase}: " + (f"round {number} of {self.rounds}" if number else "warming up"))
@@ -58,24 +58,31 @@ class Bench:
         for act in (*acts[first:], *acts[:first]):
             act()
 
-    def make(self, name: str, *, overlap: Overlap | None = None, directory: str = "") -> System | None:
+    def make(self, name: str, *, directory: str = "") -> System | None:
         """Start a system; None, with the reason printed, when it is not installed or does not start."""
         made: list[System] = []
-
-        def start() -> None:
-            where = self.directory / (directory or name.replace(" ", "-"))
-            made.append(make_system(name, where, overlap or self.overlap, self.new_group))
-
+        group = self.new_group()
         try:
-            self.ranks.together(start)
+            self.ranks.together(lambda: made.append(self.start(name, group, directory=directory)))
         except SectionFailed as error:
             if name == OURS:
                 raise
             self.drop(name, str(error))
             return None
-        if made[0].note:
-            self.notes[name] = made[0].note
         return made[0]
+
+    def start(self, name: str, group: dist.ProcessGroup, *, directory: str = "") -> System:
+        """This rank's part of starting a system, which all ranks do together.
+
+        Args:
+            group: of all ranks, for this system only.
+            directory: of its saves, below that of the run; "" for one of its name.
+        """
+        where = self.directory / (directory or name).replace(" ", "-")
+        system = make_system(name, where, self.overlap, group)
+        if system.note:
+            self.notes[name] = system.note
+        return system
 
     def attempt(self, name: str, metrics: Sequence[str], state: State, act: Callable[[], None]) -> None:
         """Run one system's part of a round. A peer that fails gets failed rows and is left out from then on.

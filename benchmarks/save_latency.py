@@ -28,7 +28,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 import torch.distributed as dist
 
-from benchmarks.first_save import measure_first_saves
+from benchmarks.first_save import SYSTEMS as FIRST_SAVE_SYSTEMS
+from benchmarks.first_save import first_saves, measure_first_saves
 from benchmarks.loads import measure_loads, measure_replicated, worlds_of
 from benchmarks.machine import Limits, describe
 from benchmarks.measure import Ranks
@@ -126,9 +127,8 @@ def measure(bench: Bench) -> int:
             for number, name in enumerate((OURS, THREAD))
         )
         measure_replicated(bench, [system for system in (ours, stock) if system is not None])
-    names = [OURS, PROCESS, *([SUCCESSOR] if SUCCESSOR not in bench.missing else [])]
-    # A fresh job takes long to start: a third of the rounds.
-    measure_first_saves(bench, names, (bench.rounds + 2) // 3)
+    # With the sample of this job a third of the rounds: a job takes long to start.
+    measure_first_saves(bench, (bench.rounds + 2) // 3 - 1)
     return num_steps
 
 
@@ -139,6 +139,13 @@ def measure_sharded(bench: Bench, resources: ExitStack) -> int:
     bench.ranks.together(state.fill)
     expected = bench.digests_of(state)
 
+    # First of all, while nothing is warm; the processes that these peers start for it serve the rest, too.
+    first = first_saves(bench, state, expected, list(FIRST_SAVE_SYSTEMS))
+    bench.close(first.pop(OURS))
+    for system in first.values():
+        resources.callback(bench.close, system)
+    process, successor = first.get(PROCESS), first.get(SUCCESSOR)
+
     # Ours twice: the plain settings, and the ones for training. Only one Checkpointer is left when memory is
     # measured.
     ours = Ours(bench.directory / "ours-off", "off")
@@ -146,9 +153,7 @@ def measure_sharded(bench: Bench, resources: ExitStack) -> int:
     stock = StockSave(bench.directory / "stock", bench.new_group())
     with ExitStack() as training:
         overlapped = start(bench, training, OURS, directory="ours-overlap")
-        thread, process, shared, successor = (
-            start(bench, resources, name) for name in (THREAD, PROCESS, SHARED, SUCCESSOR)
-        )
+        thread, shared = (start(bench, resources, name) for name in (THREAD, SHARED))
         with Limits(bench.directory, state, rank=bench.ranks.rank) as limits:
             step = calibrated_step(bench, limits, state)
             measure_saves(

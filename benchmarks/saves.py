@@ -146,7 +146,7 @@ def measure_tax(
         bench.checked_load(lambda: system.load(state), state, expected, system.name)
         bench.on_first_rank(system.discard)
 
-    for number in bench.each_round(f"training tax over {num_steps} steps"):
+    for number in bench.each_round(f"training tax over {num_steps} steps", warm=True):
         without()
         bench.in_turn(
             number,

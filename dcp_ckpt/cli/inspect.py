@@ -15,6 +15,7 @@ from dcp_ckpt.format.dtypes import DTYPES
 from dcp_ckpt.lifecycle.runs import RunDocument, read_run
 from dcp_ckpt.ops.checkpoint import Checkpoint, open_checkpoint
 from dcp_ckpt.ops.stats import TensorStats, tensor_stats
+from dcp_ckpt.ops.stock import StockCheckpoint
 
 __all__ = ["inspect_command"]
 
@@ -51,6 +52,14 @@ def inspect_command(ref: str, pattern: str, stats: bool, as_json: bool) -> None:
 
 
 def _describe(checkpoint: Checkpoint) -> dict[str, Any]:
+    if isinstance(checkpoint, StockCheckpoint):
+        return {
+            "directory": checkpoint.directory,
+            "step": checkpoint.step,
+            "bytes": checkpoint.num_bytes,
+            "unverified": checkpoint.unverified,
+            "unreadable": dict(checkpoint.unreadable),
+        }
     manifest = checkpoint.manifest
     run = _run(checkpoint)
     return {
@@ -93,7 +102,19 @@ def _describe_tensor(checkpoint: Checkpoint, name: str, stats: bool) -> dict[str
     return described
 
 
+def _print_stock_header(header: dict[str, Any]) -> None:
+    click.echo(f"directory   {header['directory']}")
+    click.echo(f"step        {'not stated' if header['step'] is None else header['step']}")
+    click.echo(f"size        {human_bytes(header['bytes'])}")
+    click.echo(f"note        {header['unverified']}")
+    for name, reason in sorted(header["unreadable"].items()):
+        click.echo(f"unreadable  {name}: {reason}")
+
+
 def _print_header(header: dict[str, Any]) -> None:
+    if "unverified" in header:
+        _print_stock_header(header)
+        return
     run: RunDocument | None = header["run"]
     lines = [
         ("directory", header["directory"]),

@@ -18,7 +18,8 @@ __all__ = ["verify_command"]
 def verify_command(target: str, as_json: bool) -> None:
     """Check all bytes of a checkpoint, or of all checkpoints of a run, against their digests.
 
-    Names every damaged file, byte range and tensor. Exit code 4 if there is any.
+    Names every damaged file, byte range and tensor. Exit code 4 if there is any. Stock DCP checkpoints have
+    no digests: only sizes and the structure of their containers are checked.
     """
     report = verify(target)
     if as_json:
@@ -39,5 +40,7 @@ def _print_report(report: VerifyReport) -> None:
         if not checked.problems:
             size = human_bytes(checked.num_bytes)
             click.echo(f"ok {checked.directory}: {checked.num_files} files, {size}")
+        if checked.unverified:
+            click.echo(f"   {checked.unverified}")
     num_damaged = sum(bool(checked.problems) for checked in report.checkpoints)
     click.echo(f"{len(report.checkpoints)} checked, {num_damaged} damaged")

@@ -79,7 +79,7 @@ def read_fragments(
     return [(decode_fragment(found[index], path=key), found[index]) for index, key in enumerate(keys)]
 
 
-def publish_manifest(storage: Storage, directory: StepDir, manifest: Manifest) -> None:
+def publish_manifest(storage: Storage, directory: StepDir | str, manifest: Manifest) -> None:
     """Make the checkpoint visible. Idempotent: publishing the same manifest again succeeds.
 
     Raises:

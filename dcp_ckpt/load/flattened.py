@@ -136,26 +136,33 @@ class _Names:
     def _unflatten(self, prefix: Path, groups: Sequence[Sequence[str]]) -> None:
         """State by names in one flat dictionary, as `flatten_optimizer_state_dict` gives it."""
         root, state_path = join_path((*prefix, _GROUPS)), (*prefix, "state")
+        below: dict[str, list[str]] = {}
+        for name in names_under((*self._tensors, *self._values), prefix):
+            below.setdefault(name.rpartition(".")[0], []).append(name)
         members = {name: index for index, group in enumerate(groups) for name in group}
+        settings: dict[str, dict[str, Any]] = {
+            parameter: {
+                name.rpartition(".")[2]: self._values[name]
+                for name in below.get(f"{root}.{parameter}", ())
+                if name in self._values
+            }
+            for parameter in members
+        }
         found: list[dict[str, Any]] = [{} for _ in groups]
         for parameter, index in members.items():
-            entries = self._keys_below(f"{root}.{parameter}.")
-            for key in [key for key, name in entries.items() if name in self._values]:
-                value = self._values.pop(entries[key])
-                # The groups of a checkpoint that were split or joined since are not those of this optimizer.
+            for key, value in settings[parameter].items():
+                # The parameters of one live group had different settings: there is no such group to restore.
                 if found[index].setdefault(key, value) != value:
                     return
-            if entries:
+        for parameter, index in members.items():
+            for key in settings[parameter]:
+                del self._values[f"{root}.{parameter}.{key}"]
+            if settings[parameter]:
                 found[index].setdefault("params", []).append(parameter)
-            for key, name in self._keys_below(f"{join_path(state_path)}.{parameter}.").items():
-                self._move(name, (*state_path, parameter, key))
+            for name in below.get(f"{join_path(state_path)}.{parameter}", ()):
+                self._move(name, (*state_path, parameter, name.rpartition(".")[2]))
         if any(found):
             self._add_value((*prefix, _GROUPS), [{"params": [], **group} for group in found])
-
-    def _keys_below(self, start: str) -> dict[str, str]:
-        """Names that are `start` and one key without dots, by that key."""
-        names = [name for name in (*self._tensors, *self._values) if name.startswith(start)]
-        return {name[len(start) :]: name for name in names if "." not in name[len(start) :]}
 
     def _move(self, name: str, path: Path) -> None:
         new_name = join_path(path)

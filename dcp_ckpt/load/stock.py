@@ -12,10 +12,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from dcp_ckpt.errors import CheckpointNotFound, CorruptCheckpoint, LoadError, StorageError, StorageNotFound
-from dcp_ckpt.format.boxes import Box, intersect
+from dcp_ckpt.format.boxes import Box, intersect, tiling_problem
 from dcp_ckpt.format.digests import digest
 from dcp_ckpt.format.fragment import ChunkEntry, TensorEntry
-from dcp_ckpt.format.names import DCP_METADATA
+from dcp_ckpt.format.names import DCP_METADATA, MANIFEST
 from dcp_ckpt.format.stock_metadata import FlatPath, StockChunk, StockMetadata, decode_stock_metadata
 from dcp_ckpt.format.torch_container import ContainerWindows, TensorPlace, locate_tensor
 from dcp_ckpt.load.source import Origin, StridedChunk
@@ -53,7 +53,9 @@ def open_stock(storage: Storage, directory: str, *, expected_digest: str | None 
     try:
         data = storage.read(key)
     except StorageNotFound as error:
-        raise CheckpointNotFound(f"not a checkpoint: it has no {DCP_METADATA}", path=error.path) from error
+        raise CheckpointNotFound(
+            f"not a checkpoint: it has neither a {MANIFEST} nor a {DCP_METADATA}", path=error.path
+        ) from error
     found = digest(data)
     if expected_digest is not None and found != expected_digest:
         raise CorruptCheckpoint(
@@ -105,8 +107,14 @@ class StockSource:
         return self.metadata.paths
 
     @property
+    def step(self) -> int | None:
+        """The step that the directory's name states by an unmistakable custom (`step-100`), if it does."""
+        match = _STEP.fullmatch(self.directory.lower())
+        return int(match[1]) if match else None
+
+    @property
     def origin(self) -> Origin:
-        step = _step_of(self.directory)
+        step = self.step
         notes = [] if step is not None else ["a stock checkpoint does not say its step: 0 is assumed"]
         notes += [f"{name} was not read: {reason}" for name, reason in sorted(self.unreadable.items())]
         return Origin(
@@ -196,6 +204,44 @@ class StockSource:
             self._found_bytes[file] = size_bytes
         return self._found_bytes[file]
 
+    def check_structure(self) -> list[LoadError]:
+        """Look at the size of every file and the headers of every container; no payload is read.
+
+        Returns:
+            Everything that is wrong: one error for each file, tensor or value.
+        """
+        problems: list[LoadError] = []
+        usable = set()
+        for file in self._files:
+            try:
+                self.found_bytes(file)
+                usable.add(file)
+            except CorruptCheckpoint as error:
+                problems.append(error)
+        for name, tensor in self.metadata.tensors.items():
+            if problem := tiling_problem(tensor.shape, [chunk.box for chunk in tensor.chunks]):
+                problems.append(CorruptCheckpoint(f"{name}: {problem}", phase="read", path=self.directory))
+        chunks = [
+            (name, chunk)
+            for name, tensor in self.metadata.tensors.items()
+            for chunk in tensor.chunks
+            if chunk.place.file in usable
+        ]
+        try:
+            self._locate(chunks)
+        except LoadError:
+            for chunk in chunks:
+                try:
+                    self._locate([chunk])
+                except LoadError as error:
+                    problems.append(error)
+        if usable == set(self._files):
+            try:
+                self.values()
+            except LoadError as error:
+                problems.append(error)
+        return problems
+
     def block_digest(self, rank: int, file: int, block: int) -> str:
         raise LoadError(STOCK_UNVERIFIED, path=self.file_key(rank, file))
 
@@ -279,9 +325,3 @@ def _truncated(key: str, found_bytes: int, size_bytes: int) -> CorruptCheckpoint
 
 def _what(name: str, file: str) -> str:
     return f"{name} in {file}"
-
-
-def _step_of(directory: str) -> int | None:
-    """The step that the name of a directory states by a custom that is unmistakable."""
-    match = _STEP.fullmatch(directory.lower())
-    return int(match[1]) if match else None

@@ -42,14 +42,26 @@ def open_checkpoint(ref: str | os.PathLike[str]) -> Checkpoint:
     """Open one committed checkpoint for reading; close it after use, or use it as a context manager.
 
     Args:
-        ref: `RUN@latest`, `RUN@best`, `RUN@STEP`, or the path or URL of a checkpoint directory.
+        ref: `RUN@latest`, `RUN@best`, `RUN@STEP`, or the path or URL of a checkpoint directory, which may be
+            that of a stock DCP checkpoint.
+
+    Returns:
+        The checkpoint; for a stock one, a `StockCheckpoint`, which has no manifest.
 
     Raises:
         CheckpointNotFound: there is none; the message lists what exists.
         CorruptCheckpoint, FormatTooNew: its manifest cannot be used.
         StorageError: it could not be read.
     """
-    location = resolve_ref(ref)
+    try:
+        location = resolve_ref(ref)
+    except CheckpointNotFound:
+        from dcp_ckpt.ops.stock import open_stock_checkpoint  # it is made of this module's classes
+
+        stock = open_stock_checkpoint(ref)
+        if stock is None:
+            raise
+        return stock
     storage = open_storage(location.root)
     try:
         return Checkpoint(storage, location.directory, read_manifest(storage, location.directory))
@@ -67,11 +79,14 @@ class Checkpoint:
         manifest: already checked.
     """
 
+    unverified = ""
+    """What cannot be verified when it is read; empty for checkpoints of ours, of which everything is."""
+
     def __init__(self, storage: Storage, directory: str, manifest: Manifest) -> None:
         self._storage = storage
         self._fragments: dict[int, Fragment] = {}
         self.directory = directory
-        self.manifest = manifest
+        self._manifest = manifest
 
     def __enter__(self) -> Checkpoint:
         return self
@@ -91,6 +106,10 @@ class Checkpoint:
     @property
     def storage(self) -> Storage:
         return self._storage
+
+    @property
+    def manifest(self) -> Manifest:
+        return self._manifest
 
     def keys(self) -> list[str]:
         """The names of all tensors and replicated values, sorted."""

@@ -67,6 +67,7 @@ def copy_checkpoint(
     """Copy one committed checkpoint, byte for byte, checking every byte. One process; blocks.
 
     Never overwrites. Repeat it to continue one that failed: what is there already is read, checked and kept.
+    A copy that was killed may leave files on a disk half-written; repeating it names them, to be deleted.
     Memory: about 256 MiB at most, however large the checkpoint is.
 
     Args:

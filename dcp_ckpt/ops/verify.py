@@ -27,13 +27,16 @@ from dcp_ckpt.lifecycle.catalogue import read_catalogue
 from dcp_ckpt.ops.blocks import FileCheck, check_file
 from dcp_ckpt.ops.checkpoint import read_fragment, read_manifest
 from dcp_ckpt.ops.refs import parse_ref, resolve_ref, split_location
+from dcp_ckpt.ops.stock import StockCheckpoint, open_stock_checkpoint
 from dcp_ckpt.ops.touched import FileMap, Touched
 from dcp_ckpt.storage import open_storage
 from dcp_ckpt.storage.base import Storage
 
 __all__ = ["Problem", "ProblemKind", "Skipped", "VerifiedCheckpoint", "VerifyReport", "verify"]
 
-ProblemKind = Literal["manifest", "fragment", "missing", "truncated", "trailing", "block", "unreadable"]
+ProblemKind = Literal[
+    "manifest", "fragment", "missing", "truncated", "trailing", "block", "container", "unreadable"
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,13 +71,18 @@ class Problem:
 
 @dataclass(frozen=True, kw_only=True)
 class VerifiedCheckpoint:
-    """What was checked of one checkpoint, and everything that is wrong with it."""
+    """What was checked of one checkpoint, and everything that is wrong with it.
+
+    Args:
+        unverified: what could not be checked; empty for checkpoints of ours.
+    """
 
     directory: str
     step: int | None
     num_files: int
     num_bytes: int
     problems: tuple[Problem, ...]
+    unverified: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,7 +113,8 @@ def verify(target: str | os.PathLike[str]) -> VerifyReport:
     """Check all bytes of one checkpoint or of every checkpoint of a run. Never stops at the first problem.
 
     Args:
-        target: a reference as in `open_checkpoint`, or the directory or URL of a run.
+        target: a reference as in `open_checkpoint`, or the directory or URL of a run. Of a stock DCP
+            checkpoint, which has no digests, only sizes and the structure of containers are checked.
 
     Raises:
         CheckpointNotFound: there is no such checkpoint or run.
@@ -117,6 +126,10 @@ def verify(target: str | os.PathLike[str]) -> VerifyReport:
         with closing(open_storage(root)) as storage:
             if _exists(storage, f"{directory}/{MANIFEST}"):
                 return _report([_verify_directory(storage, directory)])
+        stock = open_stock_checkpoint(target)
+        if stock is not None:
+            with stock:
+                return _report([_verify_stock(stock)])
         return _verify_run(target)
     try:
         location = resolve_ref(target)
@@ -158,6 +171,21 @@ def _verify_directory(storage: Storage, directory: str) -> VerifiedCheckpoint:
     except CorruptCheckpoint as error:
         return _unusable(f"{directory}/{MANIFEST}", error)
     return _verify_manifest(storage, directory, manifest)
+
+
+def _verify_stock(stock: StockCheckpoint) -> VerifiedCheckpoint:
+    problems = [
+        Problem(kind="container", path=error.path or stock.directory, message=error.message)
+        for error in stock.check_structure()
+    ]
+    return VerifiedCheckpoint(
+        directory=stock.directory,
+        step=stock.step,
+        num_files=1 + stock.num_files,
+        num_bytes=0 if problems else stock.num_bytes,
+        problems=tuple(problems),
+        unverified=stock.unverified,
+    )
 
 
 def _unusable(path: str, error: CheckpointError) -> VerifiedCheckpoint:

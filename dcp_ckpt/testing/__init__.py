@@ -1,4 +1,6 @@
-"""What users need to test with and against dcp_ckpt: the storage suite and storages that fail on purpose.
+"""What users need to test with and against dcp_ckpt: the storage suite, storages that fail on purpose, an S3
+server and a network that fails on purpose.
 
-Ships with the package and needs pytest. Nothing here is imported by the rest of the package.
+Ships with the package; the suites need pytest, the server a program of its own. Nothing here is imported by
+the rest of the package.
 """

@@ -11,7 +11,7 @@ from dcp_ckpt.errors import CheckpointError, ConfigError, CorruptCheckpoint, For
 from dcp_ckpt.format.names import MANIFEST, StepDir
 from dcp_ckpt.lifecycle.catalogue import Catalogue, read_catalogue
 from dcp_ckpt.lifecycle.epochs import claim_epoch, record_resumed
-from dcp_ckpt.lifecycle.marks import write_mark
+from dcp_ckpt.lifecycle.marks import MarkKind, write_mark
 from dcp_ckpt.lifecycle.prune import PruneItem, PruneReport, plan_prune, prune_run
 from dcp_ckpt.lifecycle.runs import ensure_run
 from dcp_ckpt.ops.checkpoint import read_fragment
@@ -55,8 +55,8 @@ def claim(storage: Storage) -> int:
     ).epoch
 
 
-def mark(storage: Storage, step: int, kind: str) -> None:
-    write_mark(storage, StepDir(step), kind=kind, epoch=1, step=step, attempt=ATTEMPT)  # type: ignore[arg-type]
+def mark(storage: Storage, step: int, kind: MarkKind) -> None:
+    write_mark(storage, StepDir(step), kind=kind, epoch=1, step=step, attempt=ATTEMPT)
 
 
 def prune(storage: Storage, keep: KeepPolicy, *, force: bool = False) -> PruneReport:
@@ -127,7 +127,7 @@ def test_a_pin_at_the_last_moment_spares(storage: Storage) -> None:
         if key == f"{StepDir(20)}/.metadata":
             mark(storage, 30, "pin")
 
-    report = prune(FaultyStorage(storage, pin_30), LatestN(1))  # type: ignore[arg-type]
+    report = prune(FaultyStorage(storage, pin_30), LatestN(1))
     assert steps(report.removed) == [10, 20, 40]
     assert [(item.step, item.reason) for item in report.spared] == [(30, "pinned or gone at the last look")]
     assert steps(read_catalogue(storage)) == [30, 50]

@@ -155,8 +155,11 @@ def test_what_is_saved_is_the_state_at_the_call(tmp_path, training):
 
 def test_the_wait_at_the_fence_is_part_of_the_stall(tmp_path, training):
     with Checkpointer(tmp_path, config=settings()) as checkpointer:
+        training.gate.open()
+        checkpointer.save(training.state, step=1).result(WAIT)
+        training.gate.shut()
         started = time.monotonic()
-        handle = checkpointer.save(training.state, step=1)
+        handle = checkpointer.save(training.state, step=2)
         save_seconds = time.monotonic() - started
         done = in_thread(training.step)
         assert not done.wait(A_WHILE)
@@ -246,7 +249,7 @@ class Wrapper(torch.optim.Optimizer):
         self.param_groups = inner.param_groups
         self.state = inner.state
 
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]  # as they do
         self.inner.step()
 
 
@@ -285,7 +288,7 @@ CHANGES: dict[str, tuple[str, Callable[[Training], object]]] = {
     "other parameter": ("model.quick", lambda t: t.net.quick.mul_(2.0)),
     "moment": (MOMENT, lambda t: t.optimizer.state[t.net.slow]["exp_avg"].zero_()),
     "replaced data": ("model.quick", lambda t: setattr(t.net.quick, "data", torch.zeros(5))),
-    "set_": ("model.quick", lambda t: t.net.quick.set_(torch.zeros(5))),
+    "set_": ("model.quick", lambda t: t.net.quick.set_(torch.zeros(5).untyped_storage(), 0, (5,), (1,))),
     "resized": ("model.quick", lambda t: t.net.quick.untyped_storage().resize_(1 << 16)),
 }
 
@@ -391,13 +394,13 @@ class Storm:
         self.changed: set[str] = set()
 
     def rage(self, *, uncounted: bool) -> None:
-        """A few changes; `uncounted` ones are those that PyTorch does not count, so that nobody can see them."""
+        """A few changes; `uncounted` are those that PyTorch does not count, so that nobody can see them."""
         for _ in range(self._random.randrange(4)):
             name, tensor = self._random.choice(list(self._live().items()))
             kinds: list[Callable[[torch.Tensor], object]] = [
                 lambda t: t.add_(1.0),
                 lambda t: t.copy_(torch.full_like(t, 7.0)),
-                lambda t: t.set_(t.clone() * 2),
+                lambda t: t.set_((t.detach() * 2).untyped_storage(), 0, t.shape, t.stride()),
                 lambda t: setattr(t, "data", t.detach() * 3),
             ]
             if uncounted or name in ("model.mean", "extra.ema"):

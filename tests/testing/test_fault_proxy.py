@@ -1,4 +1,4 @@
-"""The fault proxy in front of a real server: it changes nothing, sees everything, and fails what it is told to."""
+"""The fault proxy before a real server: it changes nothing, sees everything, and fails what it is told to."""
 
 from __future__ import annotations
 

@@ -175,13 +175,24 @@ def test_the_program_prints_its_environment_and_ends_on_request(tmp_path: Path) 
     assert not temporary_directories(tmp_path)
 
 
-def test_a_start_that_takes_too_long_is_told_with_the_log(
+def test_a_start_that_takes_too_long_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    with pytest.raises(S3ServerFailed, match=r"does not work after 0\.2 s, the gateway does not answer"):
+        S3Server(start_seconds=0.2)
+    assert not temporary_directories(tmp_path)
+
+
+def test_a_server_that_cannot_start_is_told_with_its_log(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    with pytest.raises(S3ServerFailed, match=r"after 0.5 s, the gateway does not answer:\n.*master"):
-        S3Server(start_seconds=0.5)
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / "filerldb2").write_text("in the place of a directory")
+    with pytest.raises(S3ServerFailed, match=r"ended with \d+:\n(.|\n)*filerldb2"):
+        S3Server(data)
     assert not temporary_directories(tmp_path)
+    assert data.is_dir()
 
 
 def test_a_missing_program_is_told_with_its_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from dcp_ckpt.errors import ConfigError
 from dcp_ckpt.storage.keys import check_key
 from dcp_ckpt.storage.objects.client import ObjectClient
@@ -13,6 +15,7 @@ from dcp_ckpt.storage.objects.storage import ObjectStorage
 __all__ = ["open_object_storage"]
 
 _SINGLE_WRITER = "+single-writer"
+_BRIEF_SECONDS = 8.0
 
 
 def open_object_storage(url: str, *, retry: RetryPolicy | None = None) -> ObjectStorage:
@@ -41,8 +44,12 @@ def open_object_storage(url: str, *, retry: RetryPolicy | None = None) -> Object
         client = S3Client(bucket, prefix)
     else:
         client = FsspecClient(kind, path)
+    policy = retry or RetryPolicy()
     return ObjectStorage(
-        RetryingClient(client, retry or RetryPolicy()),
+        RetryingClient(client, policy),
+        RetryingClient(
+            client, replace(policy, deadline_seconds=min(_BRIEF_SECONDS, policy.deadline_seconds))
+        ),
         url=f"{scheme}://{path}",
         single_writer=scheme.endswith(_SINGLE_WRITER),
     )

@@ -35,13 +35,15 @@ class ObjectStorage:
 
     Args:
         client: closed with this object.
+        brief: the same store, given up on soon: for what matters only now, or is only tidiness.
         url: what `open_storage` takes to open the same place.
         single_writer: the user vouches that no other process creates objects here; names are then looked at
             before they are created, which two writers at once could both do.
     """
 
-    def __init__(self, client: ObjectClient, *, url: str, single_writer: bool) -> None:
+    def __init__(self, client: ObjectClient, brief: ObjectClient, *, url: str, single_writer: bool) -> None:
         self._client = client
+        self._brief = brief
         self._url = url
         self._single_writer = single_writer
         self._probe_lock = threading.Lock()
@@ -101,7 +103,7 @@ class ObjectStorage:
         self._run(self._client.put(check_key(key), data, only_if_absent=False))
 
     def open_writer(self, key: str, *, size_bytes: int, direct: bool) -> ObjectUpload:
-        return ObjectUpload(self._client, check_key(key), size_bytes=size_bytes)
+        return ObjectUpload(self._client, self._brief, check_key(key), size_bytes=size_bytes)
 
     def list(self, prefix: str) -> builtins.list[ObjectInfo]:
         check_prefix(prefix)
@@ -135,7 +137,7 @@ class ObjectStorage:
         return self._run(self._abort_uploads(prefix, is_abandoned))
 
     def hold_lease(self, key: str) -> ObjectLease:
-        return ObjectLease(self._client, check_key(key))
+        return ObjectLease(self._brief, check_key(key))
 
     def lease_is_held(self, key: str) -> bool:
         return self._run(is_fresh(self._client, check_key(key)))

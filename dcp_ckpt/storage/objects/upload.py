@@ -21,28 +21,33 @@ __all__ = ["PART_BYTES", "ObjectUpload", "part_bytes_for"]
 log = logging.getLogger(__name__)
 
 PART_BYTES = 8 << 20
-"""Of one part, unless the object is so large that there would be too many; a smaller object is one PUT."""
+"""Parts have at least this, and more where there would be too many; an object below two parts is one PUT."""
 
 _MOST_PARTS = 9_000  # S3 takes 10,000
 _PARTS_IN_FLIGHT = 16
 
 
 def part_bytes_for(size_bytes: int) -> int:
-    """The size of all parts but the last, a multiple of 1 MiB."""
-    needed = -(-size_bytes // _MOST_PARTS)
-    return max(PART_BYTES, -(-needed // (1 << 20)) << 20)
+    """The size of all parts but the last, a multiple of 1 MiB.
+
+    Rounded so that no small rest becomes a request of its own.
+    """
+    num_parts = min(max(size_bytes // PART_BYTES, 1), _MOST_PARTS)
+    return max(PART_BYTES, -(-size_bytes // (num_parts << 20)) << 20)
 
 
 class ObjectUpload:
     """See `ObjectWriter`. Segments are sent as they are when they are at least a part long.
 
     Args:
+        brief: the same store, given up on soon; for the abort.
         key: below the client's root.
         size_bytes: of the whole object.
     """
 
-    def __init__(self, client: ObjectClient, key: str, *, size_bytes: int) -> None:
+    def __init__(self, client: ObjectClient, brief: ObjectClient, key: str, *, size_bytes: int) -> None:
         self._client = client
+        self._brief = brief
         self._key = key
         self._path = f"{client.url}/{key}"
         self._size_bytes = size_bytes
@@ -103,7 +108,7 @@ class ObjectUpload:
         self._pending.clear()
         if self._upload is not None:
             try:
-                self._run(self._client.abort_upload(self._key, self._upload))
+                self._run(self._brief.abort_upload(self._key, self._upload))
             except StorageError as error:
                 log.warning("an unfinished upload stays behind; a later recover removes it: %s", error)
 
