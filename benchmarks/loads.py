@@ -15,7 +15,7 @@ import torch.distributed as dist
 from benchmarks.machine import Limits, bytes_read
 from benchmarks.measure import slowest, total
 from benchmarks.peers import Ours, StockSave, System, load_ours, load_stock
-from benchmarks.ratios import OURS, STOCK_LOAD
+from benchmarks.ratios import MACHINE, OURS, STOCK_LOAD
 from benchmarks.rounds import Bench
 from benchmarks.saves import calibrated_step, train_through_save
 from benchmarks.workload import Digests, State, TrainingStep, replicated_state, sharded_state
@@ -128,6 +128,7 @@ def measure_replicated(bench: Bench, systems: list[System]) -> None:
         for system in systems
     ]
     for number in bench.each_round("replicated state"):
+        bench.samples.add("step_replicated", MACHINE, bench.ranks.seconds(step.run))
         bench.in_turn(number, acts)
 
 

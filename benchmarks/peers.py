@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
 from benchmarks.ratios import OURS, PROCESS, SHARED, STOCK_SAVE, SUCCESSOR, THREAD
 from benchmarks.workload import State
-from dcp_ckpt import CheckpointConfig, Checkpointer, LatestN, LoadReport, load_checkpoint
+from dcp_ckpt import CheckpointConfig, Checkpointer, LatestN, LoadReport, TrainState, load_checkpoint
 
 __all__ = [
     "DEADLINE_SECONDS",
@@ -72,7 +72,10 @@ class System(Protocol):
 
 
 class Ours:
-    """This project: digests, fsync and commit in every save, every block checked in every load."""
+    """This project: digests, fsync and commit in every save, every block checked in every load.
+
+    It gets a TrainState, as in training: only of that it knows what the optimizer writes, and may copy late.
+    """
 
     note = ""
 
@@ -80,6 +83,7 @@ class Ours:
         self.name = OURS
         self._overlap = overlap
         self.report: LoadReport | None = None
+        self._known: tuple[State, TrainState] | None = None
         config = CheckpointConfig(
             keep=LatestN(1), grace_seconds=0.0, overlap=overlap, timeout_seconds=DEADLINE_SECONDS
         )
@@ -89,7 +93,7 @@ class Ours:
 
     def begin(self, state: State) -> None:
         self._step += 1
-        self._handle = self._checkpointer.save(state.tensors, step=self._step)
+        self._handle = self._checkpointer.save(self._train_state(state), step=self._step)
 
     def fence(self) -> None:
         if self._overlap == "step":  # else save() returns when the tensors are free
@@ -99,13 +103,19 @@ class Ours:
         self.path = Path(self._handle.result(DEADLINE_SECONDS).path)
 
     def load(self, state: State) -> None:
-        self.report = self._checkpointer.load(state.tensors)
+        self.report = self._checkpointer.load(self._train_state(state))
 
     def discard(self) -> None:
         """Retention removes it after the next save."""
 
     def close(self) -> None:
         self._checkpointer.close()
+
+    def _train_state(self, state: State) -> TrainState:
+        """Made once, as a training loop does."""
+        if self._known is None or self._known[0] is not state:
+            self._known = state, _train_state(state)
+        return self._known[1]
 
 
 class StockSave:
@@ -254,6 +264,10 @@ class TorchCheckpointing:
         self._manager.close()
 
 
+def _train_state(state: State) -> TrainState:
+    return TrainState(model=state.model, optimizer=state.optimizer, rng=False)
+
+
 def _items(state: State) -> dict[str, Any]:
     return {"model": dict(zip(state.tensors, state.locals, strict=True))}
 
@@ -261,7 +275,7 @@ def _items(state: State) -> dict[str, Any]:
 def load_ours(path: Path, state: State, group: dist.ProcessGroup | None) -> None:
     """Load a checkpoint of this project on the ranks of `group`, whoever saved it."""
     config = CheckpointConfig(timeout_seconds=DEADLINE_SECONDS)
-    load_checkpoint(path, state.tensors, config=config, process_group=group)
+    load_checkpoint(path, _train_state(state), config=config, process_group=group)
 
 
 def load_stock(path: Path, state: State, group: dist.ProcessGroup | None) -> None:

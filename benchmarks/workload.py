@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 import torch.distributed as dist
 import xxhash
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 from torch.nn import functional as F
@@ -31,18 +32,23 @@ Digests = Mapping[tuple[int, int], str]
 
 
 class State:
-    """The tensors of one rank, with their contents.
+    """The tensors of one rank, with their contents: the parameters of a model, and all that is saved of it.
 
     Args:
-        tensors: name -> tensor as it is saved; empty on a rank outside of the layout.
+        tensors: in order; none on a rank outside of the layout.
         first_block: number of this rank's first block of rows, the same for all tensors.
         block_rows: rows of a block.
     """
 
-    def __init__(self, tensors: dict[str, torch.Tensor], *, first_block: int, block_rows: int) -> None:
-        self.tensors = tensors
+    def __init__(self, tensors: Sequence[torch.Tensor], *, first_block: int, block_rows: int) -> None:
+        self.model = nn.Module()
+        for number, tensor in enumerate(tensors):
+            self.model.register_parameter(f"weight_{number}", nn.Parameter(tensor))
+        # Without momentum: it adds no tensors. One that optimizes nothing is refused.
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.1) if tensors else None
+        self.tensors: dict[str, torch.Tensor] = dict(self.model.state_dict())
         self.locals = [
-            tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors.values()
+            tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in self.tensors.values()
         ]
         self.local_bytes = sum(tensor.nbytes for tensor in self.locals)
         self._first_block = first_block
@@ -102,21 +108,19 @@ def sharded_state(state_bytes: int, worlds: Sequence[int], ranks: Sequence[int])
     block_rows = max(1, state_bytes // (NUM_TENSORS * ROW_BYTES * num_blocks))
     mesh = DeviceMesh("cpu", list(ranks))
     if dist.get_rank() not in ranks:
-        return State({}, first_block=0, block_rows=block_rows)
+        return State([], first_block=0, block_rows=block_rows)
     local_blocks = num_blocks // len(ranks)
-    tensors: dict[str, torch.Tensor] = {
-        f"layers.{number}.weight": DTensor.from_local(
-            torch.empty(local_blocks * block_rows, COLUMNS), mesh, [Shard(0)], run_check=False
-        )
-        for number in range(NUM_TENSORS)
-    }
+    tensors = [
+        DTensor.from_local(torch.empty(local_blocks * block_rows, COLUMNS), mesh, [Shard(0)], run_check=False)
+        for _ in range(NUM_TENSORS)
+    ]
     return State(tensors, first_block=dist.get_rank() * local_blocks, block_rows=block_rows)
 
 
 def replicated_state(state_bytes: int) -> State:
     """Plain tensors, equal on all ranks, as DDP has them; `state_bytes` on each rank, about."""
     rows = max(1, state_bytes // (NUM_TENSORS * ROW_BYTES))
-    tensors = {f"layers.{number}.weight": torch.empty(rows, COLUMNS) for number in range(NUM_TENSORS)}
+    tensors = [torch.empty(rows, COLUMNS) for _ in range(NUM_TENSORS)]
     return State(tensors, first_block=0, block_rows=rows)
 
 

@@ -102,3 +102,23 @@ def test_subcommands_of_the_readme_exist_and_know_their_flags() -> None:
         )
         unknown = unknown_flags(words[1:], shown)
         assert not unknown, f"dcp-ckpt {words[1]} does not know {unknown}"
+
+
+def test_examples_of_stock_dcp_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch import nn, ones, optim
+
+    monkeypatch.chdir(tmp_path)
+    model = nn.Linear(3, 2)
+    optimizer = optim.AdamW(model.parameters())
+    model(ones(1, 3)).sum().backward()
+    optimizer.step()
+    names = {"model": model, "optimizer": optimizer}
+    blocks = [
+        block
+        for language, block in FENCE.findall((ROOT / "docs/stock-dcp.md").read_text())
+        if language == "python"
+    ]
+    assert len(blocks) == 3
+    for block in blocks:
+        exec(compile(block, "docs/stock-dcp.md", "exec"), names)
+    assert names["report"].step == 200  # type: ignore[attr-defined]

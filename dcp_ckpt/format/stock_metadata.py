@@ -7,7 +7,6 @@ are used.
 
 from __future__ import annotations
 
-import posixpath
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -247,7 +246,7 @@ def _file_name(name: str, relative: Any) -> str:
     """A file below the checkpoint's directory, and nowhere else."""
     if not isinstance(relative, str) or not relative or "\0" in relative or "\\" in relative:
         raise _damaged(f"{name} is stored in no file")
-    if relative.startswith(("/", "..")) or posixpath.normpath(relative) != relative:
+    if any(part in ("", ".", "..") for part in relative.split("/")):
         raise _damaged(f"{name} is stored in {relative!r}, which is outside of the checkpoint")
     return relative
 

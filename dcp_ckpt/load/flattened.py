@@ -7,6 +7,7 @@ other, led by what the live state looks like. Called by `load.restore`.
 
 from __future__ import annotations
 
+from collections import Counter, OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -191,17 +192,17 @@ def _assembled(node: Any, live: Any) -> Any:
     """Nested state from leaves, with lists and integer keys where the live state has them."""
     if isinstance(node, _Leaf):
         return node.value
-    if not isinstance(node, dict):
+    if not isinstance(node, dict) or not node:
         return node
     numbered = all(type(key) is int or _is_number(key) for key in node)
     if all(type(key) is int for key in node) or (numbered and isinstance(live, list)):
         items = {int(key): item for key, item in node.items()}
         old = live if isinstance(live, list) else []
-        return [
-            # DCP leaves out empty dictionaries, also in lists.
-            _assembled(items.get(i, {}), old[i] if i < len(old) else None)
-            for i in range(max(items) + 1)
-        ]
+        count = max(items) + 1
+        # DCP leaves out empty dictionaries, also in lists.
+        while count < len(old) and old[count] == {}:
+            count += 1
+        return [_assembled(items.get(i, {}), old[i] if i < len(old) else None) for i in range(count)]
     old_items: Mapping[Any, Any] = live if isinstance(live, dict) else {}
     by_number = numbered and not any(type(key) is str for key in old_items)
     result = {
@@ -209,7 +210,9 @@ def _assembled(node: Any, live: Any) -> Any:
         for key, item in ((int(key) if by_number else key, item) for key, item in node.items())
     }
     empty: dict[Any, Any] = {key: {} for key, item in old_items.items() if type(item) is dict and not item}
-    return empty | result
+    # DCP forgets what kind of dictionary it was.
+    kind = type(live) if type(live) in (OrderedDict, Counter) else dict
+    return kind(empty | result)
 
 
 def _is_number(text: Any) -> bool:

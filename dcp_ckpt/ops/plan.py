@@ -11,13 +11,14 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from dcp_ckpt.errors import ConfigError
+from dcp_ckpt.errors import ConfigError, LoadError
 from dcp_ckpt.format.boxes import Box, Mesh, expand_ranks
 from dcp_ckpt.format.dtypes import dtype_info
 from dcp_ckpt.load.ranges import Piece, cover, pieces_of
 from dcp_ckpt.load.stored import StoredCheckpoint
 from dcp_ckpt.ops.checkpoint import Checkpoint
 from dcp_ckpt.ops.layout import TensorLayout, coordinates
+from dcp_ckpt.ops.stock import StockCheckpoint
 
 __all__ = ["LoadPlan", "RankLoad", "plan_load"]
 
@@ -105,11 +106,17 @@ def plan_load(checkpoint: Checkpoint, world_size: int, mesh: Mapping[str, int] |
 
     Raises:
         ConfigError: the sizes do not make up `world_size`, or no stored mesh has a dimension of that name.
+        LoadError: it is a stock DCP checkpoint, which has no placements.
         CorruptCheckpoint: a fragment is missing or damaged.
         StorageError: one could not be read.
     """
     if world_size < 1:
         raise ConfigError(f"world_size must be at least 1, not {world_size}")
+    if isinstance(checkpoint, StockCheckpoint):
+        raise LoadError(
+            "a stock DCP checkpoint does not say how its tensors were placed, so its load cannot be planned",
+            path=checkpoint.directory,
+        )
     layouts = {
         name: TensorLayout.of(entry, checkpoint.mesh(name)) for name, entry in checkpoint.tensors.items()
     }

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections import Counter
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from types import TracebackType
@@ -23,6 +24,7 @@ __all__ = ["FaultProxy", "Request"]
 
 _START_SECONDS = 10.0
 _LOOPBACK = "127.0.0.1"
+_SECRET_HEADERS = {"authorization", "x-amz-security-token"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +33,7 @@ class Request:
 
     Args:
         query: as sent, without the question mark.
+        headers: by name in lower case, but for those that hold a secret or a signature.
         num_body_bytes: how much of the body was passed on, framing of chunks included.
         status: what the server answered, or the proxy in its place; None when nobody answered. A lost answer
             has the server's status.
@@ -40,6 +43,7 @@ class Request:
     path: str
     query: str
     kind: S3Operation
+    headers: Mapping[str, str]
     num_body_bytes: int
     status: int | None
 
@@ -177,6 +181,7 @@ class _Book:
                 path=head.path,
                 query=head.query,
                 kind=kind,
+                headers={name: value for name, value in head.headers.items() if name not in _SECRET_HEADERS},
             )
             decide = self._decide
         return arrival, decide(arrival)
@@ -187,6 +192,7 @@ class _Book:
             path=arrival.path,
             query=arrival.query,
             kind=arrival.kind,
+            headers=arrival.headers,
             num_body_bytes=num_body_bytes,
             status=status,
         )

@@ -6,8 +6,8 @@ Owns the vocabulary of faults. Pure, and knows no sockets. Called by tests, whic
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 from dcp_ckpt.testing.s3_operations import S3Operation
 
@@ -37,6 +37,7 @@ class Arrival:
         number: among all requests since the faults were set, from 1.
         kind_number: among those of its kind.
         query: as sent, without the question mark.
+        headers: by name in lower case, but for those that hold a secret or a signature.
     """
 
     number: int
@@ -45,6 +46,7 @@ class Arrival:
     path: str
     query: str
     kind: S3Operation
+    headers: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -96,11 +96,14 @@ class ObjectClient(Protocol):
         """Send part `number` (from 1); returns its tag."""
         ...
 
-    async def complete_upload(self, key: str, upload: str, tags: Sequence[str], *, size_bytes: int) -> None:
-        """Make the object of all parts visible, whole, if the name is free.
+    async def complete_upload(
+        self, key: str, upload: str, tags: Sequence[str], *, size_bytes: int, only_if_absent: bool
+    ) -> None:
+        """Make the object of all parts visible, whole.
 
         Args:
             size_bytes: of the whole object, to recognise it when an answer was lost.
+            only_if_absent: only if the name is free.
 
         Raises:
             StorageExists: the name is taken.

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import Any, TypeVar
 
@@ -21,6 +22,7 @@ from dcp_ckpt.errors import (
     StorageExists,
     StorageNotFound,
     StorageTransient,
+    StorageUnsuitable,
 )
 from dcp_ckpt.storage.base import ObjectInfo
 from dcp_ckpt.storage.objects.client import Buffer, StoreTraits
@@ -30,7 +32,8 @@ __all__ = ["FsspecClient"]
 _Result = TypeVar("_Result")
 
 _TRAITS = {
-    # One dictionary of this process: creating looks and stores under the interpreter's lock, in `put` below.
+    # One dictionary of this process, and one event loop for all its clients: `put` below looks and stores
+    # without a pause, so nothing comes between.
     "memory": StoreTraits(conditional_put=True, shared=False, parts=False),
 }
 _UNTRIED = StoreTraits(conditional_put=False, shared=True, parts=False)
@@ -63,7 +66,6 @@ class FsspecClient:
         self._root = path.strip("/")
         self._loop: asyncio.AbstractEventLoop = get_loop()
         self._uploads: dict[str, list[bytes]] = {}
-        self._creating = asyncio.Lock()
 
     @property
     def loop(self) -> asyncio.AbstractEventLoop:
@@ -98,10 +100,15 @@ class FsspecClient:
         return time.time() - modified.timestamp()
 
     async def put(self, key: str, data: Buffer, *, only_if_absent: bool) -> None:
-        async with self._creating:
-            if only_if_absent and await self._ask(key, lambda: self._fs.isfile(self._path(key))):
-                raise StorageExists("the name is taken", path=self._where(key))
+        if not only_if_absent:
             await self._ask(key, lambda: self._fs.pipe_file(self._path(key), bytes(data)))
+        elif not self.traits.conditional_put:
+            raise StorageUnsuitable("nothing is created exclusively there", path=self._where(key))
+        else:
+            with self._translating(key):
+                if self._fs.isfile(self._path(key)):
+                    raise StorageExists("the name is taken", path=self._where(key))
+                self._fs.pipe_file(self._path(key), bytes(data))
 
     async def start_upload(self, key: str) -> str:
         upload = f"{key}#{time.monotonic_ns()}"
@@ -113,8 +120,10 @@ class FsspecClient:
         self._uploads[upload].append(bytes(data))
         return str(number)
 
-    async def complete_upload(self, key: str, upload: str, tags: Sequence[str], *, size_bytes: int) -> None:
-        await self.put(key, b"".join(self._uploads[upload]), only_if_absent=True)
+    async def complete_upload(
+        self, key: str, upload: str, tags: Sequence[str], *, size_bytes: int, only_if_absent: bool
+    ) -> None:
+        await self.put(key, b"".join(self._uploads[upload]), only_if_absent=only_if_absent)
         del self._uploads[upload]
 
     async def abort_upload(self, key: str, upload: str) -> None:
@@ -152,8 +161,13 @@ class FsspecClient:
 
     async def _ask(self, key: str, request: Callable[[], _Result]) -> _Result:
         """One request, in a thread, with its errors translated."""
-        try:
+        with self._translating(key):
             return await asyncio.to_thread(request)
+
+    @contextmanager
+    def _translating(self, key: str) -> Iterator[None]:
+        try:
+            yield
         except CheckpointError:
             raise
         except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:

@@ -11,28 +11,42 @@ import logging
 import secrets
 import threading
 from collections.abc import Coroutine
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, TypeVar
 
 from dcp_ckpt.errors import StorageError, StorageNotFound
 from dcp_ckpt.storage.objects.client import ObjectClient
 
-__all__ = ["LEASE_SECONDS", "RENEW_SECONDS", "ObjectLease", "is_fresh"]
+__all__ = ["LeaseTimes", "ObjectLease", "is_fresh"]
 
 log = logging.getLogger(__name__)
 
 _Result = TypeVar("_Result")
 
-RENEW_SECONDS = 4.0
-LEASE_SECONDS = 15.0
-"""A lease object older than this is nobody's: three renewals may be late."""
+
+@dataclass(frozen=True, kw_only=True)
+class LeaseTimes:
+    """How long a lease lasts; the same for all who use a store.
+
+    Args:
+        renew_seconds: between two renewals.
+        expire_seconds: a lease object older than this is nobody's. By default three renewals may be late.
+    """
+
+    renew_seconds: float = 4.0
+    expire_seconds: float = 15.0
 
 
 class ObjectLease:
-    """Held until closed; renewed by a thread of its own."""
+    """Held until closed; renewed by a thread of its own.
 
-    def __init__(self, client: ObjectClient, key: str) -> None:
+    Should another holder close first and have written last, the object is gone until the next renewal.
+    """
+
+    def __init__(self, client: ObjectClient, key: str, *, renew_seconds: float) -> None:
         self._client = client
+        self._renew_seconds = renew_seconds
         self._key = key
         self._content = secrets.token_hex(16).encode()
         self._stop = threading.Event()
@@ -67,7 +81,7 @@ class ObjectLease:
         self.close()
 
     def _renew(self) -> None:
-        while not self._stop.wait(RENEW_SECONDS):
+        while not self._stop.wait(self._renew_seconds):
             try:
                 self._run(self._client.put(self._key, self._content, only_if_absent=False))
             except StorageError as error:
@@ -77,9 +91,9 @@ class ObjectLease:
         return asyncio.run_coroutine_threadsafe(request, self._client.loop).result()
 
 
-async def is_fresh(client: ObjectClient, key: str) -> bool:
-    """Whether somebody wrote the lease object within `LEASE_SECONDS`."""
+async def is_fresh(client: ObjectClient, key: str, *, expire_seconds: float) -> bool:
+    """Whether somebody wrote the lease object within `expire_seconds`."""
     try:
-        return await client.age_seconds(key) < LEASE_SECONDS
+        return await client.age_seconds(key) < expire_seconds
     except StorageNotFound:
         return False

@@ -8,23 +8,34 @@ from dcp_ckpt.errors import ConfigError
 from dcp_ckpt.storage.keys import check_key
 from dcp_ckpt.storage.objects.client import ObjectClient
 from dcp_ckpt.storage.objects.fsspec_client import FsspecClient
+from dcp_ckpt.storage.objects.lease import LeaseTimes
+from dcp_ckpt.storage.objects.looking import LookingClient
 from dcp_ckpt.storage.objects.retry import RetryingClient, RetryPolicy
-from dcp_ckpt.storage.objects.s3 import S3Client
+from dcp_ckpt.storage.objects.s3 import AnswerTimes, S3Client
 from dcp_ckpt.storage.objects.storage import ObjectStorage
 
 __all__ = ["open_object_storage"]
 
 _SINGLE_WRITER = "+single-writer"
 _BRIEF_SECONDS = 8.0
+_BRIEF_ATTEMPT_SECONDS = 4.0
 
 
-def open_object_storage(url: str, *, retry: RetryPolicy | None = None) -> ObjectStorage:
+def open_object_storage(
+    url: str,
+    *,
+    retry: RetryPolicy | None = None,
+    answer_times: AnswerTimes | None = None,
+    lease_times: LeaseTimes | None = None,
+) -> ObjectStorage:
     """Open a store; nothing is asked of it yet.
 
     Args:
         url: `s3://BUCKET[/PREFIX]`, or the URL of another fsspec file system; a scheme that ends in
             `+single-writer` vouches that one process alone writes there.
         retry: how requests are repeated.
+        answer_times: for how long S3 is waited for; other stores have settings of their own.
+        lease_times: how long leases last; whoever shares a store must agree on them.
 
     Raises:
         ConfigError: the URL names no store.
@@ -41,15 +52,25 @@ def open_object_storage(url: str, *, retry: RetryPolicy | None = None) -> Object
         bucket, _, prefix = path.partition("/")
         if not bucket:
             raise ConfigError(f"{url} names no bucket; write s3://BUCKET/PREFIX")
-        client = S3Client(bucket, prefix)
+        client = S3Client(bucket, prefix, answer_times or AnswerTimes())
     else:
         client = FsspecClient(kind, path)
+    single_writer = scheme.endswith(_SINGLE_WRITER)
+    wrapper = LookingClient if single_writer else RetryingClient
     policy = retry or RetryPolicy()
     return ObjectStorage(
-        RetryingClient(client, policy),
-        RetryingClient(
-            client, replace(policy, deadline_seconds=min(_BRIEF_SECONDS, policy.deadline_seconds))
-        ),
+        wrapper(client, policy),
+        wrapper(client, _brief(policy)),
         url=f"{scheme}://{path}",
-        single_writer=scheme.endswith(_SINGLE_WRITER),
+        single_writer=single_writer,
+        lease_times=lease_times or LeaseTimes(),
+    )
+
+
+def _brief(policy: RetryPolicy) -> RetryPolicy:
+    """For what matters only now, or is only tidiness."""
+    return replace(
+        policy,
+        deadline_seconds=min(_BRIEF_SECONDS, policy.deadline_seconds),
+        attempt_seconds=_BRIEF_ATTEMPT_SECONDS,
     )

@@ -30,15 +30,17 @@ class RetryPolicy:
     """When a request is repeated, and when not any more.
 
     Args:
-        deadline_seconds: a request that fails for so long has failed.
+        deadline_seconds: no attempt begins later than this after the first one began.
         first_contact_seconds: the same for a store that never answered: a wrong address must not take
             minutes to be told.
+        attempt_seconds: how long one attempt may take; None: as long as the client lets it.
         first_delay_seconds, most_delay_seconds: delays double from the one to the other; each is drawn
             between half of it and all of it, so that ranks that were throttled together come back apart.
     """
 
     deadline_seconds: float = 120.0
-    first_contact_seconds: float = 15.0
+    first_contact_seconds: float = 8.0
+    attempt_seconds: float | None = None
     first_delay_seconds: float = 0.1
     most_delay_seconds: float = 5.0
 
@@ -106,11 +108,16 @@ class RetryingClient:
     async def put_part(self, key: str, upload: str, number: int, data: Buffer) -> str:
         return await self._repeat(lambda: self._inner.put_part(key, upload, number, data))
 
-    async def complete_upload(self, key: str, upload: str, tags: Sequence[str], *, size_bytes: int) -> None:
+    async def complete_upload(
+        self, key: str, upload: str, tags: Sequence[str], *, size_bytes: int, only_if_absent: bool
+    ) -> None:
         lost = _LostAnswers()
         try:
             await self._repeat(
-                lambda: self._inner.complete_upload(key, upload, tags, size_bytes=size_bytes), lost
+                lambda: self._inner.complete_upload(
+                    key, upload, tags, size_bytes=size_bytes, only_if_absent=only_if_absent
+                ),
+                lost,
             )
         except (StorageExists, StorageNotFound):
             # The upload is gone because the request whose answer was lost had completed it. The size tells
@@ -143,7 +150,7 @@ class RetryingClient:
         attempt = 0
         while True:
             try:
-                return await request()
+                return await self._attempt(request)
             except StorageTransient as error:
                 attempt += 1
                 if lost is not None:
@@ -157,6 +164,14 @@ class RetryingClient:
                     raise
                 log.debug("attempt %d failed, next in %.2f s: %s", attempt, delay, error)
             await asyncio.sleep(delay)
+
+    async def _attempt(self, request: Callable[[], Awaitable[_Result]]) -> _Result:
+        limit = self._policy.attempt_seconds
+        try:
+            async with asyncio.timeout(limit):
+                return await request()
+        except TimeoutError as error:
+            raise StorageTransient(f"no answer within {limit} s", path=self.url) from error
 
     async def _content(self, key: str) -> bytes | None:
         try:

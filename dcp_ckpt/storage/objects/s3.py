@@ -11,24 +11,36 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from typing import Any
 
 from dcp_ckpt.errors import ConfigError, MissingDependencyError, StorageError, StorageTransient
 from dcp_ckpt.storage.base import ObjectInfo
 from dcp_ckpt.storage.objects.client import Buffer, StoreTraits
+from dcp_ckpt.storage.objects.s3_body import RequestBody
 from dcp_ckpt.storage.objects.s3_errors import from_client_library, from_response
 
-__all__ = ["S3Client"]
+__all__ = ["AnswerTimes", "S3Client"]
 
 _CONNECTIONS = 64
-_CONNECT_SECONDS = 5.0
-_ANSWER_SECONDS = 30.0
-"""For an answer, and for each stretch of silence in one; the sending of a body is not silence."""
-
 _SLOWEST_BYTES_PER_SECOND = 256 << 10
 _DELETE_BATCH = 1000
 _READ_BYTES = 1 << 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnswerTimes:
+    """How long the store is waited for.
+
+    Args:
+        connect_seconds: for a connection.
+        answer_seconds: for an answer, and for each stretch of silence in one; the sending of a body is not
+            silence.
+    """
+
+    connect_seconds: float = 5.0
+    answer_seconds: float = 30.0
 
 
 class S3Client:
@@ -37,12 +49,13 @@ class S3Client:
     Args:
         bucket: must exist.
         prefix: empty, or without a slash at either end.
+        times: after which an attempt has failed.
 
     Raises:
         MissingDependencyError: s3fs is not installed.
     """
 
-    def __init__(self, bucket: str, prefix: str) -> None:
+    def __init__(self, bucket: str, prefix: str, times: AnswerTimes) -> None:
         try:
             import s3fs
         except ImportError as error:
@@ -51,7 +64,9 @@ class S3Client:
             ) from error
         self._bucket = bucket
         self._prefix = f"{prefix}/" if prefix else ""
+        self._times = times
         self._reached = False
+        self._succeeded = False
         self._closed = False
         self._fs = s3fs.S3FileSystem(
             skip_instance_cache=True,
@@ -59,12 +74,12 @@ class S3Client:
             config_kwargs={
                 "retries": {"total_max_attempts": 1, "mode": "standard"},
                 "max_pool_connections": _CONNECTIONS,
-                "connect_timeout": _CONNECT_SECONDS,
-                "read_timeout": _ANSWER_SECONDS,
+                "connect_timeout": times.connect_seconds,
+                "read_timeout": times.answer_seconds,
                 "s3": {"payload_signing_enabled": False},
                 "request_checksum_calculation": "when_required",
                 "response_checksum_validation": "when_required",
-                # It refuses memoryviews as bodies, which the HTTP client sends without copying them.
+                # It refuses bodies that are sent from memory without copying them.
                 "parameter_validation": False,
             },
         )
@@ -90,25 +105,24 @@ class S3Client:
         span = {} if num_bytes is None else {"Range": f"bytes={offset}-{offset + num_bytes - 1}"}
         async with self._asking("GET", key, num_bytes or 0) as s3:
             answer = await s3.get_object(**self._at(key), **span)
-            expected = int(answer["ContentLength"])
+            data = bytearray(int(answer["ContentLength"]))
+            end = 0
             async with answer["Body"] as body:
-                data = bytearray()
                 while piece := await body.read(_READ_BYTES):
-                    data += piece
-        if len(data) != expected:
+                    data[end : end + len(piece)] = piece
+                    end += len(piece)
+        if end != len(data):
             raise StorageTransient(
-                f"the answer broke off after {len(data)} of {expected} bytes", path=self._where(key)
+                f"the answer broke off after {end} of {len(data)} bytes", path=self._where(key)
             )
         return data
 
     async def size(self, key: str) -> int:
-        async with self._asking("HEAD", key) as s3:
-            answer = await s3.head_object(**self._at(key))
+        answer = await self._head(key)
         return int(answer["ContentLength"])
 
     async def age_seconds(self, key: str) -> float:
-        async with self._asking("HEAD", key) as s3:
-            answer = await s3.head_object(**self._at(key))
+        answer = await self._head(key)
         # Both moments are the store's, so no clock of ours is trusted.
         now = parsedate_to_datetime(answer["ResponseMetadata"]["HTTPHeaders"]["date"])
         age: float = (now - answer["LastModified"]).total_seconds()
@@ -117,7 +131,7 @@ class S3Client:
     async def put(self, key: str, data: Buffer, *, only_if_absent: bool) -> None:
         condition = {"IfNoneMatch": "*"} if only_if_absent else {}
         async with self._asking("PUT", key, len(data)) as s3:
-            await s3.put_object(**self._at(key), Body=data, **condition)
+            await s3.put_object(**self._at(key), Body=RequestBody(data), **condition)
 
     async def start_upload(self, key: str) -> str:
         async with self._asking("CreateMultipartUpload", key) as s3:
@@ -126,14 +140,19 @@ class S3Client:
 
     async def put_part(self, key: str, upload: str, number: int, data: Buffer) -> str:
         async with self._asking("UploadPart", key, len(data)) as s3:
-            answer = await s3.upload_part(**self._at(key), UploadId=upload, PartNumber=number, Body=data)
+            answer = await s3.upload_part(
+                **self._at(key), UploadId=upload, PartNumber=number, Body=RequestBody(data)
+            )
         return str(answer["ETag"])
 
-    async def complete_upload(self, key: str, upload: str, tags: Sequence[str], *, size_bytes: int) -> None:
+    async def complete_upload(
+        self, key: str, upload: str, tags: Sequence[str], *, size_bytes: int, only_if_absent: bool
+    ) -> None:
+        condition = {"IfNoneMatch": "*"} if only_if_absent else {}
         parts = [{"PartNumber": number, "ETag": tag} for number, tag in enumerate(tags, start=1)]
         async with self._asking("CompleteMultipartUpload", key) as s3:
             await s3.complete_multipart_upload(
-                **self._at(key), UploadId=upload, MultipartUpload={"Parts": parts}, IfNoneMatch="*"
+                **self._at(key), UploadId=upload, MultipartUpload={"Parts": parts}, **condition
             )
 
     async def abort_upload(self, key: str, upload: str) -> None:
@@ -194,6 +213,20 @@ class S3Client:
         if creator is not None:
             self._fs.close_session(self._fs.loop, creator)
 
+    async def _head(self, key: str) -> dict[str, Any]:
+        try:
+            async with self._asking("HEAD", key) as s3:
+                answer: dict[str, Any] = await s3.head_object(**self._at(key))
+                return answer
+        except StorageTransient:
+            raise
+        except StorageError:
+            # The answer to a HEAD has no body that says whether key, bucket or credentials are wrong.
+            if not self._succeeded:
+                async with self._asking("LIST", key) as s3:
+                    await s3.list_objects_v2(Bucket=self._bucket, Prefix=self._prefix + key, MaxKeys=1)
+            raise
+
     async def _upload_exists(self, key: str, upload: str) -> bool:
         return (key, upload) in await self.list_uploads(key)
 
@@ -222,11 +255,12 @@ class S3Client:
 
         if self._closed:
             raise ConfigError("this storage is closed", path=self._where(key))
-        limit = _CONNECT_SECONDS + _ANSWER_SECONDS + num_bytes / _SLOWEST_BYTES_PER_SECOND
+        times = self._times
+        limit = times.connect_seconds + times.answer_seconds + num_bytes / _SLOWEST_BYTES_PER_SECOND
         try:
             async with asyncio.timeout(limit):
                 yield await self._fs.set_session()
-            self._reached = True
+            self._reached = self._succeeded = True
         except ClientError as error:
             self._reached = True
             raise from_response(error.response, operation=operation, path=self._where(key)) from error

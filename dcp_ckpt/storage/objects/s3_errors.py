@@ -33,7 +33,7 @@ _ADVICE: Mapping[str, str] = {
     "ExpiredToken": f"the session token has expired; renew it, then {_CREDENTIALS}",
     "InvalidToken": f"the session token is not valid; {_CREDENTIALS}",
     "RequestTimeTooSkewed": "the clock of this machine is wrong; set it",
-    "AccessDenied": "access is denied; docs/s3.md lists the permissions that are needed",
+    "AccessDenied": f"access is denied; {_CREDENTIALS}; docs/s3.md lists the permissions that are needed",
     "AllAccessDisabled": "access to the bucket is disabled",
     "PermanentRedirect": "the bucket is in another region; set AWS_DEFAULT_REGION",
     "AuthorizationHeaderMalformed": "the region is wrong for this bucket; set AWS_DEFAULT_REGION",
@@ -90,21 +90,42 @@ def from_response(response: Mapping[str, Any], *, operation: str, path: str) -> 
 
 
 def from_client_library(error: Exception, *, operation: str, path: str) -> StorageError | ConfigError:
-    """The error that an exception of botocore or the HTTP client stands for, when there was no answer."""
+    """The error that an exception of botocore or the HTTP client stands for, when there was no usable answer.
+
+    Only trouble with the network is worth repeating: whatever is not known to be that fails at once.
+    """
+    import aiohttp
     from botocore import exceptions as boto
+    from botocore.parsers import ResponseParserError
 
     said = f"{operation} failed: {type(error).__name__}"
     if isinstance(
-        error, boto.NoCredentialsError | boto.PartialCredentialsError | boto.CredentialRetrievalError
+        error,
+        boto.NoCredentialsError
+        | boto.PartialCredentialsError
+        | boto.CredentialRetrievalError
+        | boto.TokenRetrievalError
+        | boto.SSOError,
     ):
         return StorageError(f"{said}: no credentials were found; {_CREDENTIALS}", path=path)
     if isinstance(error, boto.ProfileNotFound):
         return ConfigError(f"{said}: AWS_PROFILE names a profile that is not in the AWS config", path=path)
     if isinstance(error, boto.NoRegionError | boto.InvalidRegionError):
         return ConfigError(f"{said}: set AWS_DEFAULT_REGION", path=path)
-    if isinstance(error, boto.ParamValidationError | boto.UnsupportedSignatureVersionError | ValueError):
-        return ConfigError(f"{said}: {error}", path=path)
     if isinstance(error, boto.SSLError):
         return StorageError(f"{said}: the store's certificate was not accepted: {error}", path=path)
-    # What is left is the network: refused, reset, cut off, timed out, a name that does not resolve.
-    return StorageTransient(f"{said}: no answer from the store; check AWS_ENDPOINT_URL", path=path)
+    if isinstance(
+        error,
+        boto.HTTPClientError
+        | boto.ConnectionError
+        | boto.IncompleteReadError
+        | aiohttp.ClientError
+        | OSError,  # TimeoutError is one
+    ):
+        # Refused, reset, cut off, timed out, a name that does not resolve.
+        return StorageTransient(f"{said}: no answer from the store; check AWS_ENDPOINT_URL", path=path)
+    if isinstance(error, ResponseParserError):
+        return StorageError(f"{said}: what answers is no S3 store; check AWS_ENDPOINT_URL", path=path)
+    if isinstance(error, boto.BotoCoreError | ValueError):
+        return ConfigError(f"{said}: {error}; check the AWS environment and config", path=path)
+    return StorageError(f"{said}: the answer was not understood", path=path)

@@ -14,12 +14,12 @@ from collections.abc import Callable, Coroutine, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
-from dcp_ckpt.errors import StorageError, StorageExists, StorageNotFound, StorageUnsuitable
+from dcp_ckpt.errors import StorageError, StorageExists, StorageUnsuitable
 from dcp_ckpt.storage.base import ByteRange, ObjectInfo, StorageCapabilities
 from dcp_ckpt.storage.keys import check_key, check_prefix, is_listed
 from dcp_ckpt.storage.objects.client import Buffer, ObjectClient
 from dcp_ckpt.storage.objects.fetch import Fetch, merge_ranges
-from dcp_ckpt.storage.objects.lease import ObjectLease, is_fresh
+from dcp_ckpt.storage.objects.lease import LeaseTimes, ObjectLease, is_fresh
 from dcp_ckpt.storage.objects.upload import ObjectUpload
 from dcp_ckpt.storage.ranges import check_ranges
 
@@ -37,15 +37,25 @@ class ObjectStorage:
         client: closed with this object.
         brief: the same store, given up on soon: for what matters only now, or is only tidiness.
         url: what `open_storage` takes to open the same place.
-        single_writer: the user vouches that no other process creates objects here; names are then looked at
-            before they are created, which two writers at once could both do.
+        single_writer: the user vouches that no other process creates objects here, so the store is taken as
+            it is; the clients look before they create.
+        lease_times: of the leases that are held and looked at here.
     """
 
-    def __init__(self, client: ObjectClient, brief: ObjectClient, *, url: str, single_writer: bool) -> None:
+    def __init__(
+        self,
+        client: ObjectClient,
+        brief: ObjectClient,
+        *,
+        url: str,
+        single_writer: bool,
+        lease_times: LeaseTimes,
+    ) -> None:
         self._client = client
         self._brief = brief
         self._url = url
         self._single_writer = single_writer
+        self._lease_times = lease_times
         self._probe_lock = threading.Lock()
         self._probed = False
 
@@ -83,11 +93,7 @@ class ObjectStorage:
         return self._run(self._client.size(check_key(key)))
 
     def create_exclusive(self, key: str, data: Buffer) -> None:
-        check_key(key)
-        if self._single_writer:
-            self._run(self._look_and_put(key, data))
-        else:
-            self._run(self._client.put(key, data, only_if_absent=True))
+        self._run(self._client.put(check_key(key), data, only_if_absent=True))
 
     def require_exclusive_create(self) -> None:
         if self._single_writer:
@@ -137,10 +143,11 @@ class ObjectStorage:
         return self._run(self._abort_uploads(prefix, is_abandoned))
 
     def hold_lease(self, key: str) -> ObjectLease:
-        return ObjectLease(self._brief, check_key(key))
+        return ObjectLease(self._brief, check_key(key), renew_seconds=self._lease_times.renew_seconds)
 
     def lease_is_held(self, key: str) -> bool:
-        return self._run(is_fresh(self._client, check_key(key)))
+        expire_seconds = self._lease_times.expire_seconds
+        return self._run(is_fresh(self._client, check_key(key), expire_seconds=expire_seconds))
 
     def close(self) -> None:
         self._client.close()
@@ -185,14 +192,6 @@ class ObjectStorage:
                 path=f"{self._url}/{item.key}",
             )
         return data[start : start + item.num_bytes]
-
-    async def _look_and_put(self, key: str, data: Buffer) -> None:
-        try:
-            await self._client.size(key)
-        except StorageNotFound:
-            await self._client.put(key, data, only_if_absent=False)
-        else:
-            raise StorageExists("the name is taken", path=f"{self._url}/{key}")
 
     def _probe(self) -> None:
         """Create one object twice: the second time must be refused."""

@@ -13,7 +13,7 @@ from collections.abc import Coroutine
 from concurrent.futures import Future
 from typing import Any
 
-from dcp_ckpt.errors import ConfigError, StorageError
+from dcp_ckpt.errors import CheckpointError, ConfigError, StorageError
 from dcp_ckpt.storage.objects.client import ObjectClient
 
 __all__ = ["PART_BYTES", "ObjectUpload", "part_bytes_for"]
@@ -57,6 +57,7 @@ class ObjectUpload:
         self._end = 0
         self._upload: str | None = None
         self._parts: list[Future[str]] = []
+        self._sending: set[asyncio.Task[Any]] = set()
         self._slots = threading.BoundedSemaphore(_PARTS_IN_FLIGHT if client.traits.parts else 1)
         self._state = "open"
 
@@ -91,7 +92,9 @@ class ObjectUpload:
             tags = [part.result() for part in self._parts]
             assert self._upload is not None, "parts belong to an upload"
             self._run(
-                self._client.complete_upload(self._key, self._upload, tags, size_bytes=self._size_bytes)
+                self._client.complete_upload(
+                    self._key, self._upload, tags, size_bytes=self._size_bytes, only_if_absent=True
+                )
             )
         self._state = "finished"
 
@@ -101,16 +104,12 @@ class ObjectUpload:
         self._state = "aborted"
         for part in self._parts:
             part.cancel()
-        for part in self._parts:
-            # An abort while a part is still arriving may leave that part behind, unseen but paid for.
-            if not part.cancelled():
-                part.exception()
         self._pending.clear()
-        if self._upload is not None:
-            try:
-                self._run(self._brief.abort_upload(self._key, self._upload))
-            except StorageError as error:
-                log.warning("an unfinished upload stays behind; a later recover removes it: %s", error)
+        try:
+            self._run(self._discard())
+        except CheckpointError as error:
+            log.warning("an unfinished upload stays behind; a later recover removes it: %s", error)
+        self._parts.clear()
 
     def _add(self, view: memoryview) -> None:
         if view:
@@ -129,9 +128,28 @@ class ObjectUpload:
             self._upload = self._run(self._client.start_upload(self._key))
         self._slots.acquire()
         number = len(self._parts) + 1
-        part = self._submit(self._client.put_part(self._key, self._upload, number, data))
+        part = self._submit(self._put_part(self._upload, number, data))
         self._parts.append(part)
         part.add_done_callback(lambda _: self._slots.release())
+
+    async def _put_part(self, upload: str, number: int, data: memoryview) -> str:
+        task = asyncio.current_task()
+        assert task is not None, "a coroutine is run by a task"
+        self._sending.add(task)
+        try:
+            return await self._client.put_part(self._key, upload, number, data)
+        finally:
+            self._sending.discard(task)
+
+    async def _discard(self) -> None:
+        """Wait for the end of parts that were cancelled, then abort.
+
+        An abort while a part still arrives may leave that part behind, unseen but paid for; and nothing may
+        read the caller's memory any more.
+        """
+        await asyncio.gather(*self._sending, return_exceptions=True)
+        if self._upload is not None:
+            await self._brief.abort_upload(self._key, self._upload)
 
     def _raise_failed_part(self) -> None:
         for part in self._parts:
