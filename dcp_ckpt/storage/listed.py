@@ -36,18 +36,23 @@ class ListedStorage(ForwardingStorage):
 
     def __init__(self, inner: Storage) -> None:
         super().__init__(inner)
-        self._sizes: dict[str, int] = {}
+        self._sizes: dict[str, dict[str, int]] = {}
         self.list_again()
 
     def list_again(self) -> None:
         """Take the listing anew: what others did meanwhile counts from here."""
-        self._sizes = {info.key: info.size_bytes for info in self._inner.list("")}
+        self._sizes = {}
+        for info in self._inner.list(""):
+            self._note(info.key, info.size_bytes)
 
     def list(self, prefix: str) -> builtins.list[ObjectInfo]:
         check_prefix(prefix)
+        # By first part, so that looking at each of ten thousand step directories stays cheap.
+        top = prefix.partition("/")[0]
+        groups = [self._sizes.get(top, {})] if prefix else self._sizes.values()
         return [
             ObjectInfo(key=key, size_bytes=size)
-            for key, size in sorted(self._sizes.items())
+            for key, size in sorted(item for group in groups for item in group.items())
             if key.startswith(prefix)
         ]
 
@@ -60,28 +65,31 @@ class ListedStorage(ForwardingStorage):
 
     def create_exclusive(self, key: str, data: Buffer) -> None:
         super().create_exclusive(key, data)
-        self._sizes[key] = memoryview(data).nbytes
+        self._note(key, memoryview(data).nbytes)
 
     def put(self, key: str, data: Buffer) -> None:
         super().put(key, data)
-        self._sizes[key] = memoryview(data).nbytes
+        self._note(key, memoryview(data).nbytes)
 
     def open_writer(self, key: str, *, size_bytes: int, direct: bool) -> ObjectWriter:
         return _ListedWriter(
             super().open_writer(key, size_bytes=size_bytes, direct=direct),
-            lambda: self._sizes.__setitem__(key, size_bytes),
+            lambda: self._note(key, size_bytes),
         )
 
     def delete(self, keys: Iterable[str]) -> None:
         keys = tuple(keys)
         super().delete(keys)
         for key in keys:
-            self._sizes.pop(key, None)
+            self._sizes.get(key.partition("/")[0], {}).pop(key, None)
 
     def hold_lease(self, key: str) -> Lease:
         lease = super().hold_lease(key)
-        self._sizes.setdefault(key, 0)
+        self._note(key, 0)
         return lease
+
+    def _note(self, key: str, size_bytes: int) -> None:
+        self._sizes.setdefault(key.partition("/")[0], {})[key] = size_bytes
 
 
 class _ListedWriter:

@@ -29,6 +29,7 @@ from dcp_ckpt.testing.proxy_faults import (
     Reset,
     no_faults,
 )
+from dcp_ckpt.testing.s3_operations import S3Operation
 from launch.demo import await_end, kill_all, largest_difference
 
 pytestmark = pytest.mark.distributed
@@ -177,6 +178,7 @@ def unfinished_uploads(run: str) -> list[str]:
 
 def test_the_bad_network_strikes_with_everything() -> None:
     arrivals = (
-        Arrival(number=n, kind_number=n, method="GET", path="", query="", kind="GET") for n in range(1, 100)
+        Arrival(number=n, kind_number=n, method="GET", path="", query="", kind=S3Operation.GET)
+        for n in range(1, 100)
     )
     assert len(set(filter(None, map(bad_network, itertools.islice(arrivals, 99))))) == 5

@@ -57,6 +57,7 @@ class ObjectUpload:
         self._end = 0
         self._upload: str | None = None
         self._parts: list[Future[str]] = []
+        self._failure: BaseException | None = None
         self._sending: set[asyncio.Task[Any]] = set()
         self._slots = threading.BoundedSemaphore(_PARTS_IN_FLIGHT if client.traits.parts else 1)
         self._state = "open"
@@ -69,7 +70,8 @@ class ObjectUpload:
                 f"segment [{offset}, {offset + len(view)}) of {self._path} must start at {self._end} or "
                 f"later and end at {self._size_bytes} or before"
             )
-        self._raise_failed_part()
+        if self._failure is not None:
+            raise self._failure
         if offset > self._end:
             self._add(memoryview(bytes(offset - self._end)))
         self._add(view)
@@ -130,7 +132,12 @@ class ObjectUpload:
         number = len(self._parts) + 1
         part = self._submit(self._put_part(self._upload, number, data))
         self._parts.append(part)
-        part.add_done_callback(lambda _: self._slots.release())
+        part.add_done_callback(self._part_done)
+
+    def _part_done(self, part: Future[str]) -> None:
+        if not part.cancelled() and (error := part.exception()) is not None:
+            self._failure = self._failure or error
+        self._slots.release()
 
     async def _put_part(self, upload: str, number: int, data: memoryview) -> str:
         task = asyncio.current_task()
@@ -150,11 +157,6 @@ class ObjectUpload:
         await asyncio.gather(*self._sending, return_exceptions=True)
         if self._upload is not None:
             await self._brief.abort_upload(self._key, self._upload)
-
-    def _raise_failed_part(self) -> None:
-        for part in self._parts:
-            if part.done() and not part.cancelled() and (error := part.exception()) is not None:
-                raise error
 
     def _submit(self, request: Coroutine[Any, Any, str]) -> Future[str]:
         return asyncio.run_coroutine_threadsafe(request, self._client.loop)
