@@ -89,7 +89,7 @@ class StoredCheckpoint:
             value_paths={name: tuple(entry.path) for name, entry in self.values.items()},
             per_rank={name: decode_value(entry.value, path=name) for name, entry in per_rank.items()},
             step=manifest.step,
-            saved_world_size=manifest.world_size,
+            saved_world_size=0 if DCP_SAVE_TAG in manifest.tags else manifest.world_size,
             rank=rank,
             world_size=world_size,
             seed_material=f"{manifest.run_id}/{manifest.attempt}/{manifest.step}",

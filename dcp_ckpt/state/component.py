@@ -61,8 +61,8 @@ class StoredState:
         per_rank: this rank's values by name, decoded; those of saved rank r when this is rank r of
             a world of the same size, else empty.
         step: training step.
-        saved_world_size: number of ranks that saved; 0 for a stock DCP checkpoint, which does not say and
-            holds nothing of single ranks.
+        saved_world_size: number of ranks that saved; 0 for a checkpoint of plain `dcp.save`, which holds
+            nothing of single ranks.
         rank: this process's rank.
         world_size: number of ranks that load.
         seed_material: a value that is the same on all ranks and differs between checkpoints and

@@ -25,7 +25,7 @@ class RngComponent:
 
     On a world of the same size every stream continues bit for bit. On another, no rank has a
     stream to continue: each derives its own from the checkpoint and its rank, the same at every attempt.
-    A stock DCP checkpoint holds no streams of ranks: the generators are left as they are.
+    A checkpoint of plain `dcp.save` holds no streams of ranks: the generators are left as they are.
     """
 
     def __init__(self, prefix: Path = ("rng",)) -> None:
@@ -47,7 +47,7 @@ class RngComponent:
         if streams is not None:
             return _write_streams(streams)
         if not stored.saved_world_size:
-            return ["random numbers: not restored, a stock DCP checkpoint holds none; left as they are"]
+            return ["random numbers: not restored, plain dcp.save stores none; left as they are"]
         _derive_streams(stored.seed_material, stored.rank)
         if stored.saved_world_size == stored.world_size:
             return ["random numbers: the checkpoint holds no streams; derived new ones from step and rank"]

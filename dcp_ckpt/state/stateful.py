@@ -286,7 +286,7 @@ class PerRankComponent:
     def install(self, stored: StoredState, targets: Targets) -> list[str]:
         if not stored.saved_world_size:
             name = join_path(self._prefix)
-            return [f"{name}: not restored, a stock DCP checkpoint holds nothing of single ranks"]
+            return [f"{name}: not restored, plain dcp.save stores nothing of single ranks"]
         if stored.saved_world_size != stored.world_size:
             return [
                 f"{join_path(self._prefix)}: saved on {stored.saved_world_size} ranks, loaded on "

@@ -149,6 +149,39 @@ def test_killed_in_an_upload_and_resumed_on_two_ranks(
     assert unfinished_uploads(run) == []
 
 
+class SeenUploads:
+    """Says when the data files of all ranks of one step are on their way."""
+
+    def __init__(self, step: int, num_ranks: int) -> None:
+        self.reached = threading.Event()
+        self._directory = f"/step-{step:08}/"
+        self._num_ranks = num_ranks
+        self._seen: set[str] = set()
+
+    def __call__(self, arrival: Arrival) -> None:
+        if self._directory in arrival.path and arrival.path.endswith(".distcp"):
+            self._seen.add(arrival.path)
+            if len(self._seen) == self._num_ranks:
+                self.reached.set()
+
+
+@pytest.mark.timeout(300)
+def test_writers_finish_their_uploads_without_trainers_and_the_next_start_commits(
+    tmp_path: Path, s3_prefix: str, s3_environment: dict[str, str]
+) -> None:
+    uploads = SeenUploads(KILLED_STEP, 4)
+    slow = Link(bytes_per_second=150_000)
+    with FaultProxy(s3_environment["AWS_ENDPOINT_URL"], decide=uploads, link=slow) as proxy:
+        log = tmp_path / "killed.jsonl"
+        with training(log, s3_prefix, 4, proxy.endpoint_url) as process:
+            assert uploads.reached.wait(TIMEOUT_SECONDS), log.with_suffix(".txt").read_text()[-4000:]
+            writers = kill_all(process)
+        resumed = train(tmp_path / "resumed.jsonl", s3_prefix, 2, proxy.endpoint_url, "--resume", "must")
+        await_end(writers)
+    assert resumed[0] == {"event": "resume", "step": KILLED_STEP, "from_world": 4, "to_world": 2}
+    assert LAST_STEP in require_nothing_truncated(f"{s3_prefix}/run-001")
+
+
 def require_nothing_truncated(run: str) -> list[int]:
     """Everything visible is whole, and what is committed verifies; gives the committed steps."""
     report = dcp_ckpt.verify(run)

@@ -18,7 +18,6 @@ __all__ = ["open_object_storage"]
 
 _SINGLE_WRITER = "+single-writer"
 _BRIEF_SECONDS = 8.0
-_BRIEF_ATTEMPT_SECONDS = 4.0
 
 
 def open_object_storage(
@@ -50,7 +49,7 @@ def open_object_storage(
     client: ObjectClient
     if kind in ("s3", "s3a"):
         bucket, _, prefix = path.partition("/")
-        if not bucket:
+        if not bucket or rest.startswith("/"):
             raise ConfigError(f"{url} names no bucket; write s3://BUCKET/PREFIX")
         client = S3Client(bucket, prefix, answer_times or AnswerTimes())
     else:
@@ -69,8 +68,5 @@ def open_object_storage(
 
 def _brief(policy: RetryPolicy) -> RetryPolicy:
     """For what matters only now, or is only tidiness."""
-    return replace(
-        policy,
-        deadline_seconds=min(_BRIEF_SECONDS, policy.deadline_seconds),
-        attempt_seconds=_BRIEF_ATTEMPT_SECONDS,
-    )
+    deadline = min(_BRIEF_SECONDS, policy.deadline_seconds)
+    return replace(policy, deadline_seconds=deadline, attempt_seconds=deadline / 2)

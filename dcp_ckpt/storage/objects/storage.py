@@ -196,7 +196,10 @@ class ObjectStorage:
     def _probe(self) -> None:
         """Create one object twice: the second time must be refused."""
         key = f".probe-{secrets.token_hex(8)}"
-        self._run(self._client.put(key, b"first", only_if_absent=True))
+        try:
+            self._run(self._client.put(key, b"first", only_if_absent=True))
+        except StorageUnsuitable as error:
+            raise self._unsuitable("it refuses `If-None-Match: *`") from error
         try:
             self._run(self._client.put(key, b"second", only_if_absent=True))
         except StorageExists:
