@@ -163,7 +163,8 @@ class Program:
 
     def _write(self, job: WriteJob) -> Reply:
         storage = self._storage = self._storage or open_storage(job.storage_url)
-        if self._seen_epoch != job.fragment.epoch_id:
+        # A file system may be unmounted between two saves; of a store, each look costs a request.
+        if storage.capabilities.directories or self._seen_epoch != job.fragment.epoch_id:
             check_shared_storage(storage, job.fragment)
             self._seen_epoch = job.fragment.epoch_id
         mapped = self._arena if self._arena is not None else b""
