@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 
 from dcp_ckpt.errors import CommitUnknown, SaveFailed, StorageError, StorageExists, StorageTransient
 from dcp_ckpt.format.boxes import Box, tiling_problem
+from dcp_ckpt.format.epoch import is_tombstone
 from dcp_ckpt.format.fragment import Fragment, TensorEntry, decode_fragment
 from dcp_ckpt.format.manifest import FragmentSummary, Manifest, decode_manifest, encode_manifest
 from dcp_ckpt.format.names import MANIFEST, AttemptId, StepDir, fragment_name
@@ -132,6 +133,13 @@ def _require_same(found: bytes, data: bytes, manifest: Manifest, key: str) -> No
     """Equal manifests mean that this attempt was committed already, by us or by whoever recovered it."""
     if found == data:
         return
+    if is_tombstone(found, path=key):
+        raise SaveFailed(
+            "the attempt was removed before it was committed: another start has taken over this run",
+            step=manifest.step,
+            phase="commit",
+            path=key,
+        )
     other = decode_manifest(found, path=key)
     if (other.attempt, other.epoch_id, other.fragments) != (
         manifest.attempt,

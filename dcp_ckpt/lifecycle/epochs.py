@@ -84,6 +84,7 @@ def wait_for_leases(storage: Storage, *, wait_seconds: float) -> list[int]:
         The epochs that still live after that; they will be fenced.
     """
     storage = listed_once(storage)
+    seen = bool(_leased_epochs(storage))
     deadline = time.monotonic() + wait_seconds
     announced = False
     while True:
@@ -98,7 +99,8 @@ def wait_for_leases(storage: Storage, *, wait_seconds: float) -> list[int]:
             announced = True
         # Where a lease runs out by itself, asking more often only costs requests.
         time.sleep(_POLL_SECONDS if storage.capabilities.lease_ends_with_holder else _STORE_POLL_SECONDS)
-    if announced:
+    if seen:
+        # Whoever had a lease at the listing may have committed since, and given it up before we looked.
         list_again(storage)
     return live
 
@@ -177,12 +179,15 @@ def record_resumed(storage: Storage, epoch: int, directory: StepDir, resumed_epo
 
 
 def _live_epochs(storage: Storage) -> list[int]:
+    return [
+        epoch for epoch in _leased_epochs(storage) if storage.lease_is_held(f"{EPOCHS}/{lease_name(epoch)}")
+    ]
+
+
+def _leased_epochs(storage: Storage) -> list[int]:
+    """Those whose lease was taken and not cleared away, held or not."""
     epochs = (parse_lease_name(name) for name in storage.list_names(f"{EPOCHS}/"))
-    return sorted(
-        epoch
-        for epoch in epochs
-        if epoch is not None and storage.lease_is_held(f"{EPOCHS}/{lease_name(epoch)}")
-    )
+    return sorted(epoch for epoch in epochs if epoch is not None)
 
 
 def _last_used_epoch(storage: Storage) -> int:

@@ -90,7 +90,8 @@ class WriterLink:
                 reply = self._running().receive(timeout_seconds=max(deadline - time.monotonic(), 0.001))
                 if reply.attempt != attempt:
                     raise SaveFailed(
-                        f"the writer answered {reply.attempt or 'nothing'} instead of {attempt}",
+                        f"the writer answered {reply.attempt or 'nothing'} instead of {attempt}; "
+                        f"{reply.error or 'it met no error'}",
                         rank=self._rank,
                     )
         finally:

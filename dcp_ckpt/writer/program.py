@@ -155,7 +155,7 @@ class Program:
         if self._arena is not None:
             if status.st_ino == self._arena_inode and len(self._arena) == status.st_size:
                 return
-            self._arena.close()
+            # Not closed: the error of a failed upload may still hold a part. It goes with its last view.
             self._arena = None
         if status.st_size:
             self._arena = mmap.mmap(descriptor, status.st_size, prot=mmap.PROT_READ)

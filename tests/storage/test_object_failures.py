@@ -159,8 +159,9 @@ def test_large_objects_arrive_whole_or_not_at_all(storage, proxy, large, fault):
     assert [(info.key, info.size_bytes) for info in storage.list("")] == [("large", len(large))]
     whole = ByteRange(key="large", offset=0, num_bytes=len(large))
     assert read_all_ranges(storage, [whole]) == [large]
-    # Where the answer that names an upload is lost, an empty one stays, which holds no bytes.
-    assert unfinished(storage) == [] or proxy.counts()["CREATE_UPLOAD"] > 2
+    if fault in (SLOW_DOWN, INTERNAL_ERROR, Reset()):
+        # Elsewhere an answer that names an upload may be lost; that one stays, without parts.
+        assert unfinished(storage) == []
 
 
 def test_a_lost_answer_does_not_hide_who_created(storage, proxy):

@@ -30,10 +30,13 @@ _PARTS_IN_FLIGHT = 16
 def part_bytes_for(size_bytes: int) -> int:
     """The size of all parts but the last, a multiple of 1 MiB.
 
-    Rounded so that no small rest becomes a request of its own.
+    Such that no small rest becomes a request of its own.
     """
     num_parts = min(max(size_bytes // PART_BYTES, 1), _MOST_PARTS)
-    return max(PART_BYTES, -(-size_bytes // (num_parts << 20)) << 20)
+    part_bytes = max(PART_BYTES, -(-size_bytes // (num_parts << 20)) << 20)
+    while 0 < size_bytes % part_bytes < part_bytes // 16:
+        part_bytes += 1 << 20
+    return part_bytes
 
 
 class ObjectUpload:
@@ -111,7 +114,9 @@ class ObjectUpload:
             self._run(self._discard())
         except CheckpointError as error:
             log.warning("an unfinished upload stays behind; a later recover removes it: %s", error)
+        # Their errors hold the caller's memory.
         self._parts.clear()
+        self._failure = None
 
     def _add(self, view: memoryview) -> None:
         if view:
