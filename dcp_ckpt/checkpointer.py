@@ -24,6 +24,7 @@ from dcp_ckpt.errors import (
     CheckpointNotFound,
     ConfigError,
     FormatTooNew,
+    LoadError,
     SaveFailed,
     StateMismatch,
 )
@@ -175,6 +176,10 @@ class Checkpointer:
             session.marks_changed()
             # The state may hold parts of several checkpoints now: saving it would make that last.
             self._failed_load = None if error.phase == "choose" else error
+            raise
+        except BaseException as error:
+            # An interrupt, most likely: what was read so far is in the state.
+            self._failed_load = LoadError(f"it was broken off by {error!r}", phase="read")
             raise
         self._failed_load = None
         if report is not None and report.rejected:

@@ -14,6 +14,7 @@ __all__ = [
     "EPOCH_FORMAT",
     "RESUMED_FORMAT",
     "TOMBSTONE_FORMAT",
+    "TOMBSTONE_MOST_BYTES",
     "EpochClaim",
     "Resumed",
     "Tombstone",
@@ -25,6 +26,8 @@ __all__ = [
 EPOCH_FORMAT = "dcp_ckpt.epoch"
 RESUMED_FORMAT = "dcp_ckpt.resumed"
 TOMBSTONE_FORMAT = "dcp_ckpt.tombstone"
+TOMBSTONE_MOST_BYTES = 256
+"""No tombstone is longer, and no manifest as short: its ids and digests alone have more bytes."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,7 +24,7 @@ from dcp_ckpt.errors import (
     StorageNotFound,
     StorageTransient,
 )
-from dcp_ckpt.format.epoch import is_tombstone
+from dcp_ckpt.format.epoch import TOMBSTONE_MOST_BYTES, is_tombstone
 from dcp_ckpt.format.manifest import Manifest, decode_manifest
 from dcp_ckpt.format.names import MANIFEST, StepDir
 from dcp_ckpt.format.values import decode_value
@@ -217,11 +217,11 @@ def _read_manifests(storage: Storage, directories: Sequence[StepDir]) -> list[by
     def read(number: int) -> None:
         directory = directories[number]
         if not storage.capabilities.directories:
-            names = storage.list_names(f"{directory}/")
-            if MANIFEST not in names:
+            sizes = {info.key: info.size_bytes for info in storage.list(f"{directory}/")}
+            if f"{directory}/{MANIFEST}" not in sizes:
                 return
-            if names == [MANIFEST]:
-                # A checkpoint has fragments. What stands alone is the tombstone of one that was deleted.
+            if len(sizes) == 1 and sizes[f"{directory}/{MANIFEST}"] <= TOMBSTONE_MOST_BYTES:
+                # What stands alone and is so small is the tombstone of a checkpoint that was deleted.
                 found[number] = _removed(directory)
                 return
         try:

@@ -153,6 +153,9 @@ def claim_epoch(
         except BaseException:
             hold(None)
             raise
+        if live:
+            # Until the claim stood, whoever lives could commit.
+            list_again(storage)
         return claim
 
 

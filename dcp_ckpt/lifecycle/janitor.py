@@ -7,6 +7,7 @@ Runs on rank 0's background thread, and on its main thread when the user asks. W
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 
@@ -22,6 +23,9 @@ from dcp_ckpt.storage.base import Storage
 __all__ = ["Janitor"]
 
 log = logging.getLogger(__name__)
+
+_TIDY_SECONDS = 5.0
+"""How long tidying may keep the thread that the next save needs; what is left waits for the next commit."""
 
 
 class Janitor:
@@ -57,7 +61,7 @@ class Janitor:
     def tidy(self) -> None:
         """Apply retention now, and delete what is over its grace period. Logs what fails."""
         try:
-            self.take_back()
+            self.take_back(budget_seconds=_TIDY_SECONDS)
             with self._lock:
                 self._delete_expired(time.monotonic())
         except Fenced as error:
@@ -65,8 +69,11 @@ class Janitor:
         except CheckpointError as error:
             log.warning("retention failed and is tried again after the next save: %s", error)
 
-    def take_back(self) -> list[StepDir]:
+    def take_back(self, *, budget_seconds: float = math.inf) -> list[StepDir]:
         """Apply retention now. The files stay for the grace period, and go at a later `tidy` or `close`.
+
+        Args:
+            budget_seconds: nothing more is taken back after so long; the rest waits for the next call.
 
         Returns:
             What was taken back, oldest first.
@@ -78,7 +85,7 @@ class Janitor:
         if self._keep is None:
             return []
         with self._lock:
-            return self._take_back()
+            return self._take_back(time.monotonic() + budget_seconds)
 
     def close(self) -> None:
         """Wait out the grace period of what is waiting (at most `grace_seconds`) and delete it."""
@@ -91,12 +98,14 @@ class Janitor:
         except CheckpointError as error:
             log.warning("the next start deletes what is left: %s", error)
 
-    def _take_back(self) -> list[StepDir]:
+    def _take_back(self, deadline: float) -> list[StepDir]:
         entries = {entry.directory: entry for entry in self._known.catalogue().entries}
         candidates = [entry.candidate for entry in entries.values()]
         plan = plan_retention(candidates, self._keep, protected=self._protected)
         taken: list[StepDir] = []
         for decision in plan.removed:
+            if time.monotonic() > deadline:
+                break
             if uncommit(self._storage, decision.directory, epoch=self._epoch):
                 log.info("removed checkpoint %s: %s", decision.directory, decision.reason)
                 self._known.removed(decision.directory)

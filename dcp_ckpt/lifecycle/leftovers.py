@@ -7,8 +7,10 @@ recover.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 
+from dcp_ckpt.errors import StorageError
 from dcp_ckpt.format.names import (
     EPOCHS,
     MANIFEST,
@@ -26,6 +28,8 @@ from dcp_ckpt.storage.base import Storage
 from dcp_ckpt.storage.keys import final_name
 
 __all__ = ["sweep_leftovers"]
+
+log = logging.getLogger(__name__)
 
 _PROBE = "probe"
 """What a storage calls the file with which it tries out what it can do."""
@@ -79,8 +83,13 @@ def _abandoned_uploads(storage: Storage, epoch: int) -> list[str]:
         return file is not None and file[2].epoch < epoch
 
     require_newest(storage, epoch)
-    aborted = storage.abort_uploads("", is_abandoned)
-    storage.delete(f"{EPOCHS}/{name}" for name in leases)
+    try:
+        aborted = storage.abort_uploads("", is_abandoned)
+        storage.delete(f"{EPOCHS}/{name}" for name in leases)
+    except StorageError as error:
+        # Some stores and permissions do not let uploads be listed. They cost space, and stop no start.
+        log.warning("unfinished uploads of earlier starts stay behind: %s", error)
+        return []
     return aborted
 
 

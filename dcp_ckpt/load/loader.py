@@ -15,6 +15,7 @@ from typing import Any
 from dcp_ckpt.config import CheckpointConfig
 from dcp_ckpt.coordination import Channel, broadcast
 from dcp_ckpt.errors import CheckpointError, CheckpointNotFound, CorruptCheckpoint, StorageNotFound
+from dcp_ckpt.format.epoch import is_tombstone
 from dcp_ckpt.format.manifest import decode_manifest, encode_manifest
 from dcp_ckpt.format.names import DCP_METADATA, MANIFEST, StepDir
 from dcp_ckpt.lifecycle.catalogue import Catalogue
@@ -181,11 +182,15 @@ class Loader:
     def _read_manifest(self, directory: str) -> str:
         key = f"{directory}/{MANIFEST}"
         try:
-            return self._storage.read(key).decode()
+            data = self._storage.read(key)
         except StorageNotFound as error:
             raise CheckpointNotFound(
                 f"{self._url}/{directory} is not a checkpoint: it has no {MANIFEST}", path=error.path
             ) from error
+        if is_tombstone(data, path=key):
+            raise CheckpointNotFound(f"{self._url}/{directory} was removed", path=key)
+        try:
+            return data.decode()
         except UnicodeDecodeError as error:
             raise CorruptCheckpoint("the manifest is not text", phase="read", path=key) from error
 

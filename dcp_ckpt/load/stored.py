@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from dcp_ckpt.errors import CorruptCheckpoint, StorageError, StorageNotFound
 from dcp_ckpt.format.boxes import Box, Mesh, Placement, expand_ranks, intersect, shard_box
 from dcp_ckpt.format.digests import digest
+from dcp_ckpt.format.epoch import is_tombstone
 from dcp_ckpt.format.fragment import ChunkEntry, Fragment, TensorEntry, ValueEntry, decode_fragment
 from dcp_ckpt.format.manifest import Manifest
 from dcp_ckpt.format.names import MANIFEST, StepDir, data_file_name, fragment_name
@@ -204,9 +205,12 @@ class StoredCheckpoint:
 
     def _gone(self, error: StorageNotFound) -> CorruptCheckpoint:
         """What a missing file of a committed checkpoint means."""
+        key = f"{self.directory}/{MANIFEST}"
         try:
-            self.storage.read(f"{self.directory}/{MANIFEST}")
+            was_deleted = is_tombstone(self.storage.read(key), path=key)
         except StorageNotFound:
+            was_deleted = True
+        if was_deleted:
             return CorruptCheckpoint(
                 "the checkpoint was deleted while it was being read", phase="read", path=error.path
             )

@@ -16,6 +16,7 @@ from dcp_ckpt.errors import CheckpointNotFound, CorruptCheckpoint, StorageNotFou
 from dcp_ckpt.format.boxes import expand_ranks, tiling_problem
 from dcp_ckpt.format.digests import digest
 from dcp_ckpt.format.dtypes import dtype_info
+from dcp_ckpt.format.epoch import is_tombstone
 from dcp_ckpt.format.fragment import (
     ChunkEntry,
     Fragment,
@@ -231,10 +232,12 @@ class Checkpoint:
 
     def _missing(self, error: StorageNotFound, name: str) -> CheckpointNotFound | CorruptCheckpoint:
         """A missing file is damage, unless the manifest went first: then the checkpoint was removed."""
-        path = f"{self.directory}/{name}"
+        path, key = f"{self.directory}/{name}", f"{self.directory}/{MANIFEST}"
         try:
-            self._storage.size(f"{self.directory}/{MANIFEST}")
+            was_removed = is_tombstone(self._storage.read(key), path=key)
         except StorageNotFound:
+            was_removed = True
+        if was_removed:
             return CheckpointNotFound(
                 "the checkpoint was deleted while reading", step=self.manifest.step, path=path
             )

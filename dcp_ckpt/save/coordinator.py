@@ -8,10 +8,20 @@ from __future__ import annotations
 
 import logging
 import time
+from contextlib import suppress
 from dataclasses import replace
 
 from dcp_ckpt.coordination import MISSING, Channel, as_checkpoint_error, error_fields, error_from_fields
-from dcp_ckpt.errors import CheckpointError, CommitUnknown, LoadError, SaveFailed, StorageError
+from dcp_ckpt.errors import (
+    CheckpointError,
+    CommitUnknown,
+    Fenced,
+    LoadError,
+    SaveFailed,
+    StorageError,
+    StorageUnsuitable,
+)
+from dcp_ckpt.format.epoch import is_tombstone
 from dcp_ckpt.format.fragment import FileEntry, Fragment, decode_fragment
 from dcp_ckpt.format.manifest import FragmentSummary, Manifest, build_manifest, decode_manifest, summarize
 from dcp_ckpt.format.names import MANIFEST, AttemptId, StepDir, data_file_name, fragment_name
@@ -55,7 +65,8 @@ class Coordinator:
             summaries = [report.summary for report in reports if report.summary]
             summaries.sort(key=lambda summary: summary.rank)
             manifest = self._commit(directory, attempt, summaries)
-        except CommitUnknown as error:
+        except (CommitUnknown, Fenced) as error:
+            # Once fenced, the newer owner decides about what is there: it may be committing this attempt.
             return Verdict(outcome="unknown", error=error_fields(error))
         except CheckpointError as error:
             error.step = step if error.step is None else error.step
@@ -155,6 +166,8 @@ class Coordinator:
             False when that could not be made sure of: the outcome is unknown then.
         """
         try:
+            with suppress(StorageUnsuitable):  # a run that is gone has no other owner
+                require_newest(self._storage, self._epoch)
             names = self._storage.list_names(f"{directory}/")
             if MANIFEST in names and self._holds(directory, attempt):
                 return False
@@ -162,7 +175,7 @@ class Coordinator:
             if all_done:
                 self._storage.delete(f"{directory}/{name}" for name in names if f".{attempt}." in name)
                 self._storage.remove_directory(str(directory))
-        except (StorageError, LoadError) as error:
+        except (Fenced, StorageError, LoadError) as error:
             log.warning(
                 "the failed attempt %s in %s could not be cleared away: %s", attempt, directory, error
             )
@@ -172,7 +185,8 @@ class Coordinator:
     def _holds(self, directory: StepDir, attempt: AttemptId) -> bool:
         """Whether the directory's manifest is that of the attempt."""
         key = f"{directory}/{MANIFEST}"
-        return decode_manifest(self._storage.read(key), path=key).attempt == str(attempt)
+        data = self._storage.read(key)
+        return not is_tombstone(data, path=key) and decode_manifest(data, path=key).attempt == str(attempt)
 
 
 def _without_digests(fragment: Fragment) -> list[FileEntry]:

@@ -73,6 +73,11 @@ class Fence:
         """Take the hooks from all optimizers. Not to be called from inside of a hook. Idempotent."""
         self._hold(())
 
+    def release_if_idle(self) -> None:
+        """The same, unless the save before is still being copied: its tensors must not be written yet."""
+        if self._idle.is_set():
+            self.release()
+
     def close(self, *, timeout_seconds: float) -> None:
         """Finish what was started, take the hooks away and join the thread. Idempotent."""
         self.release()

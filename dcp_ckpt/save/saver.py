@@ -128,7 +128,7 @@ class Saver:
             # and then goes on.
             log.debug("staging of step %d failed", step, exc_info=True)
             flight.handover.give_up(as_checkpoint_error(error, rank=self._channel.rank))
-            self._fence.release()
+            self._fence.release_if_idle()
             if not isinstance(error, Exception):
                 raise
         finally:

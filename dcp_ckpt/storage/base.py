@@ -99,6 +99,10 @@ class Lease(Protocol):
         """Give it up. Idempotent."""
         ...
 
+    def let_run_out(self) -> None:
+        """Stop holding it, silently: others may hold it too. As `close` where it ends by itself."""
+        ...
+
     def __enter__(self) -> Lease: ...
 
     def __exit__(

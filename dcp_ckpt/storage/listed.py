@@ -9,6 +9,7 @@ from __future__ import annotations
 import builtins
 from collections.abc import Callable, Iterable
 
+from dcp_ckpt.errors import StorageExists
 from dcp_ckpt.storage.base import Lease, ObjectInfo, ObjectWriter, Storage
 from dcp_ckpt.storage.forwarding import ForwardingStorage
 from dcp_ckpt.storage.keys import check_prefix
@@ -64,7 +65,11 @@ class ListedStorage(ForwardingStorage):
         return sorted(names)
 
     def create_exclusive(self, key: str, data: Buffer) -> None:
-        super().create_exclusive(key, data)
+        try:
+            super().create_exclusive(key, data)
+        except StorageExists:
+            self._note(key, 0)
+            raise
         self._note(key, memoryview(data).nbytes)
 
     def put(self, key: str, data: Buffer) -> None:

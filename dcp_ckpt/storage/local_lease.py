@@ -54,6 +54,9 @@ class FileLease:
             os.close(self._fd)
             raise
 
+    def let_run_out(self) -> None:
+        self.close()
+
     def close(self) -> None:
         """Give it up. Idempotent."""
         with self._lock:

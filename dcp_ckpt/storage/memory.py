@@ -227,6 +227,9 @@ class MemoryLease:
         self._lock = threading.Lock()
         self._release: Callable[[], None] | None = release
 
+    def let_run_out(self) -> None:
+        self.close()
+
     def close(self) -> None:
         """Give it up. Idempotent."""
         with self._lock:

@@ -169,6 +169,9 @@ class _FaultyLease:
         self._faults = faults
         self._key = key
 
+    def let_run_out(self) -> None:
+        self._inner.let_run_out()
+
     def close(self) -> None:
         with self._faults.at("close_lease", self._key):
             self._inner.close()

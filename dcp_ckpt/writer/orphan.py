@@ -49,7 +49,8 @@ class OrphanLease:
         os.close(self._end_reader)
         os.close(self._end_writer)
         if self._lease is not None:
-            self._lease.close()
+            # Other ranks' writers may hold it as well, and all write the same object: none may delete it.
+            self._lease.let_run_out()
 
     def _watch(self) -> None:
         watched = select.poll()

@@ -353,6 +353,19 @@ def test_an_interrupt_leaves_no_hooks(tmp_path, training):
     assert [checked.step for checked in verify(tmp_path).checkpoints] == [1, 3]
 
 
+def test_a_save_that_fails_early_does_not_open_the_fence_of_the_one_before(tmp_path, training):
+    with Checkpointer(tmp_path, config=settings(timeout_seconds=1.0)) as checkpointer:
+        first = checkpointer.save(training.state, step=1)
+        # Nothing can be copied until the gate opens, so this one gives up waiting for the first.
+        second = checkpointer.save(training.state, step=2)
+        assert num_hooks(training.optimizer) == 1
+        training.gate.open()
+        for handle in (first, second):
+            handle.wait_done(WAIT)
+            handle.mark_failure_seen()
+        assert second.outcome == "failed"
+
+
 KILLED = """
 import os, signal, sys
 from dcp_ckpt import Checkpointer

@@ -98,7 +98,7 @@ def test_parts_fit_the_rules_of_s3(size_bytes: int) -> None:
     assert part_bytes % MIB == 0
     last = size_bytes - (num_parts - 1) * part_bytes
     assert num_parts == 1 or last >= part_bytes // 16, "a small rest would cost a request of its own"
-    assert part_bytes <= 20 * MIB or num_parts > 8000, "parts are no larger than they must be"
+    assert part_bytes <= 32 * MIB or num_parts > 8000, "parts are no larger than they must be"
 
 
 @given(

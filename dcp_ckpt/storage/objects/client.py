@@ -12,9 +12,11 @@ from typing import Protocol
 
 from dcp_ckpt.storage.base import ObjectInfo
 
-__all__ = ["Buffer", "ObjectClient", "StoreTraits"]
+__all__ = ["DELETE_BATCH", "Buffer", "ObjectClient", "Page", "StoreTraits"]
 
 Buffer = bytes | bytearray | memoryview
+
+DELETE_BATCH = 1000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +33,20 @@ class StoreTraits:
     conditional_put: bool
     shared: bool
     parts: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Page:
+    """A part of a listing.
+
+    Args:
+        objects: empty when only names were asked for.
+        next_token: for the next page; empty on the last one.
+    """
+
+    objects: tuple[ObjectInfo, ...] = ()
+    names: tuple[str, ...] = ()
+    next_token: str = ""
 
 
 class ObjectClient(Protocol):
@@ -119,19 +135,19 @@ class ObjectClient(Protocol):
         """Uploads that were neither completed nor aborted, as (key, id)."""
         ...
 
-    async def list_objects(self, prefix: str) -> list[ObjectInfo]:
-        """All objects below `prefix`, in any order. One logical request: pages are fetched as needed."""
-        ...
+    async def list_page(self, prefix: str, *, names_only: bool, token: str = "") -> Page:
+        """A page of what lies below `prefix`, in any order.
 
-    async def list_names(self, prefix: str) -> list[str]:
-        """First parts of the keys below `prefix`, those with more behind them ending in `/`; in any order.
-
-        A store may go on for a while to show the name of a prefix whose last object was deleted.
+        Args:
+            names_only: give the first parts of the keys below `prefix` instead, those with more behind them
+                ending in `/`. A store may go on for a while to show that of a prefix whose last object was
+                deleted.
+            token: empty for the first page, then `next_token` of the page before.
         """
         ...
 
     async def delete(self, keys: Sequence[str]) -> None:
-        """Delete; missing ones are fine."""
+        """Delete up to `DELETE_BATCH` objects; missing ones are fine."""
         ...
 
     def close(self) -> None:

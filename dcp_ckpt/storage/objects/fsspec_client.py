@@ -25,7 +25,7 @@ from dcp_ckpt.errors import (
     StorageUnsuitable,
 )
 from dcp_ckpt.storage.base import ObjectInfo
-from dcp_ckpt.storage.objects.client import Buffer, StoreTraits
+from dcp_ckpt.storage.objects.client import Buffer, Page, StoreTraits
 
 __all__ = ["FsspecClient"]
 
@@ -132,7 +132,7 @@ class FsspecClient:
     async def list_uploads(self, prefix: str) -> list[tuple[str, str]]:
         return []
 
-    async def list_objects(self, prefix: str) -> list[ObjectInfo]:
+    async def _list_objects(self, prefix: str) -> list[ObjectInfo]:
         root = self._path("")
         found = await self._ask(prefix, lambda: self._fs.find(self._path(prefix), detail=True))
         return [
@@ -142,12 +142,15 @@ class FsspecClient:
             for name, info in found.items()
         ]
 
-    async def list_names(self, prefix: str) -> list[str]:
+    async def list_page(self, prefix: str, *, names_only: bool, token: str = "") -> Page:
+        objects = await self._list_objects(prefix)
+        if not names_only:
+            return Page(objects=tuple(objects))
         names = set()
-        for info in await self.list_objects(prefix):
+        for info in objects:
             name, slash, _ = info.key[len(prefix) :].partition("/")
             names.add(name + slash)
-        return list(names)
+        return Page(names=tuple(names))
 
     async def delete(self, keys: Sequence[str]) -> None:
         for key in keys:

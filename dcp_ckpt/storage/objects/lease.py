@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, TypeVar
 
-from dcp_ckpt.errors import StorageError, StorageNotFound
+from dcp_ckpt.errors import StorageError, StorageNotFound, StorageTransient
 from dcp_ckpt.storage.objects.client import ObjectClient
 
 __all__ = ["LeaseTimes", "ObjectLease", "is_fresh"]
@@ -50,7 +50,11 @@ class ObjectLease:
         self._key = key
         self._content = secrets.token_hex(16).encode()
         self._stop = threading.Event()
-        self._run(client.put(key, self._content, only_if_absent=False))
+        try:
+            self._run(client.put(key, self._content, only_if_absent=False))
+        except StorageTransient as error:
+            # A lease only spares others a mistake: no start and no save fails for it.
+            log.warning("a lease is not there yet, and is tried again: %s", error)
         self._thread = threading.Thread(target=self._renew, name="dcp_ckpt-lease", daemon=True)
         self._thread.start()
 
@@ -58,8 +62,7 @@ class ObjectLease:
         """Give it up. Idempotent."""
         if self._stop.is_set():
             return
-        self._stop.set()
-        self._thread.join()
+        self.let_run_out()
         try:
             # Somebody else may hold it too, and has written it since.
             if self._run(self._client.get(self._key)) == self._content:
@@ -68,6 +71,11 @@ class ObjectLease:
             pass
         except StorageError as error:
             log.warning("a lease could not be given up, and runs out by itself: %s", error)
+
+    def let_run_out(self) -> None:
+        """Stop renewing; the object stays and grows old."""
+        self._stop.set()
+        self._thread.join()
 
     def __enter__(self) -> ObjectLease:
         return self

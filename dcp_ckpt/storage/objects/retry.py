@@ -15,8 +15,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from dcp_ckpt.errors import StorageExists, StorageNotFound, StorageTransient
-from dcp_ckpt.storage.base import ObjectInfo
-from dcp_ckpt.storage.objects.client import Buffer, ObjectClient, StoreTraits
+from dcp_ckpt.storage.objects.client import Buffer, ObjectClient, Page, StoreTraits
 
 __all__ = ["RetryPolicy", "RetryingClient"]
 
@@ -131,11 +130,8 @@ class RetryingClient:
     async def list_uploads(self, prefix: str) -> list[tuple[str, str]]:
         return await self._repeat(lambda: self._inner.list_uploads(prefix))
 
-    async def list_objects(self, prefix: str) -> list[ObjectInfo]:
-        return await self._repeat(lambda: self._inner.list_objects(prefix))
-
-    async def list_names(self, prefix: str) -> list[str]:
-        return await self._repeat(lambda: self._inner.list_names(prefix))
+    async def list_page(self, prefix: str, *, names_only: bool, token: str = "") -> Page:
+        return await self._repeat(lambda: self._inner.list_page(prefix, names_only=names_only, token=token))
 
     async def delete(self, keys: Sequence[str]) -> None:
         await self._repeat(lambda: self._inner.delete(keys))

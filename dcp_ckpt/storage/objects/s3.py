@@ -12,12 +12,13 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from typing import Any
 
 from dcp_ckpt.errors import ConfigError, MissingDependencyError, StorageError, StorageTransient
 from dcp_ckpt.storage.base import ObjectInfo
-from dcp_ckpt.storage.objects.client import Buffer, StoreTraits
+from dcp_ckpt.storage.objects.client import Buffer, Page, StoreTraits
 from dcp_ckpt.storage.objects.s3_body import RequestBody
 from dcp_ckpt.storage.objects.s3_errors import from_client_library, from_response
 
@@ -25,7 +26,6 @@ __all__ = ["AnswerTimes", "S3Client"]
 
 _CONNECTIONS = 64
 _SLOWEST_BYTES_PER_SECOND = 256 << 10
-_DELETE_BATCH = 1000
 _READ_BYTES = 1 << 20
 
 
@@ -123,8 +123,9 @@ class S3Client:
 
     async def age_seconds(self, key: str) -> float:
         answer = await self._head(key)
-        # Both moments are the store's, so no clock of ours is trusted.
-        now = parsedate_to_datetime(answer["ResponseMetadata"]["HTTPHeaders"]["date"])
+        # Both moments are the store's, so no clock of ours counts where it tells the time.
+        date = answer["ResponseMetadata"]["HTTPHeaders"].get("date")
+        now = parsedate_to_datetime(date) if date else datetime.now(UTC)
         age: float = (now - answer["LastModified"]).total_seconds()
         return age
 
@@ -173,37 +174,37 @@ class S3Client:
                         found.append((upload["Key"].removeprefix(self._prefix), upload["UploadId"]))
         return found
 
-    async def list_objects(self, prefix: str) -> list[ObjectInfo]:
-        return [
+    async def list_page(self, prefix: str, *, names_only: bool, token: str = "") -> Page:
+        options = {"Delimiter": "/"} if names_only else {}
+        if token:
+            options["ContinuationToken"] = token
+        async with self._asking("LIST", prefix) as s3:
+            page = await s3.list_objects_v2(Bucket=self._bucket, Prefix=self._prefix + prefix, **options)
+        objects = [
             ObjectInfo(key=item["Key"].removeprefix(self._prefix), size_bytes=int(item["Size"]))
-            async for page in self._pages(prefix)
             for item in page.get("Contents", ())
             # Some stores keep an empty object for a directory.
             if not item["Key"].endswith("/")
         ]
-
-    async def list_names(self, prefix: str) -> list[str]:
-        start = len(self._prefix) + len(prefix)
-        names = []
-        async for page in self._pages(prefix, Delimiter="/"):
-            names += [item["Prefix"][start:] for item in page.get("CommonPrefixes", ())]
-            names += [item["Key"][start:] for item in page.get("Contents", ())]
-        return [name for name in names if name]
+        folders = [item["Prefix"].removeprefix(self._prefix) for item in page.get("CommonPrefixes", ())]
+        keys = [*folders, *(info.key for info in objects)] if names_only else []
+        return Page(
+            objects=() if names_only else tuple(objects),
+            names=tuple(name for key in keys if (name := key.removeprefix(prefix))),
+            next_token=page["NextContinuationToken"] if page.get("IsTruncated") else "",
+        )
 
     async def delete(self, keys: Sequence[str]) -> None:
         if len(keys) == 1:
             async with self._asking("DELETE", keys[0]) as s3:
                 await s3.delete_object(**self._at(keys[0]))
             return
-        for start in range(0, len(keys), _DELETE_BATCH):
-            batch = [{"Key": self._prefix + key} for key in keys[start : start + _DELETE_BATCH]]
-            async with self._asking("DeleteObjects", keys[start]) as s3:
-                answer = await s3.delete_objects(
-                    Bucket=self._bucket, Delete={"Objects": batch, "Quiet": True}
-                )
-            for failed in answer.get("Errors") or ():
-                path = f"s3://{self._bucket}/{failed.get('Key', '')}"
-                raise from_response({"Error": failed}, operation="DELETE", path=path)
+        batch = [{"Key": self._prefix + key} for key in keys]
+        async with self._asking("DeleteObjects", keys[0]) as s3:
+            answer = await s3.delete_objects(Bucket=self._bucket, Delete={"Objects": batch, "Quiet": True})
+        for failed in answer.get("Errors") or ():
+            path = f"s3://{self._bucket}/{failed.get('Key', '')}"
+            raise from_response({"Error": failed}, operation="DELETE", path=path)
 
     def close(self) -> None:
         if self._closed:
@@ -229,18 +230,6 @@ class S3Client:
 
     async def _upload_exists(self, key: str, upload: str) -> bool:
         return (key, upload) in await self.list_uploads(key)
-
-    async def _pages(self, prefix: str, **options: str) -> AsyncIterator[dict[str, Any]]:
-        token: dict[str, str] = {}
-        while True:
-            async with self._asking("LIST", prefix) as s3:
-                page = await s3.list_objects_v2(
-                    Bucket=self._bucket, Prefix=self._prefix + prefix, **options, **token
-                )
-            yield page
-            if not page.get("IsTruncated"):
-                return
-            token = {"ContinuationToken": page["NextContinuationToken"]}
 
     def _at(self, key: str) -> dict[str, str]:
         return {"Bucket": self._bucket, "Key": self._prefix + key}

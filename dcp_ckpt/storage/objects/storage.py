@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 from dcp_ckpt.errors import StorageError, StorageExists, StorageUnsuitable
 from dcp_ckpt.storage.base import ByteRange, ObjectInfo, StorageCapabilities
 from dcp_ckpt.storage.keys import check_key, check_prefix, is_listed
-from dcp_ckpt.storage.objects.client import Buffer, ObjectClient
+from dcp_ckpt.storage.objects.client import DELETE_BATCH, Buffer, ObjectClient, Page
 from dcp_ckpt.storage.objects.fetch import Fetch, merge_ranges
 from dcp_ckpt.storage.objects.lease import LeaseTimes, ObjectLease, is_fresh
 from dcp_ckpt.storage.objects.upload import ObjectUpload
@@ -113,22 +113,23 @@ class ObjectStorage:
 
     def list(self, prefix: str) -> builtins.list[ObjectInfo]:
         check_prefix(prefix)
-        found = self._run(self._client.list_objects(prefix))
+        pages = self._run(self._list_all(prefix, names_only=False))
+        found = (info for page in pages for info in page.objects)
         listed = (info for info in found if all(map(is_listed, info.key[len(prefix) :].split("/"))))
         return sorted(listed, key=lambda info: info.key)
 
     def list_names(self, prefix: str) -> builtins.list[str]:
         check_prefix(prefix)
-        names = self._run(self._client.list_names(prefix))
-        return sorted({name for name in names if is_listed(name.removesuffix("/"))})
+        pages = self._run(self._list_all(prefix, names_only=True))
+        return sorted({name for page in pages for name in page.names if is_listed(name.removesuffix("/"))})
 
     def make_directory(self, key: str) -> None:
         check_key(key)
 
     def delete(self, keys: Iterable[str]) -> None:
         wanted = [check_key(key) for key in keys]
-        if wanted:
-            self._run(self._client.delete(wanted))
+        for start in range(0, len(wanted), DELETE_BATCH):
+            self._run(self._client.delete(wanted[start : start + DELETE_BATCH]))
 
     def remove_directory(self, key: str) -> None:
         check_key(key)
@@ -215,6 +216,13 @@ class ObjectStorage:
             f"store, or vouch for a single writer with {scheme}+single-writer://{rest}",
             path=self._url,
         )
+
+    async def _list_all(self, prefix: str, *, names_only: bool) -> builtins.list[Page]:
+        pages = [await self._client.list_page(prefix, names_only=names_only)]
+        while pages[-1].next_token:
+            token = pages[-1].next_token
+            pages.append(await self._client.list_page(prefix, names_only=names_only, token=token))
+        return pages
 
     async def _abort_uploads(self, prefix: str, is_abandoned: Callable[[str], bool]) -> builtins.list[str]:
         aborted = []
