@@ -18,7 +18,7 @@ from dcp_ckpt.storage.objects.opening import open_object_storage
 from dcp_ckpt.storage.objects.retry import RetryPolicy
 from dcp_ckpt.storage.objects.storage import ObjectStorage
 from dcp_ckpt.testing.fault_proxy import FaultProxy, Request
-from dcp_ckpt.testing.proxy_faults import Answer
+from dcp_ckpt.testing.proxy_faults import SLOW_DOWN, Answer
 from dcp_ckpt.writer.orphan import OrphanLease
 from tests.eventually import eventually
 
@@ -159,6 +159,14 @@ def test_a_renewal_that_fails_is_made_up_for(storage, proxy, caplog):
         assert storage.lease_is_held(KEY)
 
 
+def test_a_lease_that_the_store_does_not_take_at_once_comes_later(storage, proxy, caplog):
+    proxy.set_faults(lambda arrival: SLOW_DOWN)
+    with storage.hold_lease(KEY):
+        assert "a lease is not there yet" in caplog.text
+        proxy.set_faults()
+        assert eventually(lambda: storage.lease_is_held(KEY), timeout_seconds=WAIT_SECONDS)
+
+
 def test_a_lease_that_cannot_be_given_up_is_left_to_run_out(storage, proxy, caplog):
     lease = storage.hold_lease(KEY)
     proxy.set_faults(lambda arrival: Answer(status=403, code="AccessDenied"))
@@ -195,18 +203,27 @@ def test_a_writer_holds_the_lease_from_the_death_of_its_trainer(storage, proxy, 
         trainer.kill()
         assert eventually(lambda: len(renewals(proxy)) > 3, timeout_seconds=WAIT_SECONDS)
         assert storage.lease_is_held(KEY)
-    assert not storage.lease_is_held(KEY)
-    assert not exists(storage)
+    num_renewals = len(renewals(proxy))
+    assert eventually(lambda: not storage.lease_is_held(KEY), timeout_seconds=WAIT_SECONDS)
+    assert len(renewals(proxy)) == num_renewals
 
 
-def test_several_orphans_hold_until_the_last_has_finished(opened, trainer, trainer_pidfd):
+def test_several_orphans_hold_until_the_last_has_finished(opened, proxy, trainer, trainer_pidfd):
     observer = opened()
     trainer.kill()
     with OrphanLease(opened(), KEY, trainer=trainer_pidfd):
         with OrphanLease(opened(), KEY, trainer=trainer_pidfd):
             assert eventually(lambda: observer.lease_is_held(KEY), timeout_seconds=WAIT_SECONDS)
-        assert eventually(lambda: observer.lease_is_held(KEY), timeout_seconds=WAIT_SECONDS)
-    assert not observer.lease_is_held(KEY)
+        assert observer.lease_is_held(KEY), "not even for a moment it is gone"
+        wait_for_renewal(proxy)
+    assert eventually(lambda: not observer.lease_is_held(KEY), timeout_seconds=WAIT_SECONDS)
+
+
+def test_a_lease_outlives_its_storage_quietly(storage, proxy, caplog):
+    lease = storage.hold_lease(KEY)
+    storage.close()
+    assert eventually(lambda: "was not renewed" in caplog.text, timeout_seconds=WAIT_SECONDS)
+    lease.close()
 
 
 def test_an_orphan_without_its_store_finishes_all_the_same(storage, proxy, trainer, trainer_pidfd):

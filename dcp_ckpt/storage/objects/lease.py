@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, TypeVar
 
-from dcp_ckpt.errors import StorageError, StorageNotFound, StorageTransient
+from dcp_ckpt.errors import CheckpointError, StorageNotFound, StorageTransient
 from dcp_ckpt.storage.objects.client import ObjectClient
 
 __all__ = ["LeaseTimes", "ObjectLease", "is_fresh"]
@@ -69,7 +69,7 @@ class ObjectLease:
                 self._run(self._client.delete([self._key]))
         except StorageNotFound:
             pass
-        except StorageError as error:
+        except CheckpointError as error:
             log.warning("a lease could not be given up, and runs out by itself: %s", error)
 
     def let_run_out(self) -> None:
@@ -92,7 +92,7 @@ class ObjectLease:
         while not self._stop.wait(self._renew_seconds):
             try:
                 self._run(self._client.put(self._key, self._content, only_if_absent=False))
-            except StorageError as error:
+            except CheckpointError as error:
                 log.warning("a lease was not renewed: %s", error)
 
     def _run(self, request: Coroutine[Any, Any, _Result]) -> _Result:

@@ -34,8 +34,6 @@ def part_bytes_for(size_bytes: int) -> int:
     """
     num_parts = min(max(size_bytes // PART_BYTES, 1), _MOST_PARTS)
     part_bytes = max(PART_BYTES, -(-size_bytes // (num_parts << 20)) << 20)
-    if size_bytes <= part_bytes:
-        return part_bytes
     while size_bytes > part_bytes and 0 < size_bytes % part_bytes < part_bytes // 16:
         part_bytes += 1 << 20
     return part_bytes
