@@ -113,8 +113,15 @@ def events(log: Path) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize(
     ("network", "link"),
-    [(no_faults, Link()), (bad_network, Link(latency_up_seconds=0.02, latency_down_seconds=0.02))],
-    ids=["good", "bad"],
+    [
+        pytest.param(no_faults, Link(), id="good"),
+        pytest.param(
+            bad_network,
+            Link(latency_up_seconds=0.02, latency_down_seconds=0.02),
+            id="bad",
+            marks=pytest.mark.crash,
+        ),
+    ],
 )
 @pytest.mark.timeout(400)
 def test_killed_in_an_upload_and_resumed_on_two_ranks(
@@ -165,12 +172,13 @@ class SeenUploads:
                 self.reached.set()
 
 
+@pytest.mark.crash
 @pytest.mark.timeout(300)
 def test_writers_finish_their_uploads_without_trainers_and_the_next_start_commits(
     tmp_path: Path, s3_prefix: str, s3_environment: dict[str, str]
 ) -> None:
     uploads = SeenUploads(KILLED_STEP, 4)
-    slow = Link(bytes_per_second=150_000)
+    slow = Link(bytes_per_second=300_000)
     with FaultProxy(s3_environment["AWS_ENDPOINT_URL"], decide=uploads, link=slow) as proxy:
         log = tmp_path / "killed.jsonl"
         with training(log, s3_prefix, 4, proxy.endpoint_url) as process:
