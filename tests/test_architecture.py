@@ -20,7 +20,7 @@ PROGRAMS = ("launch", "benchmarks")
 
 # Lowest first: (units, why none of them may import a unit beside or above it).
 LAYERS: tuple[tuple[tuple[str, ...], str], ...] = (
-    (("errors",), "everything raises errors, so they stand on nothing"),
+    (("closing", "errors"), "everything closes and raises, so these stand on nothing"),
     (("policies",), "policies are pure rules over numbers"),
     (("config",), "settings are plain values, read by programs that never save or load"),
     (("format",), "the format is a pure function of bytes: a checkpoint can be read with it alone"),

@@ -264,6 +264,7 @@ def _create(
         data = encode_json(document)
     except TypeError as error:
         raise ConfigError(f"the config of a run must consist of JSON types: {error}") from error
+    storage.require_exclusive_create()
     storage.create_exclusive(key, data)
     return document
 

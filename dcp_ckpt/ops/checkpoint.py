@@ -9,9 +9,9 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from functools import cached_property
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from dcp_ckpt.closing import Closing
 from dcp_ckpt.errors import CheckpointNotFound, CorruptCheckpoint, StorageNotFound
 from dcp_ckpt.format.boxes import expand_ranks, tiling_problem
 from dcp_ckpt.format.digests import digest
@@ -71,7 +71,7 @@ def open_checkpoint(ref: str | os.PathLike[str]) -> Checkpoint:
         raise
 
 
-class Checkpoint:
+class Checkpoint(Closing):
     """A read-only view; fragments are read when they are first needed and kept.
 
     Args:
@@ -88,17 +88,6 @@ class Checkpoint:
         self._fragments: dict[int, Fragment] = {}
         self.directory = directory
         self._manifest = manifest
-
-    def __enter__(self) -> Checkpoint:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         """Release the storage. Idempotent."""

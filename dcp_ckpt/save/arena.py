@@ -9,17 +9,17 @@ from __future__ import annotations
 
 import mmap
 import os
-from types import TracebackType
 
 import torch
 
+from dcp_ckpt.closing import Closing
 from dcp_ckpt.errors import StorageFull
 from dcp_ckpt.save.layout import SEGMENT_BYTES, round_up
 
 __all__ = ["Arena"]
 
 
-class Arena:
+class Arena(Closing):
     """One mapped memfd. Owned by the saver; the writer maps it too.
 
     Args:
@@ -63,14 +63,3 @@ class Arena:
         # Not unmapped by hand: tensors over the map may still be referenced, and unmapping under them would
         # crash. The map goes with the last of them.
         del self.bytes, self._map
-
-    def __enter__(self) -> Arena:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()

@@ -36,14 +36,21 @@ log = logging.getLogger(__name__)
 
 
 class Coordinator:
-    """Commits the attempts of one epoch; `committed` is the newest manifest that it published."""
+    """Commits the attempts of one epoch; `committed` is the newest manifest that it published.
 
-    def __init__(self, storage: Storage, channel: Channel, *, epoch: int) -> None:
+    Args:
+        max_described_chunks: tables with more chunks are not kept in memory; None keeps them all.
+    """
+
+    def __init__(
+        self, storage: Storage, channel: Channel, *, epoch: int, max_described_chunks: int | None = -1
+    ) -> None:
         self._storage = storage
         self._channel = channel
         self._epoch = epoch
         self._checked: tuple[str, ...] | None = None
-        self._tables: list[Fragment] = []
+        self._max_described_chunks = max_described_chunks
+        self._tables: list[Fragment] | None = None
         self.committed: Manifest | None = None
 
     def conclude(
@@ -126,12 +133,17 @@ class Coordinator:
         self.committed = manifest
         return manifest
 
-    def described(self, own: Fragment) -> list[Fragment]:
+    def described(self, own: Fragment) -> list[Fragment] | None:
         """All fragments of the newest commit, but for digests and other ranks' values: nothing is read.
 
         Args:
             own: rank 0's fragment of it.
+
+        Returns:
+            None when they have too many chunks.
         """
+        if self._tables is None:
+            return None
         return [own, *(replace(table, attempt=own.attempt) for table in self._tables[1:])]
 
     def _layout_problem(
@@ -145,8 +157,14 @@ class Coordinator:
         problem = check_layouts(fragments)
         if problem is None:
             self._checked = layouts
-            self._tables = [replace(fragment, files=_without_digests(fragment)) for fragment in fragments]
+            self._tables = self._kept(fragments)
         return problem
+
+    def _kept(self, fragments: list[Fragment]) -> list[Fragment] | None:
+        limit = self._max_described_chunks
+        if limit is not None and sum(len(fragment.chunks) for fragment in fragments) > limit:
+            return None
+        return [replace(fragment, files=_without_digests(fragment)) for fragment in fragments]
 
     def _read_fragments(
         self, directory: StepDir, attempt: AttemptId, summaries: list[FragmentSummary]

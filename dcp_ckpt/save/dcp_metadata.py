@@ -46,15 +46,14 @@ def derive_metadata(storage: Storage, directory: StepDir, *, max_chunks: int | N
     manifest = decode_manifest(storage.read(key), path=key)
     sizes = [ref.size_bytes for ref in manifest.fragments]
     found = read_fragments(storage, directory, manifest.attempt_id, range(manifest.world_size), sizes)
-    write_metadata(storage, directory, [fragment for fragment, _ in found], max_chunks=max_chunks)
-
-
-def write_metadata(
-    storage: Storage, directory: StepDir, fragments: Sequence[Fragment], *, max_chunks: int | None
-) -> None:
-    """The same, of a checkpoint whose fragments are known; their digests are not needed."""
+    fragments = [fragment for fragment, _ in found]
     if max_chunks is None or sum(len(fragment.chunks) for fragment in fragments) <= max_chunks:
-        storage.put(f"{directory}/{DCP_METADATA}", pickle.dumps(build_metadata(fragments)))
+        write_metadata(storage, directory, fragments)
+
+
+def write_metadata(storage: Storage, directory: StepDir, fragments: Sequence[Fragment]) -> None:
+    """The same, of a checkpoint whose fragments are known; their digests are not needed."""
+    storage.put(f"{directory}/{DCP_METADATA}", pickle.dumps(build_metadata(fragments)))
 
 
 def build_metadata(fragments: Sequence[Fragment]) -> Metadata:

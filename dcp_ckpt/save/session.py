@@ -140,7 +140,6 @@ class Session:
                 "s3://",
                 path=self._storage.url,
             )
-        self._storage.require_exclusive_create()
         # From here to the end of the start, an object store is listed once.
         storage = listed_once(self._storage)
         claim = claim_epoch(
@@ -151,10 +150,9 @@ class Session:
             hold=lambda key: self._link.hold_lease(self._storage.url, key),
             wait_seconds=self._config.recover_wait_seconds,
         )
+        on_commit = None if self._config.dcp_metadata == "never" else self._derive_metadata
         try:
-            catalogue, report = recover_older_epochs(
-                storage, epoch=claim.epoch, on_commit=self._derive_metadata
-            )
+            catalogue, report = recover_older_epochs(storage, epoch=claim.epoch, on_commit=on_commit)
             taken = frozenset(step_directories(storage))
         except BaseException:
             self._link.hold_lease(self._storage.url, None)
@@ -182,7 +180,9 @@ class Session:
             self._link.hold_lease(self._storage.url, key)
         channel = self._channel.clone()
         if rank == 0:
-            self._coordinator = Coordinator(self._storage, channel, epoch=self.claim.epoch)
+            self._coordinator = Coordinator(
+                self._storage, channel, epoch=self.claim.epoch, max_described_chunks=self._max_chunks
+            )
         pilot = Pilot(
             channel,
             self._link,
@@ -212,21 +212,21 @@ class Session:
         self._steps.committed(flight.step)
         self.known.committed(flight.directory, self._coordinator.committed)
         try:
-            if self._config.dcp_metadata != "never" and flight.handover.fragment is not None:
-                fragments = self._coordinator.described(flight.handover.fragment)
-                write_metadata(self._storage, flight.directory, fragments, max_chunks=self._max_chunks)
+            own = flight.handover.fragment
+            fragments = None if own is None else self._coordinator.described(own)
+            if fragments:
+                write_metadata(self._storage, flight.directory, fragments)
         except CheckpointError as error:
             log.warning("no .metadata for stock DCP readers in %s: %s", flight.directory, error)
         self._janitor.tidy()
 
     def _derive_metadata(self, storage: Storage, directory: StepDir) -> None:
-        if self._config.dcp_metadata == "never":
-            return
         derive_metadata(storage, directory, max_chunks=self._max_chunks)
 
     @property
     def _max_chunks(self) -> int | None:
-        return AUTO_MAX_CHUNKS if self._config.dcp_metadata == "auto" else None
+        """Up to how many chunks `.metadata` is derived; -1: not even without any."""
+        return {"never": -1, "auto": AUTO_MAX_CHUNKS, "always": None}[self._config.dcp_metadata]
 
 
 def _newest_step(catalogue: Catalogue) -> int:

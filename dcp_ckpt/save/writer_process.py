@@ -14,10 +14,10 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import TracebackType
 
 import msgspec
 
+from dcp_ckpt.closing import Closing
 from dcp_ckpt.errors import SaveFailed
 from dcp_ckpt.format.documents import encode_json
 from dcp_ckpt.writer.messages import MAX_PACKET_BYTES, Reply, Request, WriteJob, decode_reply, encode
@@ -34,7 +34,7 @@ _BOOT = (
 )
 
 
-class WriterProcess:
+class WriterProcess(Closing):
     """Owns one writer process.
 
     Raises:
@@ -143,17 +143,6 @@ class WriterProcess:
             self._process.wait(_KILL_SECONDS)
         except subprocess.TimeoutExpired:
             log.error("the writer (pid %d) cannot be killed; it hangs in the kernel", self.pid)
-
-    def __enter__(self) -> WriterProcess:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def _hang_up(self) -> None:
         # Forked children hold copies of this end; only a shutdown tells the writer, whoever holds them.

@@ -14,8 +14,8 @@ import fcntl
 import os
 import threading
 import time
-from types import TracebackType
 
+from dcp_ckpt.closing import Closing
 from dcp_ckpt.errors import StorageTransient, StorageUnsuitable
 
 __all__ = ["FileLease", "file_lease_is_held"]
@@ -27,7 +27,7 @@ _BETWEEN_ASKS_SECONDS = 0.001
 _LONGEST_ASK_SECONDS = 10.0
 
 
-class FileLease:
+class FileLease(Closing):
     """Holds the lock file `path`, created if missing, together with any other holders.
 
     The lock belongs to the open file. A forked child shares it: `close` releases it for both, but a parent
@@ -67,17 +67,6 @@ class FileLease:
             fcntl.flock(fd, fcntl.LOCK_UN)
         finally:
             os.close(fd)
-
-    def __enter__(self) -> FileLease:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 def file_lease_is_held(path: str) -> bool:

@@ -10,8 +10,8 @@ import builtins
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from types import TracebackType
 
+from dcp_ckpt.closing import Closing
 from dcp_ckpt.errors import ConfigError, StorageError, StorageExists, StorageNotFound, StorageUnsuitable
 from dcp_ckpt.storage.base import ByteRange, ObjectInfo, StorageCapabilities
 from dcp_ckpt.storage.keys import check_key, check_prefix, is_listed
@@ -220,7 +220,7 @@ class MemoryObjectWriter:
             raise StorageError(f"cannot {action} the object: it was {self._state}", path=self._path)
 
 
-class MemoryLease:
+class MemoryLease(Closing):
     """One holder of a lease; held until closed, or until the storage is gone."""
 
     def __init__(self, release: Callable[[], None]) -> None:
@@ -236,14 +236,3 @@ class MemoryLease:
             release, self._release = self._release, None
         if release is not None:
             release()
-
-    def __enter__(self) -> MemoryLease:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()

@@ -12,9 +12,9 @@ from collections import Counter
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
-from types import TracebackType
 from urllib.parse import urlsplit
 
+from dcp_ckpt.closing import Closing
 from dcp_ckpt.testing.http_framing import MAX_HEAD_BYTES, RequestHead
 from dcp_ckpt.testing.proxy_connection import ProxyConnection
 from dcp_ckpt.testing.proxy_faults import Arrival, Decide, Fault, Link, no_faults
@@ -49,7 +49,7 @@ class Request:
     headers: Mapping[str, str] = field(default_factory=dict, compare=False)
 
 
-class FaultProxy:
+class FaultProxy(Closing):
     """Listens on a free port of loopback, from construction to `close`. Use it as a context manager.
 
     Requests are passed on unchanged, the Host header too: a signature that the client makes for the proxy's
@@ -108,17 +108,6 @@ class FaultProxy:
             with suppress(RuntimeError):  # the loop has just ended by itself
                 self._loop.call_soon_threadsafe(self._stopping.set)
         self._thread.join()
-
-    def __enter__(self) -> FaultProxy:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def _run(self) -> None:
         try:

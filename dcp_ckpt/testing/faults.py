@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from types import TracebackType
 
+from dcp_ckpt.closing import Closing
 from dcp_ckpt.storage.base import Lease, ObjectWriter, Storage
 from dcp_ckpt.storage.forwarding import ForwardingStorage
 
@@ -163,7 +164,7 @@ class _FaultyWriter:
             self._inner.abort()
 
 
-class _FaultyLease:
+class _FaultyLease(Closing):
     def __init__(self, inner: Lease, faults: _Faults, key: str) -> None:
         self._inner = inner
         self._faults = faults
@@ -175,14 +176,3 @@ class _FaultyLease:
     def close(self) -> None:
         with self._faults.at("close_lease", self._key):
             self._inner.close()
-
-    def __enter__(self) -> _FaultyLease:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()

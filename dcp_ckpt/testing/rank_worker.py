@@ -92,6 +92,7 @@ def _answer(request: Request) -> Reply:
         sys.path[:] = request.module_path
         module, _, name = request.function.partition(":")
         function = operator.attrgetter(name)(importlib.import_module(module))
+        # From the pool that started this process, over a pipe that nobody else has.
         arguments = pickle.loads(request.arguments)
         with _process_group(request):
             result = function(*arguments)

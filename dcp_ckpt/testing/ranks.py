@@ -18,11 +18,11 @@ from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from multiprocessing.connection import Connection, Pipe, wait
 from pathlib import Path
-from types import TracebackType
 from typing import Any, TypeVar
 
 from torch.distributed import TCPStore  # type: ignore[attr-defined]  # public, not in its __all__
 
+from dcp_ckpt.closing import Closing
 from dcp_ckpt.testing.rank_worker import DUMP_SIGNAL, Reply, Request, pickled_error
 
 __all__ = ["RankDied", "RankPool", "RankTimeout"]
@@ -50,7 +50,7 @@ class RankDied(RuntimeError):
     """The process of a rank ended in the middle of a run."""
 
 
-class RankPool:
+class RankPool(Closing):
     """A fixed number of worker processes, each of which can be one rank. Use it as a context manager.
 
     A worker keeps what a function leaves behind in its process: modules, environment, random numbers. Seed
@@ -139,17 +139,6 @@ class RankPool:
         for worker in workers:
             worker.join()
             worker.forget()
-
-    def __enter__(self) -> RankPool:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def _start(self) -> None:
         if not self._workers:

@@ -20,11 +20,11 @@ import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-from types import TracebackType
 from urllib.parse import urlsplit
 
 import click
 
+from dcp_ckpt.closing import Closing
 from dcp_ckpt.testing.s3_requests import S3Answer, S3Requests
 from dcp_ckpt.testing.seaweedfs import (
     LOOPBACK,
@@ -65,7 +65,7 @@ class S3ServerFailed(RuntimeError):
     """The server ended, or did not work in time; the message holds the end of its log."""
 
 
-class S3Server:
+class S3Server(Closing):
     """An S3 server of this process's own, ready when the constructor returns. Use it as a context manager.
 
     Blocks for about 4 seconds. Several can run at once, each with its own credentials. Should this process be
@@ -170,17 +170,6 @@ class S3Server:
         """
         self._stop()
         shutil.rmtree(self._directory, ignore_errors=True)
-
-    def __enter__(self) -> S3Server:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def _start_on_free_ports(self) -> Ports:
         for attempt in range(1, _START_ATTEMPTS + 1):

@@ -15,10 +15,10 @@ import signal
 import socket
 import sys
 import traceback
-from types import TracebackType
 
 import msgspec
 
+from dcp_ckpt.closing import Closing
 from dcp_ckpt.errors import CheckpointError
 from dcp_ckpt.format.names import EPOCHS, lease_name
 from dcp_ckpt.storage import open_storage
@@ -52,7 +52,7 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-class Program:
+class Program(Closing):
     """The state of one writer: its connection, the mapped arena, the storage and the lease."""
 
     def __init__(self, connection: socket.socket, *, trainer_pid: int) -> None:
@@ -82,17 +82,6 @@ class Program:
             self._storage.close()
         if self._trainer is not None:
             os.close(self._trainer)
-
-    def __enter__(self) -> Program:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def _receive(self) -> tuple[bytes, list[int]]:
         """The next packet, or an empty one when the trainer is gone and all packets are read."""

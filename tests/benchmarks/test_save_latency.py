@@ -5,8 +5,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,6 +12,7 @@ from typing import Any
 import pytest
 
 from benchmarks.ratios import LABELS, MACHINE, OURS, SUCCESSOR, TARGETS
+from tests.programs import run_program
 
 PROGRAM = Path(__file__).resolve().parents[2] / "benchmarks" / "save_latency.py"
 TIMEOUT_SECONDS = 100
@@ -25,21 +24,7 @@ def run(directory: Path) -> dict[str, Any]:
         *(str(PROGRAM), "--size-gib", "0.005", "--rounds", "1"),
         *("--dir", str(directory / "saves"), "--json", str(directory / "out.json")),
     ]
-    process = subprocess.Popen(
-        command,
-        cwd=directory,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    try:
-        out, _ = process.communicate(timeout=TIMEOUT_SECONDS)
-    except BaseException:
-        process.terminate()  # torchrun ends its workers
-        process.communicate()
-        raise
-    assert process.returncode == 0, out
+    run_program(command, directory=directory, timeout_seconds=TIMEOUT_SECONDS)
     found: dict[str, Any] = json.loads((directory / "out.json").read_text())
     return found
 

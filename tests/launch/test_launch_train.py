@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,6 +10,7 @@ from typing import Any
 import pytest
 
 from launch.train import FINAL_LR_FRACTION, WARM_UP_STEPS, lr_factor, main
+from tests.programs import run_program
 
 TRAIN = Path(__file__).resolve().parents[2] / "launch" / "train.py"
 SMALL = ("--model-size", "tiny", "--batch-size", "10", "--eval-iters", "2")
@@ -23,21 +22,16 @@ def train(directory: Path, log: str, *flags: str, num_ranks: int = 0) -> list[di
     path = directory / log
     old = len(path.read_text().splitlines()) if path.exists() else 0
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_ranks)]
-    process = subprocess.Popen(
-        [sys.executable, *(launcher if num_ranks else []), str(TRAIN), *SMALL, "--log-json", log, *flags],
-        cwd=directory,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    try:
-        out, _ = process.communicate(timeout=TIMEOUT_SECONDS)
-    except BaseException:
-        process.terminate()  # torchrun ends its workers
-        process.communicate()
-        raise
-    assert process.returncode == 0, out
+    command = [
+        sys.executable,
+        *(launcher if num_ranks else []),
+        str(TRAIN),
+        *SMALL,
+        "--log-json",
+        log,
+        *flags,
+    ]
+    out = run_program(command, directory=directory, timeout_seconds=TIMEOUT_SECONDS)
     assert "to extend this run: --steps" in out
     return [json.loads(line) for line in path.read_text().splitlines()[old:]]
 

@@ -12,9 +12,9 @@ import secrets
 import threading
 from collections.abc import Coroutine
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Any, TypeVar
 
+from dcp_ckpt.closing import Closing
 from dcp_ckpt.errors import CheckpointError, StorageNotFound, StorageTransient
 from dcp_ckpt.storage.objects.client import ObjectClient
 
@@ -38,7 +38,7 @@ class LeaseTimes:
     expire_seconds: float = 15.0
 
 
-class ObjectLease:
+class ObjectLease(Closing):
     """Held until closed; renewed by a thread of its own.
 
     Should another holder close first and have written last, the object is gone until the next renewal.
@@ -76,17 +76,6 @@ class ObjectLease:
         """Stop renewing; the object stays and grows old."""
         self._stop.set()
         self._thread.join()
-
-    def __enter__(self) -> ObjectLease:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def _renew(self) -> None:
         while not self._stop.wait(self._renew_seconds):

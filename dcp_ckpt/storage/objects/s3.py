@@ -16,7 +16,13 @@ from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from typing import Any
 
-from dcp_ckpt.errors import ConfigError, MissingDependencyError, StorageError, StorageTransient
+from dcp_ckpt.errors import (
+    ConfigError,
+    MissingDependencyError,
+    StorageError,
+    StorageNotFound,
+    StorageTransient,
+)
 from dcp_ckpt.storage.base import ObjectInfo
 from dcp_ckpt.storage.objects.client import Buffer, Page, StoreTraits
 from dcp_ckpt.storage.objects.s3_body import RequestBody
@@ -157,12 +163,9 @@ class S3Client:
             )
 
     async def abort_upload(self, key: str, upload: str) -> None:
-        try:
+        with contextlib.suppress(StorageNotFound):
             async with self._asking("AbortMultipartUpload", key) as s3:
                 await s3.abort_multipart_upload(**self._at(key), UploadId=upload)
-        except StorageError as error:
-            if isinstance(error, StorageTransient) or await self._upload_exists(key, upload):
-                raise
 
     async def list_uploads(self, prefix: str) -> list[tuple[str, str]]:
         found = []
@@ -227,9 +230,6 @@ class S3Client:
                 async with self._asking("LIST", key) as s3:
                     await s3.list_objects_v2(Bucket=self._bucket, Prefix=self._prefix + key, MaxKeys=1)
             raise
-
-    async def _upload_exists(self, key: str, upload: str) -> bool:
-        return (key, upload) in await self.list_uploads(key)
 
     def _at(self, key: str) -> dict[str, str]:
         return {"Bucket": self._bucket, "Key": self._prefix + key}

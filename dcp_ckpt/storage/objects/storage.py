@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 from dcp_ckpt.errors import StorageError, StorageExists, StorageUnsuitable
 from dcp_ckpt.storage.base import ByteRange, ObjectInfo, StorageCapabilities
-from dcp_ckpt.storage.keys import check_key, check_prefix, is_listed
+from dcp_ckpt.storage.keys import check_key, check_prefix, is_listed, temporary_name
 from dcp_ckpt.storage.objects.client import DELETE_BATCH, Buffer, ObjectClient, Page
 from dcp_ckpt.storage.objects.fetch import Fetch, merge_ranges
 from dcp_ckpt.storage.objects.lease import LeaseTimes, ObjectLease, is_fresh
@@ -196,7 +196,8 @@ class ObjectStorage:
 
     def _probe(self) -> None:
         """Create one object twice: the second time must be refused."""
-        key = f".probe-{secrets.token_hex(8)}"
+        # A temporary name: should we die before it is deleted, the next start sweeps it.
+        key = temporary_name("probe", secrets.token_hex(8))
         try:
             self._run(self._client.put(key, b"first", only_if_absent=True))
         except StorageUnsuitable as error:
