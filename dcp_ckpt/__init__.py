@@ -10,10 +10,11 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dcp_ckpt.checkpointer import Checkpointer, load_checkpoint
+    from dcp_ckpt.checkpointer import Checkpointer
     from dcp_ckpt.config import CheckpointConfig
     from dcp_ckpt.errors import CheckpointError
     from dcp_ckpt.lifecycle.runs import Run, list_runs
+    from dcp_ckpt.load.by_path import load_checkpoint
     from dcp_ckpt.load.report import LoadReport
     from dcp_ckpt.ops.checkpoint import Checkpoint, open_checkpoint
     from dcp_ckpt.ops.copy import CopyReport, copy_checkpoint
@@ -58,7 +59,7 @@ _HOMES = {
     "VerifyReport": "ops.verify",
     "copy_checkpoint": "ops.copy",
     "list_runs": "lifecycle.runs",
-    "load_checkpoint": "checkpointer",
+    "load_checkpoint": "load.by_path",
     "open_checkpoint": "ops.checkpoint",
     "open_run": "runs",
     "plan_load": "ops.plan",

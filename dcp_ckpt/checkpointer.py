@@ -1,4 +1,4 @@
-"""The facade: `Checkpointer`, the one stateful object of this package, and `load_checkpoint` for reading.
+"""The facade: `Checkpointer`, the one stateful object of this package.
 
 Owns the life of an epoch on one rank: the channel to the other ranks, the claim, the saver, the janitor.
 Knows the order in which things happen; how each is done is below.
@@ -11,14 +11,14 @@ import math
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, closing
+from contextlib import ExitStack
 from types import TracebackType
 from typing import Any, TypeVar
 
 import torch.distributed as dist
 
 from dcp_ckpt.config import CheckpointConfig
-from dcp_ckpt.coordination import Channel, agree, broadcast, connect, raise_first
+from dcp_ckpt.coordination import agree, broadcast, connect, raise_first
 from dcp_ckpt.errors import (
     CheckpointError,
     CheckpointNotFound,
@@ -30,22 +30,20 @@ from dcp_ckpt.errors import (
 )
 from dcp_ckpt.lifecycle.catalogue import CheckpointEntry, read_catalogue
 from dcp_ckpt.lifecycle.pins import pin, unpin
+from dcp_ckpt.load.by_path import load_path
 from dcp_ckpt.load.choose import Which, choose
 from dcp_ckpt.load.loader import Loader
 from dcp_ckpt.load.report import LoadReport
-from dcp_ckpt.load.restore import Components
 from dcp_ckpt.save.handle import CheckpointInfo, SaveHandle
 from dcp_ckpt.save.session import Session
 from dcp_ckpt.save.writer_link import WriterLink
 from dcp_ckpt.state.component import Component
-from dcp_ckpt.state.train_state import TrainState, components_of
+from dcp_ckpt.state.train_state import State, components_of
 from dcp_ckpt.storage import open_storage
 
-__all__ = ["Checkpointer", "load_checkpoint"]
+__all__ = ["Checkpointer"]
 
 log = logging.getLogger(__name__)
-
-State = TrainState | dict[str, Any]
 
 _Result = TypeVar("_Result")
 
@@ -166,7 +164,7 @@ class Checkpointer:
         path = _path_of(which)
         try:
             if path is not None:
-                report: LoadReport | None = _load_path(path, components, self._channel, self._config, tag=tag)
+                report: LoadReport | None = load_path(path, components, self._channel, self._config, tag=tag)
             else:
                 loader = Loader(self._storage, self._storage.url, self._channel, self._config, tag=tag)
                 report = loader.load(components, which, session.catalogue)
@@ -394,50 +392,11 @@ class Checkpointer:
         )
 
 
-def load_checkpoint(
-    path: str | os.PathLike[str],
-    state: State,
-    *,
-    config: CheckpointConfig | None = None,
-    process_group: dist.ProcessGroup | None = None,
-) -> LoadReport:
-    """Load one checkpoint without owning its run: for evaluation, fine-tuning, or a look.
-
-    Called on all ranks; blocks. Claims nothing and writes nothing, so it may read the run of a training that
-    is going on.
-
-    Args:
-        path: a checkpoint directory or URL.
-        state: filled in place, as by `Checkpointer.load`.
-        config: `verify` and `timeout_seconds` count.
-        process_group: the ranks that load together; None means all.
-
-    Raises:
-        CheckpointNotFound, StateMismatch, CorruptCheckpoint: as `Checkpointer.load`.
-    """
-    config = config or CheckpointConfig()
-    with closing(connect(process_group, timeout_seconds=config.timeout_seconds)) as channel:
-        return _load_path(path, lambda: components_of(state), channel, config, tag="load/1")
-
-
 def _path_of(which: Which) -> str | None:
     """The path that `which` is, or None when it names a checkpoint of the run."""
     if isinstance(which, os.PathLike):
         return os.fspath(which)
     return which if isinstance(which, str) and which not in ("latest", "best") else None
-
-
-def _load_path(
-    path: str | os.PathLike[str],
-    components: Components,
-    channel: Channel,
-    config: CheckpointConfig,
-    *,
-    tag: str,
-) -> LoadReport:
-    root, _, directory = os.fspath(path).rstrip("/").rpartition("/")
-    with closing(open_storage(root or ".")) as storage:
-        return Loader(storage, root or ".", channel, config, tag=tag).load_directory(components, directory)
 
 
 def _global_ranks(process_group: dist.ProcessGroup | None, world_size: int) -> list[int]:

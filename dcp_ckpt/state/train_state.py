@@ -22,7 +22,7 @@ from dcp_ckpt.state.rng import RngComponent
 from dcp_ckpt.state.stateful import DictComponent, PerRankComponent, Stateful, StatefulComponent
 from dcp_ckpt.state.tree import join_path
 
-__all__ = ["TrainState", "components_of"]
+__all__ = ["State", "TrainState", "components_of"]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -101,7 +101,11 @@ class TrainState:
         return components
 
 
-def components_of(state: TrainState | dict[str, Any]) -> list[Component]:
+State = TrainState | dict[str, Any]
+"""What can be saved and loaded: registered components, or a plain nested dictionary."""
+
+
+def components_of(state: State) -> list[Component]:
     """The components of a TrainState, or of a plain nested dictionary that is the whole state.
 
     Raises:
