@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from dcp_ckpt.save.handle import CheckpointInfo, SaveHandle
     from dcp_ckpt.state.data import ElasticSampler
     from dcp_ckpt.state.train_state import TrainState
+    from dcp_ckpt.stopping.signals import ignore_stop_signals
 
 _HOMES = {
     "AnyOf": "policies",
@@ -58,6 +59,7 @@ _HOMES = {
     "TrainState": "state.train_state",
     "VerifyReport": "ops.verify",
     "copy_checkpoint": "ops.copy",
+    "ignore_stop_signals": "stopping.signals",
     "list_runs": "lifecycle.runs",
     "load_checkpoint": "load.by_path",
     "open_checkpoint": "ops.checkpoint",
@@ -89,6 +91,7 @@ __all__ = [
     "TrainState",
     "VerifyReport",
     "copy_checkpoint",
+    "ignore_stop_signals",
     "list_runs",
     "load_checkpoint",
     "open_checkpoint",

@@ -6,8 +6,8 @@ Knows the order in which things happen; how each is done is below.
 
 from __future__ import annotations
 
+import contextlib
 import logging
-import math
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -18,11 +18,12 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 
 from dcp_ckpt.config import CheckpointConfig
-from dcp_ckpt.coordination import agree, broadcast, connect, raise_first
+from dcp_ckpt.coordination import agree, broadcast, connect, gather, raise_first
 from dcp_ckpt.errors import (
     CheckpointError,
     CheckpointNotFound,
     ConfigError,
+    CoordinationError,
     FormatTooNew,
     LoadError,
     SaveFailed,
@@ -34,16 +35,21 @@ from dcp_ckpt.load.by_path import load_path
 from dcp_ckpt.load.choose import Which, choose
 from dcp_ckpt.load.loader import Loader
 from dcp_ckpt.load.report import LoadReport
-from dcp_ckpt.save.handle import CheckpointInfo, SaveHandle
+from dcp_ckpt.save.due import DueSaves
+from dcp_ckpt.save.handle import CheckpointInfo, SaveHandle, info_of
 from dcp_ckpt.save.session import Session
 from dcp_ckpt.save.writer_link import WriterLink
 from dcp_ckpt.state.component import Component
 from dcp_ckpt.state.train_state import State, components_of
+from dcp_ckpt.stopping.agreement import Stop
+from dcp_ckpt.stopping.stopper import Stopper
 from dcp_ckpt.storage import open_storage
 
 __all__ = ["Checkpointer"]
 
 log = logging.getLogger(__name__)
+
+_END_SECONDS = 30.0
 
 _Result = TypeVar("_Result")
 
@@ -75,9 +81,9 @@ class Checkpointer:
         self._session: Session | None = None
         self._starts = 0
         self._loads = 0
-        self._questions = 0
         self._orders = 0
-        self._last_save_time = time.monotonic()
+        self._final_saves = 0
+        self._due: DueSaves | None = None
         self._failed_load: CheckpointError | None = None
         self._closed = False
         with ExitStack() as resources:
@@ -85,6 +91,12 @@ class Checkpointer:
             resources.callback(self._storage.close)
             self._channel = connect(process_group, timeout_seconds=self._config.timeout_seconds)
             resources.callback(self._channel.close)
+            if self._config.save_when is not None:
+                self._due = DueSaves(
+                    self._channel, self._config.save_when, timeout_seconds=self._config.timeout_seconds
+                )
+            self._stopper = Stopper(self._channel, self._config)
+            resources.callback(self._stopper.close)
             self._global_ranks = _global_ranks(process_group, self._channel.world_size)
             self._link = self._start_writer()
             resources.callback(self._link.close, timeout_seconds=self._config.timeout_seconds)
@@ -131,7 +143,8 @@ class Checkpointer:
             )
         saver = self._started().saver
         handle = saver.save(lambda: components_of(state), step=step, metrics=metrics or {}, tags=tags)
-        self._last_save_time = time.monotonic()
+        if self._due is not None:
+            self._due.saved()
         return handle
 
     def load(self, state: State, which: Which = "latest") -> LoadReport | None:
@@ -188,31 +201,52 @@ class Checkpointer:
         return report
 
     def should_save(self, step: int) -> bool:
-        """Whether `config.save_when` asks for a save after this step.
+        """Whether `config.save_when` asks for a save after this step, or the training stops and saves last.
 
-        Called on all ranks; the answer is the same on all of them.
+        Called on all ranks; the answer is the same on all of them. When a stop was asked for (see
+        `should_stop`), the answer is whether a final save fits in the time that is left; a save that is in
+        flight is waited for first.
 
         Raises:
             ConfigError: there is no `save_when`.
         """
-        policy = self._config.save_when
-        if policy is None:
+        self._require_open()
+        if self._due is None:
             raise ConfigError("should_save needs CheckpointConfig(save_when=...), such as EverySteps(100)")
-        # Only a rule that looks at the clock can differ between ranks, and only when the clock decides.
-        always = policy.is_due(step=step, seconds_since_save=0.0)
-        if always or not policy.is_due(step=step, seconds_since_save=math.inf):
-            return always
-        self._questions += 1
-        if self._channel.rank == 0:
-            # Long answered: no rank is ten thousand steps behind another.
-            self._channel.forget([f"due/{self._questions - 10_000}"])
-        elapsed = time.monotonic() - self._last_save_time
-        return broadcast(
-            self._channel,
-            f"due/{self._questions}",
-            lambda: policy.is_due(step=step, seconds_since_save=elapsed),
-            timeout_seconds=self._config.timeout_seconds,
-        )
+        self._look_for_owner()
+        stop = self._stopper.before_save()
+        if stop is not None and self._final_saves == 0:
+            self._final_saves += 1
+            return self._is_final_save_due(step, stop)
+        return self._due.is_due(step)
+
+    def should_stop(self) -> bool:
+        """Whether the training is to end now: a signal, the time limit, or a newer start of the run.
+
+        Called on all ranks equally often, on the main thread, once a step and wherever time passes, such as
+        in an evaluation; the answer is the same on all of them and stays. It costs nothing until somebody
+        asks. Right after `should_save` it gives the answer of that call, so that the final save comes first:
+
+            if checkpointer.should_save(step):
+                checkpointer.save(state, step=step)
+            if checkpointer.should_stop():
+                break
+
+        From its first call to `close`, the signals of `config.stop_signals` are noted instead of ending the
+        process; a second one, a second later or more, ends it at once. Data-loading processes need
+        `dcp_ckpt.ignore_stop_signals` as their `worker_init_fn`.
+
+        Raises:
+            CoordinationError: rank 0 is gone.
+        """
+        self._require_open()
+        self._look_for_owner()
+        return self._stopper.should_stop()
+
+    @property
+    def stop_reason(self) -> str | None:
+        """Why `should_stop` said yes: the name of a signal, "time limit" or "taken over"."""
+        return None if self._stopper.agreed is None else self._stopper.agreed.reason
 
     def fence(self) -> None:
         """Wait until the newest save has copied everything, so that all of its state may be written.
@@ -241,12 +275,12 @@ class Checkpointer:
 
     def checkpoints(self) -> list[CheckpointInfo]:
         """All committed checkpoints, oldest first. Local to the rank; reads the run."""
-        return [self._info(entry) for entry in read_catalogue(self._storage).entries]
+        return [info_of(entry, self._storage.url) for entry in read_catalogue(self._storage).entries]
 
     def latest(self) -> CheckpointInfo | None:
         """The newest committed checkpoint that is not known to be damaged. Local to the rank."""
         entry = read_catalogue(self._storage).latest
-        return None if entry is None else self._info(entry)
+        return None if entry is None else info_of(entry, self._storage.url)
 
     def best(self) -> CheckpointInfo | None:
         """The best committed checkpoint by the BestN of `config.keep`; None when none has the metric.
@@ -259,7 +293,7 @@ class Checkpointer:
             )
         except CheckpointNotFound:
             return None
-        return self._info(found.entries[0])
+        return info_of(found.entries[0], self._storage.url)
 
     def pin(self, step: int, *, reason: str | None = None) -> None:
         """Keep the checkpoint of a step until it is unpinned. Called on all ranks; blocks. Idempotent.
@@ -297,10 +331,15 @@ class Checkpointer:
             return
         self._closed = True
         untold = None
+        stop = self._stopper.agreed
         try:
             if self._session is not None:
-                self._session.close()
+                self._session.close(waits=stop is None)
                 untold = self._session.saver.untold
+            if stop is not None:
+                # Together: a launcher that sees one rank end signals the others, who may be busy here.
+                with contextlib.suppress(CoordinationError):
+                    gather(self._channel, "stop/end", None, timeout_seconds=_END_SECONDS)
         finally:
             self._resources.close()
         if untold is not None and untold.error is not None:
@@ -357,6 +396,23 @@ class Checkpointer:
             )
         return self._session
 
+    def _look_for_owner(self) -> None:
+        if self._session is not None and self._session.saver.is_fenced:
+            self._stopper.taken_over()
+
+    def _is_final_save_due(self, step: int, stop: Stop) -> bool:
+        """All ranks: rank 0 weighs the time that is left."""
+        saver = self._started().saver
+
+        def decide() -> bool:
+            plan = saver.final_save(step, deadline=stop.deadline)
+            log.warning("stopping at step %d (%s, rank %d): %s", step, stop.reason, stop.rank, plan.reason)
+            return plan.saves
+
+        # Rank 0 may wait for a save in flight until the deadline.
+        timeout = max(stop.deadline - time.monotonic(), 0.0) + self._config.timeout_seconds
+        return broadcast(self._channel, "stop/final save", decide, timeout_seconds=timeout)
+
     def _on_rank_0(self, what: str, act: Callable[[], _Result]) -> _Result:
         """All ranks: let rank 0 act once; its answer, or its failure, is everybody's."""
         self._require_open()
@@ -376,20 +432,6 @@ class Checkpointer:
                 self._session.marks_changed()
 
         self._on_rank_0(what, act)
-
-    def _info(self, entry: CheckpointEntry) -> CheckpointInfo:
-        manifest = entry.manifest
-        return CheckpointInfo(
-            step=manifest.step,
-            path=os.path.join(self._storage.url, str(entry.directory)),
-            bytes=manifest.total_bytes,
-            stall_seconds=0.0,
-            durable_seconds=0.0,
-            metrics=dict(entry.metrics),
-            tags=tuple(manifest.tags),
-            world_size=manifest.world_size,
-            created_at=manifest.created_at,
-        )
 
 
 def _path_of(which: Which) -> str | None:

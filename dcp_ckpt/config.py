@@ -7,6 +7,7 @@ by `launch/`; read by the checkpointer, `save` and `load`.
 from __future__ import annotations
 
 import math
+import signal
 from dataclasses import dataclass
 from typing import Literal
 
@@ -16,6 +17,7 @@ from dcp_ckpt.policies import KeepPolicy, LatestN, SavePolicy, is_keep_policy, i
 __all__ = ["CheckpointConfig"]
 
 _DEFAULT_KEEP = LatestN(2)
+_NOT_HANDLED = (signal.SIGKILL, signal.SIGSTOP)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +36,10 @@ class CheckpointConfig:
         timeout_seconds: deadline of every wait for other ranks and for a save to become durable.
         grace_seconds: how long the files of an un-committed checkpoint stay, for readers that have it open.
         recover_wait_seconds: how long a start waits for writers of the last one that still live.
+        stop_after_seconds: `should_stop` says yes this long after the Checkpointer was made; None: never.
+        stop_grace_seconds: how long the process may be expected to live once it was asked to stop: what the
+            final save must fit in. torchrun kills its workers 30 seconds after it was told to end.
+        stop_signals: names of the signals that ask a training to stop, from the first `should_stop` on.
         max_bandwidth_bytes: bytes per second that all writers of a host may use. Not built yet.
         dcp_metadata: derive `.metadata` for stock DCP readers: up to 100,000 chunks, always, or never.
         allow_pickle: store and load objects that only pickle can hold. Not built yet.
@@ -51,6 +57,9 @@ class CheckpointConfig:
     timeout_seconds: float = 600.0
     grace_seconds: float = 5.0
     recover_wait_seconds: float = 60.0
+    stop_after_seconds: float | None = None
+    stop_grace_seconds: float = 25.0
+    stop_signals: tuple[str, ...] = ("SIGINT", "SIGTERM")
     max_bandwidth_bytes: int | None = None
     dcp_metadata: Literal["auto", "always", "never"] = "auto"
     allow_pickle: bool = False
@@ -66,6 +75,10 @@ class CheckpointConfig:
         self._check_seconds("timeout_seconds", zero_allowed=False)
         self._check_seconds("grace_seconds", zero_allowed=True)
         self._check_seconds("recover_wait_seconds", zero_allowed=True)
+        if self.stop_after_seconds is not None:
+            self._check_seconds("stop_after_seconds", zero_allowed=True)
+        self._check_seconds("stop_grace_seconds", zero_allowed=True)
+        self._check_signals()
         self._refuse_unbuilt()
 
     def _check_policies(self) -> None:
@@ -91,6 +104,12 @@ class CheckpointConfig:
         if not number or value < 0 or (value == 0 and not zero_allowed):
             wanted = "zero or more" if zero_allowed else "more than zero"
             raise ConfigError(f"{name} must be a finite number of seconds, {wanted}, not {value!r}")
+
+    def _check_signals(self) -> None:
+        allowed = sorted(number.name for number in signal.Signals if number not in _NOT_HANDLED)
+        for name in self.stop_signals:
+            if name not in allowed:
+                raise ConfigError(f"stop_signals must be names such as 'SIGTERM', not {name!r}")
 
     def _refuse_unbuilt(self) -> None:
         # Accepting a setting without effect would be a promise that nobody keeps.

@@ -6,6 +6,7 @@ Called by `train.py`. Knows nothing of torch; turning options into objects is th
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -42,10 +43,12 @@ class Options:
     save_strategy: str
     save_every: int
     keep_last: int
+    keep_every: int
     keep_best: int
     monitor: str
     mode: Literal["min", "max"]
     overlap: Literal["off", "step"]
+    max_minutes: float | None
     log_json: Path | None
 
     @property
@@ -104,13 +107,11 @@ def parse_options(arguments: Sequence[str] | None = None, *, announce: bool = Tr
 _NOT_BUILT = {
     "--epochs": "train for this many epochs instead of --steps",
     "--save-every-minutes": "save when this much time has passed",
-    "--keep-every": "keep every step that is a multiple of this",
     "--lora-rank": "train low-rank adapters of this rank",
     "--amp": "automatic mixed precision",
     "--compile": "compile the model",
     "--grad-accum": "micro-batches per optimizer step",
     "--workers": "data-loading processes per rank",
-    "--max-minutes": "save and stop after this much time",
 }
 
 
@@ -122,6 +123,16 @@ def _count(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text} is not a whole number of 1 or more")
     return int(text)
+
+
+def _minutes(text: str) -> float:
+    try:
+        minutes = float(text)
+    except ValueError:
+        minutes = -1.0
+    if not 0 <= minutes < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not a number of minutes of 0 or more")
+    return minutes
 
 
 def _parser() -> _OneLineParser:
@@ -167,6 +178,9 @@ def _add_training_flags(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument("--seed", type=int, default=0, help="of weights, order of samples and dropout")
     group.add_argument("--eval-every", type=_count, default=50, help="steps between validations")
+    group.add_argument(
+        "--max-minutes", type=_minutes, default=None, help="save and stop after this much time; exits with 0"
+    )
     group.add_argument("--eval-iters", type=_count, default=4, help="global batches a validation")
 
 
@@ -174,6 +188,9 @@ def _add_saving_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--save-strategy", choices=_SAVE_STRATEGIES, default="steps", help="when to save")
     group.add_argument("--save-every", type=_count, default=50, help="steps between saves")
     group.add_argument("--keep-last", type=_count, default=2, help="newest checkpoints to keep")
+    group.add_argument(
+        "--keep-every", type=int, default=0, help="keep every step that is a multiple of this; 0: none"
+    )
     group.add_argument("--keep-best", type=int, default=0, help="best checkpoints to keep besides")
     group.add_argument("--monitor", choices=("val_loss",), default="val_loss", help="what `best` compares")
     group.add_argument("--mode", choices=("min", "max"), default="min", help="whether less or more is better")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import signal
 import time
 from array import array
 from collections.abc import Sequence
@@ -16,7 +17,7 @@ from typing import Any, TextIO
 from dcp_ckpt import LoadReport, SaveHandle, errors, list_runs
 from launch.data import Batch
 
-__all__ = ["Reporter", "exit_code", "print_runs", "samples_digest"]
+__all__ = ["Reporter", "exit_code", "print_runs", "samples_digest", "stop_code"]
 
 _PRINT_EVERY_STEPS = 10
 
@@ -31,6 +32,13 @@ _EXIT_CODES: tuple[tuple[type[errors.CheckpointError], int], ...] = (
 def exit_code(error: errors.CheckpointError) -> int:
     """The driver's exit code for `error`: that of the command line for the same error."""
     return next((code for kind, code in _EXIT_CODES if isinstance(error, kind)), 1)
+
+
+def stop_code(reason: str | None) -> int:
+    """The driver's exit code when training stopped for `reason`; None: it came to its end."""
+    if reason is None or reason == "time limit":
+        return 0
+    return 128 + signal.Signals[reason] if reason in signal.Signals.__members__ else 1
 
 
 def samples_digest(sample_ids: Sequence[int]) -> str:
@@ -112,11 +120,11 @@ class Reporter:
         if handle.outcome == "skipped":
             self.say(f"save of step {step} skipped: the one before was not done")
             return
-        try:
-            info = handle.result()
-        except errors.CheckpointError as error:
-            self.say(f"save of step {step} {handle.outcome}: {error}")
+        if handle.error is not None:
+            # Only looked at: leaving the Checkpointer still raises it when no later save has succeeded.
+            self.say(f"save of step {step} {handle.outcome}: {handle.error}")
             return
+        info = handle.result()
         stall, durable = info.stall_seconds, info.durable_seconds
         self._write(event="save", step=step, stall_seconds=stall, durable_seconds=durable, bytes=info.bytes)
         rate = info.bytes / 1e6 / durable if durable else 0.0

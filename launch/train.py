@@ -7,7 +7,8 @@
     python launch/train.py                                                  # one process, no process group
     python launch/train.py --list-runs
 
-Kill it at any moment and start it again: it goes on from its newest checkpoint. `--help` lists the flags.
+Kill it at any moment and start it again: it goes on from its newest checkpoint. On SIGTERM, Ctrl-C and after
+`--max-minutes` it saves before it ends. `--help` lists the flags.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from __future__ import annotations
 import math
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 # torchrun runs this file as a script: sys.path then starts with launch/, not with the directory above it.
@@ -31,6 +32,7 @@ from dcp_ckpt import (
     CheckpointConfig,
     Checkpointer,
     ElasticSampler,
+    EveryNSteps,
     EverySteps,
     LatestN,
     TrainState,
@@ -41,7 +43,7 @@ from launch.data import IGNORED, Batch, Windows, read_corpus, training_batches, 
 from launch.model import GPT, MODEL_SIZES
 from launch.options import Options, parse_options
 from launch.parallel import Topology, global_sum, join, parallelise
-from launch.report import Reporter, exit_code, print_runs
+from launch.report import Reporter, exit_code, print_runs, stop_code
 
 WARM_UP_STEPS = 20
 FINAL_LR_FRACTION = 0.1
@@ -63,8 +65,17 @@ def loss_sum(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
 
 
 @torch.no_grad()
-def evaluate(model: torch.nn.Module, windows: Windows, options: Options, topology: Topology) -> float:
-    """Mean loss over the validation windows, the same ones each time; draws nothing from any RNG."""
+def evaluate(
+    model: torch.nn.Module,
+    windows: Windows,
+    options: Options,
+    topology: Topology,
+    should_stop: Callable[[], bool],
+) -> float | None:
+    """Mean loss over the validation windows, the same ones each time; draws nothing from any RNG.
+
+    None when it was broken off, because training is to stop.
+    """
     model.eval()
     total = torch.zeros((), dtype=torch.float64, device=topology.device)
     num_tokens = 0
@@ -76,6 +87,8 @@ def evaluate(model: torch.nn.Module, windows: Windows, options: Options, topolog
         world_size=topology.world_size,
         device=topology.device,
     ):
+        if should_stop():
+            return None
         total += loss_sum(model, batch).double()
         num_tokens += batch.num_tokens
     model.train()
@@ -102,10 +115,17 @@ def train_step(
 
 def checkpoint_config(options: Options) -> CheckpointConfig:
     """When to save, and which checkpoints to keep."""
-    keep: LatestN | AnyOf = LatestN(options.keep_last)
+    keep: list[LatestN | EveryNSteps | BestN] = [LatestN(options.keep_last)]
+    if options.keep_every:
+        keep.append(EveryNSteps(options.keep_every))
     if options.keep_best:
-        keep = AnyOf(keep, BestN(options.keep_best, metric=options.monitor, mode=options.mode))
-    return CheckpointConfig(save_when=EverySteps(options.save_every), keep=keep, overlap=options.overlap)
+        keep.append(BestN(options.keep_best, metric=options.monitor, mode=options.mode))
+    return CheckpointConfig(
+        save_when=EverySteps(options.save_every),
+        keep=AnyOf(*keep),
+        overlap=options.overlap,
+        stop_after_seconds=None if options.max_minutes is None else 60 * options.max_minutes,
+    )
 
 
 def training_sampler(
@@ -123,8 +143,24 @@ def training_sampler(
     )
 
 
-def train(options: Options, topology: Topology) -> None:
-    """Train up to `--steps`, from the newest checkpoint of the run if it has one; all ranks call it."""
+def resume(
+    checkpointer: Checkpointer, state: TrainState, options: Options, topology: Topology, reporter: Reporter
+) -> int:
+    """Load the newest checkpoint of the run; the step it holds, 0 when there is none."""
+    loaded = checkpointer.load(state, which="latest")
+    if loaded is not None:
+        reporter.resumed(loaded, world_size=topology.world_size)
+        return loaded.step
+    if options.resume == "must":
+        raise errors.CheckpointNotFound("--resume must: no checkpoint was committed")
+    return 0
+
+
+def train(options: Options, topology: Topology) -> str | None:
+    """Train up to `--steps`, from the newest checkpoint of the run if it has one; all ranks call it.
+
+    Returns why it stopped before, or None.
+    """
     # Data: the order of samples depends on seed and epoch only, so it is the same on any number of ranks.
     model_config = MODEL_SIZES[options.model_size]
     corpus = read_corpus()
@@ -154,16 +190,10 @@ def train(options: Options, topology: Topology) -> None:
     reporter = Reporter(rank=topology.rank, log_json=options.log_json)
     reporter.say(f"run {run.number} in {run.path}: {topology.world_size} ranks, {options.parallel}")
     with Checkpointer(run.path, config=checkpoint_config(options)) as checkpointer:
-        loaded = checkpointer.load(state, which="latest")
-        if loaded is not None:
-            reporter.resumed(loaded, world_size=topology.world_size)
-        elif options.resume == "must":
-            raise errors.CheckpointNotFound("--resume must: no checkpoint was committed", path=run.path)
-        first_step = loaded.step + 1 if loaded is not None else 1
-        last_step = max(options.steps, first_step - 1)
-
+        done = resume(checkpointer, state, options, topology, reporter)
+        last_step = max(options.steps, done)
         batches = training_batches(train_windows, sampler, topology.device)
-        for step in range(first_step, last_step + 1):
+        for step in range(done + 1, last_step + 1):
             lr = float(scheduler.get_last_lr()[0])
             batch = next(batches)
             loss = train_step(model, batch, optimizer, scheduler, topology)
@@ -174,18 +204,33 @@ def train(options: Options, topology: Topology) -> None:
             save_due = options.saves and (checkpointer.should_save(step) or is_last)
             metrics = {"loss": loss}
             if step % options.eval_every == 0 or is_last or (save_due and options.keep_best):
-                metrics["val_loss"] = evaluate(model, validation_windows, options, topology)
-                reporter.validated(step=step, loss=metrics["val_loss"])
+                should_stop = checkpointer.should_stop
+                val_loss = evaluate(model, validation_windows, options, topology, should_stop)
+                if val_loss is None:
+                    save_due = options.saves and checkpointer.should_save(step)
+                else:
+                    metrics["val_loss"] = val_loss
+                    reporter.validated(step=step, loss=val_loss)
             if save_due:
                 reporter.saving(step=step, handle=checkpointer.save(state, step=step, metrics=metrics))
             reporter.poll()
+            if checkpointer.should_stop():
+                break
         checkpointer.wait()
         reporter.close()
+    if checkpointer.stop_reason is not None:
+        reporter.say(f"stopped at step {step} ({checkpointer.stop_reason}); start again to go on")
+        return checkpointer.stop_reason
     reporter.say(f"finished at step {last_step}; to extend this run: --steps {last_step + options.steps}")
+    return None
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the driver; its exit code: 0 done, 1 failed, 2 usage, 3 nothing to resume, 4 corrupt, 5 no fit."""
+    """Run the driver; returns its exit code.
+
+    0 done, or stopped by --max-minutes; 1 failed, or another start owns the run; 2 usage; 3 nothing to
+    resume; 4 corrupt; 5 no fit; 128 + n stopped by signal n.
+    """
     speaks = os.environ.get("RANK", "0") == "0"
     options = parse_options(arguments, announce=speaks)
     try:
@@ -194,11 +239,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 print_runs(options.run_dir)
             return 0
         with join(os.environ) as topology:
-            train(options, topology)
+            stop_reason = train(options, topology)
     except errors.CheckpointError as error:
         print(f"train.py: {error}", file=sys.stderr)
         return exit_code(error)
-    return 0
+    return stop_code(stop_reason)
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ LAYERS: tuple[tuple[tuple[str, ...], str], ...] = (
         ("state", "coordination", "lifecycle", "writer"),
         "each is one concern on its own; save and load put them together",
     ),
-    (("save", "load"), "one attempt each; neither knows the other or who decides when"),
+    (("save", "load", "stopping"), "one attempt each; none knows another or who decides when"),
     (("checkpointer", "runs", "ops", "dcp"), "independent doors to the same machinery"),
     (("__init__",), "the public names, collected from below"),
     (

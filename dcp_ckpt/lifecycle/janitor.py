@@ -87,12 +87,17 @@ class Janitor:
         with self._lock:
             return self._take_back(time.monotonic() + budget_seconds)
 
-    def close(self) -> None:
-        """Wait out the grace period of what is waiting (at most `grace_seconds`) and delete it."""
+    def close(self, *, waits: bool = True) -> None:
+        """Delete what is over its grace period.
+
+        Args:
+            waits: for all that was taken back, at most `grace_seconds`; else the next start deletes the rest.
+        """
         if not self._waiting:
             return
-        latest = max(expires for expires, _ in self._waiting.values())
-        time.sleep(max(latest - time.monotonic(), 0.0))
+        if waits:
+            latest = max(expires for expires, _ in self._waiting.values())
+            time.sleep(max(latest - time.monotonic(), 0.0))
         try:
             self._delete_expired(time.monotonic())
         except CheckpointError as error:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from dataclasses import dataclass
 
 from dcp_ckpt.errors import CheckpointError, SaveFailed
+from dcp_ckpt.lifecycle.catalogue import CheckpointEntry
 
-__all__ = ["CheckpointInfo", "SaveHandle"]
+__all__ = ["CheckpointInfo", "SaveHandle", "info_of"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +38,22 @@ class CheckpointInfo:
     tags: tuple[str, ...]
     world_size: int
     created_at: str
+
+
+def info_of(entry: CheckpointEntry, url: str) -> CheckpointInfo:
+    """A checkpoint of the run at `url`, as it was found there."""
+    manifest = entry.manifest
+    return CheckpointInfo(
+        step=manifest.step,
+        path=os.path.join(url, str(entry.directory)),
+        bytes=manifest.total_bytes,
+        stall_seconds=0.0,
+        durable_seconds=0.0,
+        metrics=dict(entry.metrics),
+        tags=tuple(manifest.tags),
+        world_size=manifest.world_size,
+        created_at=manifest.created_at,
+    )
 
 
 class SaveHandle:

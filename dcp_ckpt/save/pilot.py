@@ -56,7 +56,7 @@ class Flight:
 
 
 class Pilot:
-    """Owns the thread.
+    """Owns the thread. `durable_seconds`: how long the newest committed save took to become durable.
 
     Args:
         channel: a connection of its own.
@@ -81,6 +81,7 @@ class Pilot:
         self._after_commit = after_commit
         self._timeout_seconds = timeout_seconds
         self._forgotten = 0
+        self.durable_seconds: float | None = None
         self._flights: queue.SimpleQueue[Flight | None] = queue.SimpleQueue()
         self._closed = False
         self._thread = threading.Thread(target=self._run, name="dcp_ckpt-pilot", daemon=True)
@@ -207,6 +208,7 @@ class Pilot:
                 log.error("the save of step %d is not a checkpoint: %s", flight.step, error)
             flight.handle.resolve(verdict.outcome, error=error)
             return
+        self.durable_seconds = durable_seconds
         info = CheckpointInfo(
             step=flight.step,
             path=flight.path,

@@ -16,7 +16,7 @@ from typing import Any
 
 from dcp_ckpt.config import CheckpointConfig
 from dcp_ckpt.coordination import Channel, as_checkpoint_error, error_fields, error_from_fields
-from dcp_ckpt.errors import CheckpointError, CoordinationError
+from dcp_ckpt.errors import CheckpointError, CoordinationError, Fenced
 from dcp_ckpt.format.digests import digest
 from dcp_ckpt.format.documents import encode_json
 from dcp_ckpt.format.epoch import EpochClaim
@@ -25,6 +25,7 @@ from dcp_ckpt.format.names import AttemptId, StepDir
 from dcp_ckpt.format.values import encode_value
 from dcp_ckpt.lifecycle.epochs import utc_now
 from dcp_ckpt.save.fence import Fence
+from dcp_ckpt.save.final_save import FinalSave, plan_final_save
 from dcp_ckpt.save.handle import SaveHandle
 from dcp_ckpt.save.handover import Handover
 from dcp_ckpt.save.pilot import Flight, Pilot
@@ -163,6 +164,28 @@ class Saver:
             return self.last
         untold = [handle for handle in self._handles if not handle.failure_seen]
         return untold[-1] if untold and self._config.on_failure == "raise" else None
+
+    @property
+    def is_fenced(self) -> bool:
+        """Whether the newest save met a newer start of this run."""
+        return self.last is not None and isinstance(self.last.error, Fenced)
+
+    def final_save(self, step: int, *, deadline: float) -> FinalSave:
+        """Rank 0: whether to save once more before `deadline` (monotonic seconds), and why.
+
+        Blocks while a save is in flight, for as long as there is time for another one after it.
+        """
+        last, save_seconds = self.last, self._pilot.durable_seconds
+        if last is not None and last.step != step:
+            last.wait_done(max(deadline - time.monotonic() - (save_seconds or 0.0), 0.0))
+        return plan_final_save(
+            step=step,
+            in_flight=last.step if last is not None and last.outcome == "pending" else None,
+            committed=last.step if last is not None and last.outcome == "committed" else None,
+            is_fenced=self.is_fenced,
+            seconds_left=deadline - time.monotonic(),
+            save_seconds=save_seconds,
+        )
 
     def close(self) -> None:
         """Finish all saves, end the threads and the writer. Idempotent.

@@ -122,15 +122,18 @@ class Session:
         assert self._janitor is not None
         return [str(directory) for directory in self._janitor.take_back()]
 
-    def close(self) -> None:
+    def close(self, *, waits: bool = True) -> None:
         """Finish all saves, join thread and writer, delete what is over its grace period. Idempotent.
+
+        Args:
+            waits: wait until the grace period of everything is over; else the next start deletes the rest.
 
         Raises:
             SaveFailed: the writer had to be killed.
         """
         self.saver.close()
         if self._janitor is not None:
-            self._janitor.close()
+            self._janitor.close(waits=waits)
 
     def _claim(self) -> dict[str, Any]:
         """Rank 0: claim the next epoch and clear up after the ones before."""
