@@ -11,12 +11,12 @@ SIZE_GIB ?= 1
 BENCH_JSON ?= build/save_latency.json
 
 # One thread per rank: many ranks share the cores, and results repeat.
-demo test bench crash: export OMP_NUM_THREADS := 1
+demo test bench test-crash: export OMP_NUM_THREADS := 1
 
-.PHONY: help setup demo test lint bench crash s3 clean
+.PHONY: help setup demo test test-crash lint bench s3 clean
 
 help: ## show this list
-	@sed -nE 's/^([a-z0-9]+):[^#]*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
+	@sed -nE 's/^([a-z0-9-]+):[^#]*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 24
 
 setup: $(READY) ## make .venv and install everything into it
 
@@ -38,6 +38,9 @@ demo: $(READY) ## train, kill, resume on another number of ranks
 test: lint ## lint, types and all tests but the long ones
 	$(BIN)/python -m pytest -m "not slow and not crash"
 
+test-crash: $(READY) ## every crash point, real kills and bad networks (about an hour)
+	$(BIN)/python -m pytest -m crash
+
 lint: $(READY) ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -47,9 +50,6 @@ bench: $(READY) ## measure saves and loads (NPROC, SIZE_GIB, BENCH_JSON)
 	@mkdir -p $(dir $(BENCH_JSON))
 	$(BIN)/torchrun --standalone --nproc_per_node $(NPROC) benchmarks/save_latency.py \
 	  --size-gib $(SIZE_GIB) --json $(BENCH_JSON)
-
-crash: $(READY) ## the long crash tests
-	$(BIN)/python -m pytest -m crash
 
 s3: $(READY) ## an S3 server on this machine until Ctrl-C; prints how to use it (S3_DATA keeps its data)
 	$(BIN)/python -m dcp_ckpt.testing.s3_server $(if $(S3_DATA),--data $(S3_DATA))

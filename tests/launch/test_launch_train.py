@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from dcp_ckpt import Checkpointer
 from launch.train import FINAL_LR_FRACTION, WARM_UP_STEPS, lr_factor, main
 from tests.programs import run_program
 
@@ -89,6 +90,14 @@ def test_never_starts_another_run_and_runs_are_listed(tmp_path, capsys):
     assert "resumed at step 1" in capsys.readouterr().out
     assert main(["--list-runs", *flags]) == 0
     assert len(capsys.readouterr().out.splitlines()) == 3
+
+
+def test_milestones_stay_beside_the_rolling_ones(tmp_path):
+    flags = ["--run-dir", str(tmp_path / "runs"), *SMALL, "--eval-every", "100"]
+    kept = ["--save-every", "1", "--keep-last", "2", "--keep-every", "4"]
+    assert main(["--steps", "10", *flags, *kept]) == 0
+    with Checkpointer(tmp_path / "runs" / "run-001") as checkpointer:
+        assert [info.step for info in checkpointer.checkpoints()] == [4, 8, 9, 10]
 
 
 def test_schedule_warms_up_decays_and_stays():
