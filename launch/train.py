@@ -17,6 +17,7 @@ import math
 import os
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 # torchrun runs this file as a script: sys.path then starts with launch/, not with the directory above it.
@@ -95,24 +96,6 @@ def evaluate(
     return global_sum(total, topology).item() / num_tokens
 
 
-def train_step(
-    model: torch.nn.Module,
-    batch: Batch,
-    optimizer: torch.optim.Optimizer,
-    scheduler: LambdaLR,
-    topology: Topology,
-) -> float:
-    """One optimizer step; returns the mean loss over the global batch, the same on all ranks."""
-    loss = loss_sum(model, batch)
-    # FSDP and DDP average gradients over ranks: so weighted, the average is the mean over all tokens of the
-    # global batch, also where ranks hold different numbers of them.
-    (loss * (topology.world_size / batch.num_tokens)).backward()  # type: ignore[no-untyped-call]
-    optimizer.step()
-    scheduler.step()
-    optimizer.zero_grad()
-    return global_sum(loss.detach().double(), topology).item() / batch.num_tokens
-
-
 def checkpoint_config(options: Options) -> CheckpointConfig:
     """When to save, and which checkpoints to keep."""
     keep: list[LatestN | EveryNSteps | BestN] = [LatestN(options.keep_last)]
@@ -143,6 +126,48 @@ def training_sampler(
     )
 
 
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """What is trained, and all of it as the state to save."""
+
+    model: torch.nn.Module
+    optimizer: torch.optim.Optimizer
+    scheduler: LambdaLR
+    history: list[float]
+    state: TrainState
+
+
+def build(options: Options, topology: Topology, sampler: ElasticSampler) -> Training:
+    """Equal weights on every rank, then spread over the ranks."""
+    gpt = GPT(MODEL_SIZES[options.model_size], dropout=options.dropout, seed=options.seed)
+    gpt = gpt.to(topology.device)
+    model = parallelise(gpt, gpt.blocks, options.parallel, topology)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=options.lr, betas=(0.9, 0.95), weight_decay=0.1)
+    scheduler = LambdaLR(optimizer, lambda step: lr_factor(step, options.lr_steps))
+    torch.manual_seed(options.seed + 1 + topology.rank)  # dropout differs between ranks
+    history: list[float] = []
+    state = TrainState(
+        model=model,
+        optimizer=optimizer,
+        lr_scheduler=scheduler,
+        dataloader=sampler,
+        extra={"loss_history": history},
+    )
+    return Training(model=model, optimizer=optimizer, scheduler=scheduler, history=history, state=state)
+
+
+def train_step(training: Training, batch: Batch, topology: Topology) -> float:
+    """One optimizer step; returns the mean loss over the global batch, the same on all ranks."""
+    loss = loss_sum(training.model, batch)
+    # FSDP and DDP average gradients over ranks: so weighted, the average is the mean over all tokens of the
+    # global batch, also where ranks hold different numbers of them.
+    (loss * (topology.world_size / batch.num_tokens)).backward()  # type: ignore[no-untyped-call]
+    training.optimizer.step()
+    training.scheduler.step()
+    training.optimizer.zero_grad()
+    return global_sum(loss.detach().double(), topology).item() / batch.num_tokens
+
+
 def resume(
     checkpointer: Checkpointer, state: TrainState, options: Options, topology: Topology, reporter: Reporter
 ) -> int:
@@ -162,27 +187,14 @@ def train(options: Options, topology: Topology) -> str | None:
     Returns why it stopped before, or None.
     """
     # Data: the order of samples depends on seed and epoch only, so it is the same on any number of ranks.
-    model_config = MODEL_SIZES[options.model_size]
+    context = MODEL_SIZES[options.model_size].context
     corpus = read_corpus()
-    train_windows = Windows(corpus.train, model_config.context)
-    validation_windows = Windows(corpus.validation, model_config.context)
-    fingerprint = f"{corpus.fingerprint}-{model_config.context}"
+    train_windows = Windows(corpus.train, context)
+    validation_windows = Windows(corpus.validation, context)
+    fingerprint = f"{corpus.fingerprint}-{context}"
     sampler = training_sampler(len(train_windows), fingerprint, options, topology)
 
-    # Model: equal weights on every rank, then spread over the ranks.
-    gpt = GPT(model_config, dropout=options.dropout, seed=options.seed).to(topology.device)
-    model = parallelise(gpt, gpt.blocks, options.parallel, topology)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=options.lr, betas=(0.9, 0.95), weight_decay=0.1)
-    scheduler = LambdaLR(optimizer, lambda step: lr_factor(step, options.lr_steps))
-    torch.manual_seed(options.seed + 1 + topology.rank)  # dropout differs between ranks
-    history: list[float] = []
-    state = TrainState(
-        model=model,
-        optimizer=optimizer,
-        lr_scheduler=scheduler,
-        dataloader=sampler,
-        extra={"loss_history": history},
-    )
+    training = build(options, topology, sampler)
 
     # Run: chosen or created once for all ranks, then everything is loaded from its newest checkpoint.
     choice = options.run_number or options.resume
@@ -190,29 +202,31 @@ def train(options: Options, topology: Topology) -> str | None:
     reporter = Reporter(rank=topology.rank, log_json=options.log_json)
     reporter.say(f"run {run.number} in {run.path}: {topology.world_size} ranks, {options.parallel}")
     with Checkpointer(run.path, config=checkpoint_config(options)) as checkpointer:
-        done = resume(checkpointer, state, options, topology, reporter)
+        done = resume(checkpointer, training.state, options, topology, reporter)
         last_step = max(options.steps, done)
         batches = training_batches(train_windows, sampler, topology.device)
         for step in range(done + 1, last_step + 1):
-            lr = float(scheduler.get_last_lr()[0])
+            lr = float(training.scheduler.get_last_lr()[0])
             batch = next(batches)
-            loss = train_step(model, batch, optimizer, scheduler, topology)
-            history.append(loss)
+            loss = train_step(training, batch, topology)
+            training.history.append(loss)
             reporter.stepped(step=step, last_step=last_step, loss=loss, lr=lr, batch=batch)
 
             is_last = step == last_step
             save_due = options.saves and (checkpointer.should_save(step) or is_last)
             metrics = {"loss": loss}
             if step % options.eval_every == 0 or is_last or (save_due and options.keep_best):
-                should_stop = checkpointer.should_stop
-                val_loss = evaluate(model, validation_windows, options, topology, should_stop)
+                val_loss = evaluate(
+                    training.model, validation_windows, options, topology, checkpointer.should_stop
+                )
                 if val_loss is None:
                     save_due = options.saves and checkpointer.should_save(step)
                 else:
                     metrics["val_loss"] = val_loss
                     reporter.validated(step=step, loss=val_loss)
             if save_due:
-                reporter.saving(step=step, handle=checkpointer.save(state, step=step, metrics=metrics))
+                handle = checkpointer.save(training.state, step=step, metrics=metrics)
+                reporter.saving(step=step, handle=handle)
             reporter.poll()
             if checkpointer.should_stop():
                 break
