@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 
 from dcp_ckpt.config import CheckpointConfig
-from dcp_ckpt.coordination import agree, broadcast, connect, gather, raise_first
+from dcp_ckpt.coordination import broadcast, connect, gather, rank_in
 from dcp_ckpt.errors import (
     CheckpointError,
     CheckpointNotFound,
@@ -37,13 +37,13 @@ from dcp_ckpt.load.loader import Loader
 from dcp_ckpt.load.report import LoadReport
 from dcp_ckpt.save.due import DueSaves
 from dcp_ckpt.save.handle import CheckpointInfo, SaveHandle, info_of
+from dcp_ckpt.save.opening import open_together
 from dcp_ckpt.save.session import Session
 from dcp_ckpt.save.writer_link import WriterLink
 from dcp_ckpt.state.component import Component
 from dcp_ckpt.state.train_state import State, components_of
 from dcp_ckpt.stopping.agreement import Stop
 from dcp_ckpt.stopping.stopper import Stopper
-from dcp_ckpt.storage import open_storage
 
 __all__ = ["Checkpointer"]
 
@@ -57,8 +57,9 @@ _Result = TypeVar("_Result")
 class Checkpointer:
     """Saves and loads the training state of one run. One per process; all ranks make it together.
 
-    Making it starts this rank's writer process. The first `load` or `save` claims the run's next epoch:
-    from then on an older training process of the same run cannot commit or delete any more.
+    Making it starts this rank's writer process, which tries the storage out: a small object is written, read
+    back and deleted, and seen from all ranks. The first `load` or `save` claims the run's next epoch: from
+    then on an older training process of the same run cannot commit or delete any more.
 
     Args:
         path: the run's directory or URL; made if missing.
@@ -67,7 +68,9 @@ class Checkpointer:
 
     Raises:
         ConfigError: WORLD_SIZE is above 1 but torch.distributed is not initialised.
-        SaveFailed: the writer of some rank could not be started; on all ranks.
+        StorageUnsuitable: ranks do not share the storage, or it loses bytes; on all ranks.
+        CheckpointError: the storage or the writer of some rank does not work; on all ranks. Nothing is left
+            behind then.
     """
 
     def __init__(
@@ -87,10 +90,15 @@ class Checkpointer:
         self._failed_load: CheckpointError | None = None
         self._closed = False
         with ExitStack() as resources:
-            self._storage = open_storage(path)
-            resources.callback(self._storage.close)
+            # First, so that it starts while ranks meet; asked last.
+            self._link = WriterLink(rank=rank_in(process_group), storage_url=os.fspath(path))
+            resources.callback(self._link.close, timeout_seconds=self._config.timeout_seconds)
             self._channel = connect(process_group, timeout_seconds=self._config.timeout_seconds)
             resources.callback(self._channel.close)
+            self._storage = open_together(
+                path, self._channel, self._link, timeout_seconds=self._config.timeout_seconds
+            )
+            resources.callback(self._storage.close)
             if self._config.save_when is not None:
                 self._due = DueSaves(
                     self._channel, self._config.save_when, timeout_seconds=self._config.timeout_seconds
@@ -98,8 +106,6 @@ class Checkpointer:
             self._stopper = Stopper(self._channel, self._config)
             resources.callback(self._stopper.close)
             self._global_ranks = _global_ranks(process_group, self._channel.world_size)
-            self._link = self._start_writer()
-            resources.callback(self._link.close, timeout_seconds=self._config.timeout_seconds)
             self._resources = resources.pop_all()
 
     def save(
@@ -148,7 +154,11 @@ class Checkpointer:
         return handle
 
     def load(self, state: State, which: Which = "latest") -> LoadReport | None:
-        """Restore the state in place. Called on all ranks; blocks.
+        """Restore the state in place, and make ready to save it. Called on all ranks; blocks.
+
+        At its end, also when there was nothing to load, the memory that saves stage in is taken, and free
+        space is looked at: what no save could do without fails here and not after hours of training. Whoever
+        only reads uses `load_checkpoint`, which needs neither.
 
         Args:
             state: as for `save`; filled in place, values are put back through their objects.
@@ -162,6 +172,9 @@ class Checkpointer:
             CheckpointNotFound: there is no such checkpoint.
             StateMismatch: it does not fit the state; nothing was changed.
             CorruptCheckpoint: it is damaged, or all of them are.
+            StateError: all is loaded, but this state cannot be saved as it is; the message names the key.
+            StorageFull: all is loaded, but there is no room on storage for a checkpoint, or no memory on some
+                host to stage one; on all ranks, with what is needed and what there is.
             CheckpointError: any other failure, of any rank. After it, and after CorruptCheckpoint, `save` is
                 refused until a load has succeeded.
         """
@@ -198,6 +211,7 @@ class Checkpointer:
         if path is None and report is not None:
             resumed = os.path.basename(report.path), report.epoch, report.step
             self._on_rank_0("resumed", lambda: session.resumed_from(*resumed))
+        session.prepare(components, tag=f"{tag}/prepare")
         return report
 
     def should_save(self, step: int) -> bool:
@@ -367,20 +381,6 @@ class Checkpointer:
     def _require_open(self) -> None:
         if self._closed:
             raise ConfigError("this Checkpointer is closed")
-
-    def _start_writer(self) -> WriterLink:
-        """All ranks: start this rank's writer, or fail together."""
-        link, failures = agree(
-            self._channel,
-            "writer",
-            lambda: WriterLink(rank=self._channel.rank),
-            timeout_seconds=self._config.timeout_seconds,
-        )
-        if failures and link is not None:
-            link.close(timeout_seconds=self._config.timeout_seconds)
-        raise_first(failures)
-        assert link is not None
-        return link
 
     def _started(self) -> Session:
         """Claim the epoch on the first call; collective then."""

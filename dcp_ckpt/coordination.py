@@ -7,22 +7,18 @@ or state. Messages are JSON, never pickle.
 
 from __future__ import annotations
 
-import contextlib
 import os
-import socket
-import threading
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
-from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-import msgspec
 import torch.distributed as dist
 from torch.distributed import Store, TCPStore  # type: ignore[attr-defined]  # public, but not in its __all__
 
 from dcp_ckpt import errors
 from dcp_ckpt.errors import CheckpointError, ConfigError, CoordinationError
+from dcp_ckpt.hosts import LOOPBACK, host_identity, own_addresses, reachable_address
+from dcp_ckpt.store_channel import MISSING, StoreChannel, store_errors
 
 __all__ = [
     "MISSING",
@@ -37,16 +33,10 @@ __all__ = [
     "error_from_fields",
     "gather",
     "raise_first",
+    "rank_in",
 ]
 
 _Result = TypeVar("_Result")
-
-_FIRST_POLL_SECONDS = 0.0005
-_POLL_SECONDS = 0.02
-_POLL_SECONDS_PER_RANK = 0.0002
-
-MISSING = object()
-"""Stands for a message that did not come in time."""
 
 
 class Channel(Protocol):
@@ -77,14 +67,15 @@ class Channel(Protocol):
         ...
 
     def get_many(self, keys: Sequence[str], *, timeout_seconds: float) -> list[Any]:
-        """Wait for several messages at once.
-
-        Returns:
-            The messages in order of the keys; `MISSING` where nobody published one in time.
+        """Wait for several messages at once; `MISSING` stands where nobody published one in time.
 
         Raises:
             CoordinationError: the store is gone.
         """
+        ...
+
+    def present(self, keys: Sequence[str]) -> list[bool]:
+        """Which messages are there. Does not wait; raises as `get_many`."""
         ...
 
     def forget(self, keys: Sequence[str]) -> None:
@@ -124,6 +115,9 @@ class SoloChannel:
     def get_many(self, keys: Sequence[str], *, timeout_seconds: float) -> list[Any]:
         return [self._messages.get(key, MISSING) for key in keys]
 
+    def present(self, keys: Sequence[str]) -> list[bool]:
+        return [key in self._messages for key in keys]
+
     def forget(self, keys: Sequence[str]) -> None:
         for key in keys:
             self._messages.pop(key, None)
@@ -133,113 +127,6 @@ class SoloChannel:
 
     def close(self) -> None:
         self._messages.clear()
-
-
-class StoreChannel:
-    """The channel of a world of several ranks, over a TCPStore hosted by rank 0."""
-
-    def __init__(
-        self,
-        store: Store,
-        rank: int,
-        world_size: int,
-        *,
-        ranks_on_host: int,
-        close_seconds: float,
-        is_clone: bool = False,
-    ) -> None:
-        self._store: Store | None = store
-        self.rank = rank
-        self.world_size = world_size
-        self.ranks_on_host = ranks_on_host
-        self._close_seconds = close_seconds
-        self._is_clone = is_clone
-
-    def put(self, key: str, message: Any) -> None:
-        with _store_errors(self.rank):
-            data = msgspec.json.encode(message)
-            self._alive().set(key, data)  # type: ignore[arg-type]  # the stub leaves bytes out
-
-    def get(self, key: str, *, timeout_seconds: float) -> Any:
-        store = self._alive()
-        with _store_errors(self.rank):
-            if not _wait(store, [key], timeout_seconds, world_size=self.world_size):
-                raise TimeoutError(key)
-            return msgspec.json.decode(store.get(key))
-
-    def get_many(self, keys: Sequence[str], *, timeout_seconds: float) -> list[Any]:
-        store = self._alive()
-        with _store_errors(self.rank):
-            if _wait(store, list(keys), timeout_seconds, world_size=self.world_size):
-                return [msgspec.json.decode(data) for data in store.multi_get(list(keys))]
-            return [msgspec.json.decode(store.get(key)) if store.check([key]) else MISSING for key in keys]
-
-    def forget(self, keys: Sequence[str]) -> None:
-        with _store_errors(self.rank):
-            for key in keys:
-                self._alive().delete_key(key)
-
-    def clone(self) -> StoreChannel:
-        with _store_errors(self.rank):
-            return StoreChannel(
-                self._alive().clone(),  # type: ignore[attr-defined]  # the stub leaves it out
-                self.rank,
-                self.world_size,
-                ranks_on_host=self.ranks_on_host,
-                close_seconds=self._close_seconds,
-                is_clone=True,
-            )
-
-    def close(self) -> None:
-        if self._store is None:
-            return
-        try:
-            if not self._is_clone:
-                self.put(f"bye/{self.rank}", None)
-                deadline = time.monotonic() + self._close_seconds
-                for rank in range(1, self.world_size) if self.rank == 0 else ():
-                    self.get(f"bye/{rank}", timeout_seconds=deadline - time.monotonic())
-        except (TimeoutError, CoordinationError):
-            pass  # a peer died or is stuck; it is told by its own deadlines
-        finally:
-            self._store = None
-
-    def _alive(self) -> Store:
-        if self._store is None:
-            raise CoordinationError("the channel is closed", rank=self.rank)
-        return self._store
-
-
-def _wait(store: Store, keys: list[str], timeout_seconds: float, *, world_size: int) -> bool:
-    """Wait for all keys; False when they are not all there in time."""
-    if threading.current_thread() is not threading.main_thread():
-        try:
-            store.wait(keys, timedelta(seconds=max(timeout_seconds, 0.001)))
-        except dist.DistStoreError:
-            return False
-        return True
-    # The main thread asks again and again instead: while a blocking wait lasts, Python runs no signal handler
-    # on it, and one that is cut in slices writes warnings to stderr at the end of each.
-    deadline = time.monotonic() + timeout_seconds
-    delay = _FIRST_POLL_SECONDS
-    while not store.check(keys):
-        left = deadline - time.monotonic()
-        if left <= 0:
-            return False
-        time.sleep(min(delay, left))
-        # All ranks ask one store: the more they are, the less often.
-        delay = min(1.5 * delay, max(_POLL_SECONDS, world_size * _POLL_SECONDS_PER_RANK))
-    return True
-
-
-@contextlib.contextmanager
-def _store_errors(rank: int) -> Iterator[None]:
-    try:
-        yield
-    except dist.DistError as error:
-        raise CoordinationError(
-            f"rank {rank} lost the connection to rank 0: its process has probably ended ({error})", rank=rank
-        ) from error
 
 
 def connect(process_group: dist.ProcessGroup | None, *, timeout_seconds: float) -> Channel:
@@ -271,28 +158,36 @@ def connect(process_group: dist.ProcessGroup | None, *, timeout_seconds: float) 
     return _connect_store(process_group, rank, world_size, timeout_seconds)
 
 
+def rank_in(process_group: dist.ProcessGroup | None) -> int:
+    """This process's rank as `connect` will see it; -1 when it is no member. Asks nobody."""
+    return dist.get_rank(process_group) if dist.is_initialized() else 0
+
+
 def _connect_store(
     process_group: dist.ProcessGroup | None, rank: int, world_size: int, timeout_seconds: float
 ) -> StoreChannel:
-    hosts: list[str | None] = [None] * world_size
-    dist.all_gather_object(hosts, _host_identity(), group=process_group)
+    hosts: list[Any] = [None] * world_size
+    dist.all_gather_object(hosts, host_identity(), group=process_group)
+    on_one_host = len(set(hosts)) == 1
     timeout = timedelta(seconds=timeout_seconds)
-    address = "127.0.0.1" if len(set(hosts)) == 1 else _reachable_address()
     store: Store | None = None
-    where: list[Any] = [address, 0, None]
+    where: list[Any] = [None, 0, None]
     if rank == 0:
         try:
-            hosted = TCPStore(address, 0, None, True, timeout, wait_for_workers=False)
-            store, where[1] = hosted, hosted.port
+            # The server listens on all interfaces, whatever it is told.
+            hosted = TCPStore(LOOPBACK, 0, None, True, timeout, wait_for_workers=False)
+            store, where = hosted, [[] if on_one_host else own_addresses(), hosted.port, None]
         except dist.DistError as error:
             where[2] = str(error)
     source = 0 if process_group is None else dist.get_global_rank(process_group, 0)
     dist.broadcast_object_list(where, src=source, group=process_group)
-    if where[2] is not None:
-        raise CoordinationError(f"rank 0 cannot host a store at {where[0]}: {where[2]}", rank=0)
+    addresses, port, problem = where
+    if problem is not None:
+        raise CoordinationError(f"rank 0 cannot host a store: {problem}", rank=0)
+    address = LOOPBACK if on_one_host else _reached(process_group, rank, addresses, port)
     if store is None:
-        with _store_errors(rank):
-            store = TCPStore(where[0], where[1], None, False, timeout, wait_for_workers=False)
+        with store_errors(rank):
+            store = TCPStore(address, port, None, False, timeout, wait_for_workers=False)
     return StoreChannel(
         store,
         rank,
@@ -302,24 +197,20 @@ def _connect_store(
     )
 
 
-def _host_identity() -> str:
-    """Equal for two processes exactly when they reach each other over loopback; host names are not unique."""
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        namespace = os.readlink("/proc/self/ns/net")
-    except OSError:
-        return socket.gethostname()
-    return f"{boot} {namespace}"
-
-
-def _reachable_address() -> str:
-    """The address by which other hosts reach this one: that of its default route, else its name."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        try:
-            probe.connect(("192.0.2.1", 9))  # TEST-NET-1: chooses a route, sends nothing
-            return str(probe.getsockname()[0])
-        except OSError:
-            return socket.getfqdn()
+def _reached(process_group: dist.ProcessGroup | None, rank: int, addresses: list[str], port: int) -> str:
+    """The address at which this rank reaches rank 0; raises on all ranks when one does not."""
+    found = LOOPBACK if rank == 0 else reachable_address(addresses, port)
+    answers: list[Any] = [None] * dist.get_world_size(process_group)
+    dist.all_gather_object(answers, found, group=process_group)
+    cut_off = [number for number, answer in enumerate(answers) if answer is None]
+    if cut_off:
+        raise CoordinationError(
+            f"rank(s) {', '.join(map(str, cut_off))} cannot reach rank 0 at port {port} of its addresses "
+            f"({', '.join(addresses) or 'none but loopback'}); let the nodes connect on all TCP ports",
+            rank=cut_off[0],
+            phase="open",
+        )
+    return str(found)
 
 
 def broadcast(

@@ -38,6 +38,7 @@ from dcp_ckpt.save.dcp_items import tensor_items
 from dcp_ckpt.save.dcp_write import Assignment, RankReport, write_items
 from dcp_ckpt.storage import open_storage
 from dcp_ckpt.storage.base import Storage
+from dcp_ckpt.storage.paths import named_by_user
 
 __all__ = ["Reader", "Writer"]
 
@@ -310,7 +311,7 @@ def _absolute(path: str | os.PathLike[str]) -> str:
     text = os.fspath(path)
     if not text:
         raise ConfigError("an empty path names no checkpoint")
-    return text.rstrip("/") if _URL.match(text) else os.path.abspath(text)
+    return text.rstrip("/") if _URL.match(text) else named_by_user(os.path.abspath(text))
 
 
 def _split(path: str) -> tuple[str, str]:

@@ -252,7 +252,10 @@ def _finite(value: Any) -> float | None:
     """The value of a metric as a number that can be compared, or None."""
     if not isinstance(value, Real) or isinstance(value, bool):
         return None
-    number = float(value)
+    try:
+        number = float(value)
+    except OverflowError:
+        return None
     return number if math.isfinite(number) else None
 
 

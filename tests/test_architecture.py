@@ -20,13 +20,16 @@ PROGRAMS = ("launch", "benchmarks")
 
 # Lowest first: (units, why none of them may import a unit beside or above it).
 LAYERS: tuple[tuple[tuple[str, ...], str], ...] = (
-    (("closing", "errors"), "everything closes and raises, so these stand on nothing"),
+    (
+        ("bounded_calls", "closing", "errors", "hosts"),
+        "everything closes and raises, so these stand on nothing",
+    ),
     (("policies",), "policies are pure rules over numbers"),
     (("config",), "settings are plain values, read by programs that never save or load"),
     (("format",), "the format is a pure function of bytes: a checkpoint can be read with it alone"),
     (
-        ("storage", "observe"),
-        "a storage knows keys and bytes, a sink knows events; neither knows checkpoints",
+        ("storage", "store_channel", "observe"),
+        "a storage knows keys and bytes, a channel messages, a sink events; none knows checkpoints",
     ),
     (
         ("state", "coordination", "lifecycle", "writer"),
@@ -49,6 +52,7 @@ FRIENDS = {("__main__", "cli")}
 
 TORCH_UNITS = {
     "state", "save", "load", "checkpointer", "runs", "coordination", "dcp", "testing", "launch", "benchmarks",
+    "store_channel",
 }  # fmt: skip
 # They import it when they first read a tensor, so that the command line starts without it.
 LAZY_TORCH_UNITS = {"ops"}

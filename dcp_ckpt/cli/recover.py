@@ -21,8 +21,15 @@ __all__ = ["recover_command"]
 @click.command(name="recover")
 @click.argument("run")
 @click.option("--force", is_flag=True, help="Go on although a live owner holds the run; it is fenced then.")
+@click.option(
+    "--wait-seconds",
+    type=click.FloatRange(min=0),
+    default=CheckpointConfig.recover_wait_seconds,
+    show_default=True,
+    help="For writers that still work, before a live owner is taken for one.",
+)
 @checkpoint_command
-def recover_command(run: str, force: bool, as_json: bool) -> None:
+def recover_command(run: str, force: bool, wait_seconds: float, as_json: bool) -> None:
     """Complete and clean up RUN after a crash; a start does the same by itself.
 
     Commits attempts that all ranks finished and removes those that never can be a checkpoint. Waits for
@@ -32,7 +39,6 @@ def recover_command(run: str, force: bool, as_json: bool) -> None:
         # Recovering claims an epoch: a mistyped path must not become a run by that.
         if read_run(storage) is None and not step_directories(storage):
             raise CheckpointNotFound("not a run: neither a run.json nor a step directory", path=run)
-        wait_seconds = CheckpointConfig().recover_wait_seconds
         report = recover_run(storage, force=force, wait_seconds=wait_seconds)
     if as_json:
         print_json(asdict(report))

@@ -61,9 +61,9 @@ class Placement:
 
     @classmethod
     def parse(cls, text: str) -> Placement:
-        match = re.fullmatch(r"R|S(\d+)(?:/(\d+))?", text)
+        match = re.fullmatch(r"R|S([0-9]{1,9})(?:/([1-9][0-9]{0,17}))?", text)
         if not match:
-            raise ConfigError(f"unknown placement {text!r}")
+            raise ConfigError(f"unknown placement {text!r:.80}")
         return cls() if text == "R" else cls(int(match[1]), int(match[2] or 1))
 
 

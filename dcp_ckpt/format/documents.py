@@ -6,14 +6,19 @@ errors. Knows no storage; callers pass the path only for the message.
 
 from __future__ import annotations
 
+import json
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import msgspec
 
 from dcp_ckpt.errors import CorruptCheckpoint, FormatTooNew
+from dcp_ckpt.format.fields import Version
 
-__all__ = ["FORMAT_VERSION", "decode_document", "encode_json"]
+__all__ = ["FORMAT_VERSION", "decode_document", "decoding", "encode_json"]
 
 FORMAT_VERSION = 1
 
@@ -23,12 +28,21 @@ _Document = TypeVar("_Document")
 @dataclass(frozen=True, kw_only=True)
 class _Header:
     format: str
-    format_version: int
+    format_version: Version
 
 
 def encode_json(document: Any) -> bytes:
     """Canonical JSON: sorted keys, no white space, UTF-8. Equal documents give equal bytes."""
     return msgspec.json.encode(document, order="sorted")
+
+
+@contextmanager
+def decoding(format: str, *, path: str) -> Iterator[None]:
+    """Raise what damaged or hostile JSON makes a decoder raise as `CorruptCheckpoint`."""
+    try:
+        yield
+    except (ValueError, ArithmeticError, RecursionError) as error:  # those of msgspec are ValueErrors
+        raise CorruptCheckpoint(f"not a valid {format} document: {error}", phase="read", path=path) from error
 
 
 def decode_document(data: bytes, kind: type[_Document], *, format: str, path: str) -> _Document:
@@ -41,20 +55,42 @@ def decode_document(data: bytes, kind: type[_Document], *, format: str, path: st
         path: named in the error.
 
     Raises:
-        CorruptCheckpoint: not JSON, another kind of document, a field missing or mistyped.
+        CorruptCheckpoint: not JSON, another kind of document, a field missing, mistyped, out of its limits or
+            stated twice; the message names the field.
         FormatTooNew: written by a newer version of the format.
     """
-    try:
+    with decoding(format, path=path):
         header = msgspec.json.decode(data, type=_Header)
-        if header.format != format:
-            raise CorruptCheckpoint(f"not a {format} document but {header.format!r}", phase="read", path=path)
-        if header.format_version > FORMAT_VERSION:
-            raise FormatTooNew(
-                f"{format} has format version {header.format_version}, "
-                f"this dcp_ckpt reads up to {FORMAT_VERSION}: upgrade dcp_ckpt to read it",
-                phase="read",
-                path=path,
-            )
-        return msgspec.json.decode(data, type=kind)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise CorruptCheckpoint(f"not a valid {format} document: {error}", phase="read", path=path) from error
+    if header.format != format:
+        raise CorruptCheckpoint(f"not a {format} document but {header.format!r:.80}", phase="read", path=path)
+    if header.format_version > FORMAT_VERSION:
+        raise FormatTooNew(
+            f"{format} has format version {_shown(header.format_version)}, "
+            f"this dcp_ckpt reads up to {FORMAT_VERSION}: upgrade dcp_ckpt to read it",
+            phase="read",
+            path=path,
+        )
+    with decoding(format, path=path):
+        document = msgspec.json.decode(data, type=kind)
+        if encode_json(document) != data:
+            # The same bytes again mean that nothing was stated twice; that is quick, and all that we write.
+            _check_slowly(data)
+    return document
+
+
+def _check_slowly(data: bytes) -> None:
+    """Find what decoding into a type skips over: damage in unknown fields, and names that come twice."""
+    msgspec.json.decode(data)
+    json.loads(data, object_pairs_hook=_without_repetition)
+
+
+def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        counts = Counter(name for name, _ in pairs)
+        raise ValueError(f"the field {counts.most_common(1)[0][0]!r:.80} is there twice")
+    return found
+
+
+def _shown(version: int) -> str:
+    return str(version) if version < 1 << 64 else "far above"

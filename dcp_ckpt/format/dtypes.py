@@ -1,12 +1,22 @@
-"""The dtypes that the format knows: their names, item sizes and how torch.save spells them."""
+"""The dtypes that the format knows: their names, item sizes and how torch.save spells them.
+
+And the sizes that a tensor of them can have at all.
+"""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dcp_ckpt.errors import StateError
 
-__all__ = ["DTYPES", "DtypeInfo", "dtype_info"]
+__all__ = ["DTYPES", "MOST_DIMENSIONS", "DtypeInfo", "dtype_info", "shape_problem"]
+
+MOST_DIMENSIONS = 64
+"""What most of torch's own operations bear."""
+
+_MOST_BYTES = 2**63 - 1
 
 
 @dataclass(frozen=True)
@@ -58,3 +68,19 @@ def dtype_info(name: str) -> DtypeInfo:
         raise StateError(
             f"dtype {name} cannot be stored; the format knows {', '.join(sorted(DTYPES))}"
         ) from None
+
+
+def shape_problem(dtype: str, shape: Sequence[int]) -> str | None:
+    """Why there can be no such tensor, or None.
+
+    Args:
+        shape: no negative numbers.
+    """
+    if dtype not in DTYPES:
+        return f"dtype {dtype!r:.80} is not one that this version knows"
+    if len(shape) > MOST_DIMENSIONS:
+        return f"{len(shape)} dimensions"
+    # Strides are those of the tensor without its empty dimensions, and have to be numbers as well.
+    if math.prod(size or 1 for size in shape) * DTYPES[dtype].item_bytes > _MOST_BYTES:
+        return f"a tensor of {dtype} of shape {list(shape)} has more bytes than can be counted"
+    return None

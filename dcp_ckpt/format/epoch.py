@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from dcp_ckpt.errors import LoadError
 from dcp_ckpt.format.documents import FORMAT_VERSION, decode_document, encode_json
+from dcp_ckpt.format.fields import Count, Identity, Version
 
 __all__ = [
     "EPOCH_FORMAT",
@@ -34,38 +35,38 @@ TOMBSTONE_MOST_BYTES = 256
 class EpochClaim:
     """One start of the run; `epoch_id` is random, so a number that came twice is noticed."""
 
-    run_id: str
-    epoch: int
-    epoch_id: str
-    world_size: int
+    run_id: Identity
+    epoch: Count
+    epoch_id: Identity
+    world_size: Count
     host: str
-    pid: int
+    pid: Count
     created_at: str
     purpose: str
     format: str = EPOCH_FORMAT
-    format_version: int = FORMAT_VERSION
+    format_version: Version = FORMAT_VERSION
 
 
 @dataclass(frozen=True, kw_only=True)
 class Resumed:
     """From which checkpoint an epoch went on."""
 
-    epoch: int
-    directory: str
-    resumed_epoch: int
-    step: int
+    epoch: Count
+    directory: Identity
+    resumed_epoch: Count
+    step: Count
     format: str = RESUMED_FORMAT
-    format_version: int = FORMAT_VERSION
+    format_version: Version = FORMAT_VERSION
 
 
 @dataclass(frozen=True, kw_only=True)
 class Tombstone:
     """Closes the name `manifest.json` on an object store before data is deleted."""
 
-    by_epoch: int
-    attempt: str
+    by_epoch: Count
+    attempt: Identity
     format: str = TOMBSTONE_FORMAT
-    format_version: int = FORMAT_VERSION
+    format_version: Version = FORMAT_VERSION
 
 
 def encode_epoch(document: EpochClaim | Resumed | Tombstone) -> bytes:

@@ -7,8 +7,10 @@ from typing import Any
 
 from dcp_ckpt.errors import CorruptCheckpoint
 from dcp_ckpt.format.boxes import Box
+from dcp_ckpt.format.consistency import tables_problem
 from dcp_ckpt.format.digests import DIGEST_DIGITS, block_count, digest
 from dcp_ckpt.format.documents import FORMAT_VERSION, decode_document, encode_json
+from dcp_ckpt.format.fields import Count, Digest, Digests, Dims, Identity, RankRuns, Version
 from dcp_ckpt.format.names import AttemptId
 
 __all__ = [
@@ -31,8 +33,8 @@ FRAGMENT_FORMAT = "dcp_ckpt.fragment"
 class FileEntry:
     """One data file: its size and the digests of its 1 MiB blocks, concatenated."""
 
-    size_bytes: int
-    block_digests: str
+    size_bytes: Count
+    block_digests: Digests
 
     def block_digest(self, block: int) -> str:
         return self.block_digests[block * DIGEST_DIGITS : (block + 1) * DIGEST_DIGITS]
@@ -42,8 +44,8 @@ class FileEntry:
 class MeshEntry:
     """A device mesh; `ranks` is its row-major rank list as runs `[first, count]`."""
 
-    shape: list[int]
-    ranks: list[list[int]]
+    shape: Dims
+    ranks: RankRuns
     dim_names: list[str]
 
 
@@ -53,10 +55,10 @@ class TensorEntry:
 
     path: list[str]
     dtype: str
-    shape: list[int]
-    mesh: int | None
+    shape: Dims
+    mesh: Count | None
     placements: list[str]
-    owners: list[list[int]]
+    owners: RankRuns
 
     @property
     def name(self) -> str:
@@ -68,12 +70,12 @@ class ChunkEntry:
     """One stored box of a tensor; byte offsets count from the start of data file `file`."""
 
     tensor: str
-    offsets: list[int]
-    sizes: list[int]
-    file: int
-    payload_offset: int
-    container_offset: int
-    container_bytes: int
+    offsets: Dims
+    sizes: Dims
+    file: Count
+    payload_offset: Count
+    container_offset: Count
+    container_bytes: Count
 
     @property
     def box(self) -> Box:
@@ -86,35 +88,35 @@ class ValueEntry:
 
     path: list[str]
     value: Any
-    container_offset: int | None = None
-    container_bytes: int | None = None
+    container_offset: Count | None = None
+    container_bytes: Count | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Fragment:
     """Everything that one rank contributes to one attempt."""
 
-    run_id: str
-    epoch: int
-    epoch_id: str
-    attempt: str
-    step: int
-    rank: int
-    world_size: int
+    run_id: Identity
+    epoch: Count
+    epoch_id: Identity
+    attempt: Identity
+    step: Count
+    rank: Count
+    world_size: Count
     files: list[FileEntry]
     meshes: list[MeshEntry]
     tensors: list[TensorEntry]
     chunks: list[ChunkEntry]
-    layout: str
+    layout: Digest
     values: dict[str, ValueEntry]
     per_rank: dict[str, ValueEntry]
-    replicated: str
+    replicated: Digest
     created_at: str | None = None
     metrics: dict[str, Any] = field(default_factory=dict)
     tags: list[str] = field(default_factory=list)
     byte_order: str = "little"
     format: str = FRAGMENT_FORMAT
-    format_version: int = FORMAT_VERSION
+    format_version: Version = FORMAT_VERSION
 
     @property
     def attempt_id(self) -> AttemptId:
@@ -148,19 +150,14 @@ def decode_fragment(data: bytes, *, path: str) -> Fragment:
 
 def _problem(fragment: Fragment) -> str | None:
     if AttemptId.parse(fragment.attempt) is None:
-        return f"{fragment.attempt!r} is not an attempt id"
+        return f"attempt: {fragment.attempt!r} is not an attempt id"
     if fragment.byte_order != "little":
-        return f"byte order {fragment.byte_order!r}"
-    if not 0 <= fragment.rank < fragment.world_size:
-        return f"rank {fragment.rank} of {fragment.world_size}"
+        return f"byte_order: {fragment.byte_order!r:.80} instead of 'little'"
+    if fragment.rank >= fragment.world_size:
+        return f"rank: {fragment.rank} of {fragment.world_size}"
     for index, file in enumerate(fragment.files):
         if len(file.block_digests) != DIGEST_DIGITS * block_count(file.size_bytes):
-            return f"file {index} has {file.size_bytes} bytes but not the digests for them"
-    for chunk in fragment.chunks:
-        if not 0 <= chunk.file < len(fragment.files) and chunk.box.num_elements:
-            return f"chunk of {chunk.tensor} is in file {chunk.file}"
-        if min((*chunk.offsets, *chunk.sizes, chunk.payload_offset), default=0) < 0:
-            return f"chunk of {chunk.tensor} has negative numbers"
+            return f"files[{index}].block_digests: not the digests of {file.size_bytes} bytes"
     if fragment.layout != layout_digest(fragment.meshes, fragment.tensors, fragment.chunks):
-        return "its layout digest differs from its tables"
-    return None
+        return "layout: its layout digest differs from its tables"
+    return tables_problem(fragment)

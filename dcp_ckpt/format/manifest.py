@@ -10,10 +10,12 @@ import msgspec
 
 from dcp_ckpt.errors import CorruptCheckpoint
 from dcp_ckpt.format.boxes import compress_ranks
+from dcp_ckpt.format.consistency import ranks_problem
 from dcp_ckpt.format.digests import digest
-from dcp_ckpt.format.documents import FORMAT_VERSION, decode_document, encode_json
-from dcp_ckpt.format.fragment import Fragment
-from dcp_ckpt.format.names import AttemptId
+from dcp_ckpt.format.documents import FORMAT_VERSION, decode_document, decoding, encode_json
+from dcp_ckpt.format.fields import Count, Digest, Identity, RankRuns, Version
+from dcp_ckpt.format.fragment import Fragment, decode_fragment
+from dcp_ckpt.format.names import MANIFEST, AttemptId
 
 __all__ = [
     "MANIFEST_FORMAT",
@@ -21,6 +23,7 @@ __all__ = [
     "FragmentSummary",
     "Manifest",
     "build_manifest",
+    "decode_listed_fragment",
     "decode_manifest",
     "encode_manifest",
     "summarize",
@@ -33,9 +36,9 @@ MANIFEST_FORMAT = "dcp_ckpt.manifest"
 class FragmentRef:
     """Size and digest of one rank's fragment, and the sizes of its data files."""
 
-    size_bytes: int
-    digest: str
-    file_bytes: list[int]
+    size_bytes: Count
+    digest: Digest
+    file_bytes: list[Count]
 
     @classmethod
     def of(cls, fragment: Fragment, data: bytes) -> FragmentRef:
@@ -48,16 +51,16 @@ class FragmentRef:
 class FragmentSummary:
     """What a commit needs to know of one fragment; small enough to send to the coordinator."""
 
-    run_id: str
-    epoch: int
-    epoch_id: str
-    attempt: str
-    step: int
-    rank: int
-    world_size: int
+    run_id: Identity
+    epoch: Count
+    epoch_id: Identity
+    attempt: Identity
+    step: Count
+    rank: Count
+    world_size: Count
     ref: FragmentRef
-    layout: str
-    replicated: str
+    layout: Digest
+    replicated: Digest
     created_at: str | None
     metrics: dict[str, Any]
     tags: list[str]
@@ -91,20 +94,25 @@ class FragmentSummary:
 class Manifest:
     """The commit point of one checkpoint."""
 
-    run_id: str
-    epoch: int
-    epoch_id: str
-    attempt: str
-    step: int
-    world_size: int
+    run_id: Identity
+    epoch: Count
+    epoch_id: Identity
+    attempt: Identity
+    step: Count
+    world_size: Count
     created_at: str
     metrics: dict[str, Any]
     tags: list[str]
     fragments: list[FragmentRef]
-    index: list[list[int]]
+    index: RankRuns
     digest: str
     format: str = MANIFEST_FORMAT
-    format_version: int = FORMAT_VERSION
+    format_version: Version = FORMAT_VERSION
+
+    @property
+    def identity(self) -> tuple[str, int, str, str, int, int]:
+        """What all fragments of the attempt have in common; see `FragmentSummary.identity`."""
+        return self.run_id, self.epoch, self.epoch_id, self.attempt, self.step, self.world_size
 
     @property
     def order(self) -> tuple[int, int]:
@@ -176,24 +184,50 @@ def decode_manifest(data: bytes, *, path: str) -> Manifest:
     manifest = decode_document(data, Manifest, format=MANIFEST_FORMAT, path=path)
     attempt = AttemptId.parse(manifest.attempt)
     if attempt is None:
-        problem = f"{manifest.attempt!r} is not an attempt id"
+        problem = f"attempt: {manifest.attempt!r} is not an attempt id"
     elif attempt.epoch != manifest.epoch:
-        problem = f"attempt {manifest.attempt} is not of epoch {manifest.epoch}"
+        problem = f"epoch: attempt {manifest.attempt} is not of epoch {manifest.epoch}"
     elif manifest.world_size != len(manifest.fragments) or not manifest.fragments:
-        problem = f"{len(manifest.fragments)} fragments for a world of {manifest.world_size}"
-    elif _document_digest(data) != manifest.digest:
-        problem = "its own digest does not match: it was changed after it was written"
+        problem = f"fragments: {len(manifest.fragments)} fragments for a world of {manifest.world_size}"
+    elif repeated := ranks_problem(manifest.index, manifest.world_size):
+        problem = f"index: {repeated}"
+    elif _document_digest(data, path=path) != manifest.digest:
+        problem = "digest: its own digest does not match: it was changed after it was written"
     else:
         return manifest
     raise CorruptCheckpoint(f"manifest is damaged: {problem}", phase="read", path=path)
 
 
+def decode_listed_fragment(data: bytes, manifest: Manifest, rank: int, *, path: str) -> Fragment:
+    """Decode one rank's fragment after checking its bytes against the manifest: the chain of trust.
+
+    Raises:
+        CorruptCheckpoint: its size or digest differs from the manifest's, or it is another rank's or
+            attempt's.
+        FormatTooNew: it was written by a newer version.
+    """
+    ref = manifest.fragments[rank]
+    problem = None
+    if len(data) != ref.size_bytes:
+        problem = f"has {len(data)} bytes where the manifest says {ref.size_bytes}"
+    elif digest(data) != ref.digest:
+        problem = "differs from its digest in the manifest"
+    if problem is None:
+        fragment = decode_fragment(data, path=path)
+        listed = FragmentSummary.of(fragment, ref).identity, [file.size_bytes for file in fragment.files]
+        if fragment.rank == rank and listed == (manifest.identity, ref.file_bytes):
+            return fragment
+        problem = "is that of another rank or attempt"
+    raise CorruptCheckpoint(f"the fragment {problem}", rank=rank, phase="read", path=path)
+
+
 def _own_digest(manifest: Manifest) -> str:
-    return _document_digest(encode_json(manifest))
+    return _document_digest(encode_json(manifest), path=MANIFEST)
 
 
-def _document_digest(data: bytes) -> str:
+def _document_digest(data: bytes, *, path: str) -> str:
     """Digest of all fields but `digest`, including fields that this version does not know."""
-    fields = msgspec.json.decode(data, type=dict[str, Any])
-    fields.pop("digest", None)
-    return digest(encode_json(fields))
+    with decoding(MANIFEST_FORMAT, path=path):
+        fields = msgspec.json.decode(data, type=dict[str, Any])
+        fields.pop("digest", None)
+        return digest(encode_json(fields))

@@ -2,7 +2,7 @@
 
 The only place where names are made or taken apart (docs/format.md, section 2). Parsing is
 whole-match and accepts exactly what formatting produces, so `step-1` is never `step-10`
-and a hostile name never becomes a path.
+and a hostile name never becomes a path. Numbers have at most 18 digits: all of them fit into 64 bits.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ EPOCHS = "epochs"
 MARKS = "marks"
 TRASH = "trash"
 
-_STEP = re.compile(r"step-([0-9]{8,})(?:\.e([1-9][0-9]*))?")
-_ATTEMPT = re.compile(r"e([0-9]{4,})-s([0-9]{6,})")
-_FRAGMENT = re.compile(r"rank-([0-9]{5,})\.(e[0-9]{4,}-s[0-9]{6,})\.json")
-_DATA = re.compile(r"__([0-9]+)_([0-9]+)\.(e[0-9]{4,}-s[0-9]{6,})\.distcp")
-_EPOCH = re.compile(r"([0-9]{8,})\.json")
-_LEASE = re.compile(r"([0-9]{8,})\.lease")
-_RUN = re.compile(r"run-([0-9]{3,})")
+_STEP = re.compile(r"step-([0-9]{8,18})(?:\.e([1-9][0-9]{0,17}))?")
+_ATTEMPT = re.compile(r"e([0-9]{4,18})-s([0-9]{6,18})")
+_FRAGMENT = re.compile(r"rank-([0-9]{5,18})\.(e[0-9]{4,18}-s[0-9]{6,18})\.json")
+_DATA = re.compile(r"__([0-9]{1,18})_([0-9]{1,18})\.(e[0-9]{4,18}-s[0-9]{6,18})\.distcp")
+_EPOCH = re.compile(r"([0-9]{8,18})\.json")
+_LEASE = re.compile(r"([0-9]{8,18})\.lease")
+_RUN = re.compile(r"run-([0-9]{3,18})")
 
 
 @dataclass(frozen=True, order=True)

@@ -1,13 +1,15 @@
 """Pickles of others, read without executing anything: only stand-ins of our own are ever made or called.
 
-Owns the unpickler and what a stand-in is. Must not know what is pickled; callers bring the table of what each
-global name stands for. Used for `.metadata` files and `torch.save` containers of stock DCP checkpoints.
+Owns the unpickler, what a stand-in is, and that a few bytes cannot ask for much memory. Must not know what is
+pickled; callers bring the table of what each global name stands for. Used for `.metadata` files and
+`torch.save` containers of stock DCP checkpoints.
 """
 
 from __future__ import annotations
 
 import io
 import pickle
+import pickletools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -31,6 +33,19 @@ _DAMAGE = (
     TypeError,
     ValueError,
 )
+
+_PUTS = {ord(code) for code in "pqr"}
+_LENGTH_BYTES = {
+    pickletools.TAKEN_FROM_ARGUMENT1: 1,
+    pickletools.TAKEN_FROM_ARGUMENT4: 4,
+    pickletools.TAKEN_FROM_ARGUMENT4U: 4,
+    pickletools.TAKEN_FROM_ARGUMENT8U: 8,
+}
+# How many bytes follow each opcode; a negative number says how that is found out.
+_ARGUMENT_BYTES = {
+    ord(opcode.code): 0 if opcode.arg is None else opcode.arg.n for opcode in pickletools.opcodes
+}
+_NUM_LINES = {ord(code): 2 for code in "ci"}
 
 
 class ForbiddenGlobal(LoadError):
@@ -104,12 +119,43 @@ def read_pickle(
 
     Raises:
         ForbiddenGlobal: another name, or an unexpected persistent id.
-        CorruptCheckpoint: not a valid pickle.
+        CorruptCheckpoint: not a valid pickle, or one that asks for more memory than it has bytes.
     """
     try:
+        _refuse_claims(data)
         return _Unpickler(data, stand_ins, resolve_reference).load()
     except LoadError as error:
         error.path = path
         raise
     except (*_DAMAGE, RecursionError) as error:
         raise CorruptCheckpoint(f"not a valid pickle: {error}", phase="read", path=path) from error
+
+
+def _refuse_claims(data: bytes) -> None:
+    """Refuse a memo or a string that is larger than the whole pickle.
+
+    The unpickler makes room for what it is told before it looks whether it comes: ten bytes can claim 64 GiB.
+    """
+    position = 0
+    while position < len(data):
+        code = data[position]
+        kind = _ARGUMENT_BYTES.get(code)
+        position += 1
+        if kind is None or code == pickle.STOP[0]:
+            return  # the unpickler says what it thinks of the rest
+        start = position
+        if kind >= 0:
+            position += kind
+        elif kind in _LENGTH_BYTES:
+            width = _LENGTH_BYTES[kind]
+            position += width + int.from_bytes(data[position : position + width], "little")
+        else:
+            for _ in range(_NUM_LINES.get(code, 1)):
+                position = data.find(b"\n", position) + 1 or len(data)
+        if position > len(data):
+            raise EOFError(f"it ends inside of an argument at byte {start}")
+        if code in _PUTS:
+            argument = data[start:position]
+            number = int(argument) if kind < 0 else int.from_bytes(argument, "little")
+            if number > len(data):
+                raise ValueError(f"it keeps a place for {number} objects")

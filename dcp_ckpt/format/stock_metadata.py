@@ -14,7 +14,7 @@ from typing import Any
 
 from dcp_ckpt.errors import CorruptCheckpoint, LoadError
 from dcp_ckpt.format.boxes import Box
-from dcp_ckpt.format.dtypes import DTYPES
+from dcp_ckpt.format.dtypes import DTYPES, shape_problem
 from dcp_ckpt.format.restricted_pickle import ForbiddenGlobal, Record, StandIns, read_pickle
 
 __all__ = [
@@ -162,8 +162,7 @@ def _read(root: Any) -> StockMetadata:
     tensors: dict[str, StockTensor] = {}
     values: dict[str, StockPlace] = {}
     for name, entry in described.items():
-        if not isinstance(name, str):
-            raise _damaged(f"the name {name!r} is no string")
+        _text(name, "a name")
         if isinstance(entry, _TensorMetadata):
             tensors[name] = _tensor(name, entry, places)
         elif isinstance(entry, _BytesMetadata):
@@ -186,11 +185,10 @@ def _places(stored: dict[Any, Any]) -> dict[tuple[str, tuple[int, ...] | None], 
         if not isinstance(index, _Index) or not isinstance(info, _Place):
             raise _damaged("storage_data does not map indices to places")
         name, offset = index.field("fqn"), index.field("offset")
-        if not isinstance(name, str):
-            raise _damaged("an index has no name")
-        if info.field("transform_descriptors"):
+        _text(name, "the name of an index")
+        if extensions := info.field("transform_descriptors"):
             raise LoadError(
-                f"{name} was written through the extension(s) {info.field('transform_descriptors')}, "
+                f"{name} was written through the extension(s) {_listed(extensions)}, "
                 "which cannot be read here",
                 phase="read",
             )
@@ -210,6 +208,8 @@ def _tensor(name: str, entry: _TensorMetadata, places: Mapping[Any, StockPlace])
     if not isinstance(dtype, str) or dtype not in DTYPES:
         raise _damaged(f"{name} has no dtype")
     shape = _counts(name, entry.field("size"))
+    if problem := shape_problem(dtype, shape):
+        raise _damaged(f"{name}: {problem}")
     listed = entry.field("chunks")
     if not isinstance(listed, list):
         raise _damaged(f"{name} has no list of chunks")
@@ -237,18 +237,40 @@ def _path(name: str, planned: Any) -> FlatPath:
     """The path in the nested state; the name alone for a state that was not flattened, or by another rule."""
     if isinstance(planned, (tuple, list)) and all(type(part) in (str, int) for part in planned):
         path = tuple(planned)
-        if ".".join(map(str, path)) == name:
+        if all(type(part) is str or _is_number(part) for part in path) and ".".join(map(str, path)) == name:
             return path
     return (name,)
 
 
 def _file_name(name: str, relative: Any) -> str:
     """A file below the checkpoint's directory, and nowhere else."""
-    if not isinstance(relative, str) or not relative or "\0" in relative or "\\" in relative:
+    file = _text(relative, f"the file of {name}")
+    if not file or "\0" in file or "\\" in file:
         raise _damaged(f"{name} is stored in no file")
-    if any(part in ("", ".", "..") for part in relative.split("/")):
-        raise _damaged(f"{name} is stored in {relative!r}, which is outside of the checkpoint")
-    return relative
+    if any(part in ("", ".", "..") for part in file.split("/")):
+        raise _damaged(f"{name} is stored in {file!r:.80}, which is outside of the checkpoint")
+    return file
+
+
+def _text(value: Any, what: str) -> str:
+    """A string that can be shown, sent and used in a path; a pickle may hold others."""
+    if not isinstance(value, str):
+        raise _damaged(f"{what} is no string")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise _damaged(f"{what} is no text") from error
+    return value
+
+
+def _listed(names: Any) -> str:
+    """A list of names for a message; what else a pickle may hold there can be endless to show."""
+    known = isinstance(names, (list, tuple)) and all(type(name) is str for name in names)
+    return ", ".join(names) if known else f"of type {type(names).__name__}"
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 1 << 63
 
 
 def _mapping(value: Any, what: str) -> dict[Any, Any]:
@@ -258,15 +280,22 @@ def _mapping(value: Any, what: str) -> dict[Any, Any]:
 
 
 def _count(name: str, value: Any) -> int:
-    if type(value) is not int or value < 0:
-        raise _damaged(f"{name}: {value!r} is no size or offset")
-    return value
+    if not _is_number(value):
+        raise _damaged(f"{name}: {_shown(value)} is no size or offset")
+    number: int = value
+    return number
 
 
 def _counts(name: str, value: Any) -> tuple[int, ...]:
     if not isinstance(value, (tuple, list)):
-        raise _damaged(f"{name}: {value!r} is no list of sizes or offsets")
+        raise _damaged(f"{name}: {_shown(value)} is no list of sizes or offsets")
     return tuple(_count(name, item) for item in value)
+
+
+def _shown(value: Any) -> str:
+    """For a message: what a pickle holds can be endless to show."""
+    is_short = type(value) is str or (type(value) is int and abs(value) < 1 << 64)
+    return f"{value!r:.80}" if is_short else f"a {type(value).__name__}"
 
 
 def _damaged(problem: str) -> CorruptCheckpoint:

@@ -10,12 +10,11 @@ from __future__ import annotations
 
 import struct
 from collections import OrderedDict
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from dcp_ckpt.errors import CorruptCheckpoint, LoadError
-from dcp_ckpt.format.dtypes import DTYPES
+from dcp_ckpt.format.dtypes import DTYPES, MOST_DIMENSIONS
 from dcp_ckpt.format.restricted_pickle import ForbiddenGlobal, Record, StandIns, read_pickle
 
 __all__ = ["ContainerWindows", "MoreBytesNeeded", "TensorPlace", "locate_tensor", "read_value_pickle"]
@@ -291,7 +290,8 @@ def _tensor_of(
     token, key, _ = args[0].args
     dtype = args[6] if is_typed else token
     numbers = args[1], args[2], args[3]
-    if dtype not in DTYPES or not _are_counts((args[1],)) or not all(map(_are_counts, numbers[1:])):
+    is_described = isinstance(dtype, str) and dtype in DTYPES and _are_counts((args[1],))
+    if not is_described or not all(map(_are_counts, numbers[1:])):
         raise windows.damaged("its tensor has no dtype, sizes or strides")
     if len(numbers[1]) != len(numbers[2]):
         raise windows.damaged("its tensor has not as many strides as sizes")
@@ -300,7 +300,11 @@ def _tensor_of(
 
 
 def _are_counts(numbers: Any) -> bool:
-    return isinstance(numbers, Sequence) and all(type(number) is int and number >= 0 for number in numbers)
+    return (
+        isinstance(numbers, (tuple, list))
+        and len(numbers) <= MOST_DIMENSIONS
+        and all(type(number) is int and 0 <= number < 1 << 63 for number in numbers)
+    )
 
 
 def _storage(reference: Any) -> _Storage:

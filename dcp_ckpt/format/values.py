@@ -7,7 +7,7 @@ import math
 import sys
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 from dcp_ckpt.errors import CorruptCheckpoint, StateError
 from dcp_ckpt.format.documents import encode_json
@@ -16,6 +16,8 @@ __all__ = ["MAX_DEPTH", "TensorRef", "decode_value", "encode_value"]
 
 MAX_DEPTH = 200
 _SAFE_INT = 1 << 53
+
+_Kind = TypeVar("_Kind")
 
 
 class TensorRef:
@@ -62,7 +64,13 @@ def _encode(value: Any, path: str, depth: int) -> Any:
 
 
 def _encode_int(value: int, path: str, depth: int) -> Any:
-    return value if -_SAFE_INT <= value <= _SAFE_INT else {"$int": str(value)}
+    if -_SAFE_INT <= value <= _SAFE_INT:
+        return value
+    try:
+        return {"$int": str(value)}
+    except ValueError as error:
+        # Python refuses to write, and to read, numbers of more than some thousand digits.
+        raise StateError(f"{path} cannot be stored: {error}") from error
 
 
 def _encode_float(value: float, path: str, depth: int) -> Any:
@@ -141,9 +149,7 @@ def decode_value(encoded: Any, *, path: str) -> Any:
     """
     try:
         return _decode(encoded)
-    except CorruptCheckpoint:
-        raise
-    except (ValueError, TypeError, LookupError, RecursionError, ArithmeticError) as error:
+    except (ValueError, TypeError, LookupError, RecursionError, ArithmeticError, MemoryError) as error:
         raise CorruptCheckpoint(f"value {path} is not valid typed JSON: {error}", phase="read") from error
 
 
@@ -152,62 +158,117 @@ def _decode(encoded: Any) -> Any:
         return [_decode(item) for item in encoded]
     if not isinstance(encoded, dict):
         return encoded
-    tag = next(iter(encoded), "")
-    if not tag.startswith("$"):
+    tag = next((key for key in encoded if key.startswith("$")), None)
+    if tag is None:
         return {key: _decode(item) for key, item in encoded.items()}
     if len(encoded) != 1 or tag not in _DECODERS:
-        raise ValueError(f"unknown type tag {tag!r}; written by a newer version?")
+        raise ValueError(f"unknown type tag {tag!r:.80}; written by a newer version?")
     return _DECODERS[tag](encoded[tag])
 
 
-def _decode_pairs(pairs: list[Any]) -> list[tuple[Any, Any]]:
-    return [(_decode(key), _decode(item)) for key, item in pairs]
+def _is(kind: type[_Kind], encoded: Any) -> _Kind:
+    """What is of exactly this JSON type; many constructors would take something else as well."""
+    if type(encoded) is not kind:
+        raise TypeError(f"{type(encoded).__name__} in the place of {kind.__name__}")
+    return encoded
 
 
-def _decode_float(text: str) -> float:
-    if text not in ("nan", "inf", "-inf"):
-        raise ValueError(f"unknown float {text!r}")
-    return float(text)
+def _fields(encoded: Any, count: int) -> list[Any]:
+    if len(_is(list, encoded)) != count:
+        raise ValueError(f"{len(encoded)} fields in the place of {count}")
+    return list(encoded)
 
 
-def _decode_ndarray(fields: list[Any]) -> Any:
+def _decode_list(encoded: Any) -> list[Any]:
+    return [_decode(item) for item in _is(list, encoded)]
+
+
+def _decode_set(encoded: Any) -> set[Any]:
+    items = _decode_list(encoded)
+    found = set(items)
+    if len(found) != len(items):
+        raise ValueError("an element is there twice")
+    return found
+
+
+def _decode_dict(encoded: Any) -> dict[Any, Any]:
+    pairs = [_fields(pair, 2) for pair in _is(list, encoded)]
+    found = {_decode(key): _decode(item) for key, item in pairs}
+    if len(found) != len(pairs):
+        raise ValueError("a key is there twice")
+    return found
+
+
+def _decode_int(encoded: Any) -> int:
+    number = int(_is(str, encoded))
+    if str(number) != encoded:
+        raise ValueError(f"unknown integer {encoded!r:.80}")
+    return number
+
+
+def _decode_float(encoded: Any) -> float:
+    if encoded not in ("nan", "inf", "-inf"):
+        raise ValueError(f"unknown float {encoded!r:.80}")
+    return float(encoded)
+
+
+def _decode_complex(encoded: Any) -> complex:
+    real, imag = map(_decode, _fields(encoded, 2))
+    return complex(_is(float, real), _is(float, imag))
+
+
+def _decode_deque(encoded: Any) -> deque[Any]:
+    items, maxlen = _fields(encoded, 2)
+    found = deque(_decode_list(items), None if maxlen is None else _is(int, maxlen))
+    if len(found) != len(items):
+        raise ValueError(f"{len(items)} elements where there is room for {maxlen}")
+    return found
+
+
+def _decode_bytes(encoded: Any) -> bytes:
+    return base64.b64decode(_is(str, encoded), validate=True)
+
+
+def _decode_array(dtype: Any, data: Any) -> Any:
+    """The elements, writable and in this machine's byte order."""
     import numpy
 
-    dtype, shape, data = fields
-    return _native(numpy.frombuffer(base64.b64decode(data), numpy.dtype(dtype)).reshape(shape))
+    kind = numpy.dtype(_is(str, dtype))
+    if kind.str != dtype or kind.hasobject:
+        raise ValueError(f"unknown dtype {dtype!r:.80}")
+    array = numpy.frombuffer(_decode_bytes(data), kind)
+    is_native = sys.byteorder != "little" or kind.byteorder not in "<>"
+    return array.copy() if is_native else array.astype(kind.newbyteorder("="))
 
 
-def _decode_npscalar(fields: list[Any]) -> Any:
-    import numpy
-
-    dtype, data = fields
-    return _native(numpy.frombuffer(base64.b64decode(data), numpy.dtype(dtype)))[0]
-
-
-def _native(array: Any) -> Any:
-    """A writable copy in this machine's byte order."""
-    order = "=" if array.dtype.byteorder in "<>" and sys.byteorder == "little" else None
-    return array.astype(array.dtype.newbyteorder(order)) if order else array.copy()
+def _decode_ndarray(encoded: Any) -> Any:
+    dtype, shape, data = _fields(encoded, 3)
+    sizes = [_is(int, size) for size in _is(list, shape)]
+    if min(sizes, default=0) < 0:
+        raise ValueError(f"unknown shape {sizes}")
+    return _decode_array(dtype, data).reshape(sizes)
 
 
-def _decode_number(encoded: Any) -> float:
-    return float(_decode(encoded))
+def _decode_npscalar(encoded: Any) -> Any:
+    dtype, data = _fields(encoded, 2)
+    (scalar,) = _decode_array(dtype, data)
+    return scalar
 
 
 _DECODERS: dict[str, Callable[[Any], Any]] = {
-    "$int": int,
+    "$int": _decode_int,
     "$float": _decode_float,
-    "$complex": lambda parts: complex(_decode_number(parts[0]), _decode_number(parts[1])),
-    "$bytes": base64.b64decode,
-    "$bytearray": lambda data: bytearray(base64.b64decode(data)),
-    "$tuple": lambda items: tuple(map(_decode, items)),
-    "$set": lambda items: set(map(_decode, items)),
-    "$frozenset": lambda items: frozenset(map(_decode, items)),
-    "$dict": lambda pairs: dict(_decode_pairs(pairs)),
-    "$ordered": lambda pairs: OrderedDict(_decode_pairs(pairs)),
-    "$counter": lambda pairs: Counter(dict(_decode_pairs(pairs))),
-    "$deque": lambda fields: deque(map(_decode, fields[0]), fields[1]),
+    "$complex": _decode_complex,
+    "$bytes": _decode_bytes,
+    "$bytearray": lambda data: bytearray(_decode_bytes(data)),
+    "$tuple": lambda items: tuple(_decode_list(items)),
+    "$set": _decode_set,
+    "$frozenset": lambda items: frozenset(_decode_set(items)),
+    "$dict": _decode_dict,
+    "$ordered": lambda pairs: OrderedDict(_decode_dict(pairs)),
+    "$counter": lambda pairs: Counter(_decode_dict(pairs)),
+    "$deque": _decode_deque,
     "$ndarray": _decode_ndarray,
     "$npscalar": _decode_npscalar,
-    "$tensor": TensorRef,
+    "$tensor": lambda name: TensorRef(_is(str, name)),
 }

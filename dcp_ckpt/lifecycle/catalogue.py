@@ -34,6 +34,7 @@ from dcp_ckpt.lifecycle.runs import RunDocument, read_run
 from dcp_ckpt.policies import BestN, Mode
 from dcp_ckpt.storage.base import Storage
 from dcp_ckpt.storage.listed import listed_once
+from dcp_ckpt.storage.os_errors import is_no_file
 from dcp_ckpt.storage.ranges import run_in_order
 
 __all__ = ["Catalogue", "CheckpointEntry", "RejectedStep", "read_catalogue", "step_directories"]
@@ -231,10 +232,17 @@ def _read_manifests(storage: Storage, directories: Sequence[StepDir]) -> list[by
         except StorageTransient:
             raise
         except StorageError as error:
-            found[number] = RejectedStep(directory=directory, state="unreadable", error=error)
+            found[number] = RejectedStep(directory=directory, state="unreadable", error=_unreadable(error))
 
     run_in_order(len(directories), lambda: read, concurrency=_CONCURRENT_READS)
     return found
+
+
+def _unreadable(error: StorageError) -> CheckpointError:
+    """What keeps a manifest from being read; what is no file is damage, and not the storage's fault."""
+    if is_no_file(error):
+        return CorruptCheckpoint(f"the manifest is no file: {error.message}", phase="read", path=error.path)
+    return error
 
 
 def _uncommitted(directory: StepDir) -> RejectedStep:

@@ -9,9 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
-from dcp_ckpt.errors import ConfigError
 from dcp_ckpt.format.epoch import EpochClaim
-from dcp_ckpt.lifecycle.epochs import claim_epoch, wait_for_leases
+from dcp_ckpt.lifecycle.epochs import claim_epoch
 from dcp_ckpt.lifecycle.runs import ensure_run
 from dcp_ckpt.storage.base import Storage
 
@@ -34,13 +33,6 @@ def command_epoch(
         StorageError: the epoch could not be claimed.
     """
     run = ensure_run(storage)
-    live = wait_for_leases(storage, wait_seconds=wait_seconds)
-    if live and not force:
-        raise ConfigError(
-            f"epoch(s) {', '.join(map(str, live))} of this run are still live; stop that training first, or "
-            "insist with --force, which makes it stop saving",
-            path=storage.url,
-        )
     with ExitStack() as held:
 
         def hold(key: str | None) -> None:
@@ -49,5 +41,12 @@ def command_epoch(
                 held.enter_context(storage.hold_lease(key))
 
         yield claim_epoch(
-            storage, run_id=run.run_id, world_size=1, purpose=purpose, hold=hold, wait_seconds=0.0
+            storage,
+            run_id=run.run_id,
+            world_size=1,
+            purpose=purpose,
+            hold=hold,
+            wait_seconds=wait_seconds,
+            # Asked again whenever somebody else takes the number: a start that came in between lives, too.
+            spare_live=not force,
         )

@@ -17,7 +17,14 @@ from contextlib import suppress
 from dataclasses import replace
 from datetime import UTC, datetime
 
-from dcp_ckpt.errors import Fenced, StorageExists, StorageNotFound, StorageUnsuitable
+from dcp_ckpt.errors import (
+    ConfigError,
+    CorruptCheckpoint,
+    Fenced,
+    StorageExists,
+    StorageNotFound,
+    StorageUnsuitable,
+)
 from dcp_ckpt.format.epoch import EpochClaim, Resumed, encode_epoch
 from dcp_ckpt.format.names import (
     EPOCHS,
@@ -38,6 +45,8 @@ log = logging.getLogger(__name__)
 
 _POLL_SECONDS = 0.2
 _STORE_POLL_SECONDS = 1.0
+_LARGEST_GAP = 10_000
+"""Claims get lost one by one; a larger gap is a stray name, and to close it would fill the run with files."""
 _ATTEMPT_IN_NAME = re.compile(r"\.(e[0-9]{4,}-s[0-9]{6,})\.")
 
 
@@ -113,6 +122,7 @@ def claim_epoch(
     purpose: str,
     hold: Callable[[str | None], None],
     wait_seconds: float,
+    spare_live: bool = False,
 ) -> EpochClaim:
     """Wait for the epochs before, then claim the next one. Blocks.
 
@@ -120,19 +130,30 @@ def claim_epoch(
         hold: called with the key of the new epoch's lease before the claim becomes visible, and with None to
             give it up when the claim fails.
         wait_seconds: for writers of earlier epochs.
+        spare_live: rather fail than fence an owner that lives after that; also one that has come in between.
 
     Raises:
+        CorruptCheckpoint: a stray name claims an epoch far beyond all others.
+        ConfigError: with `spare_live`, an owner lives; nothing was claimed.
         StorageUnsuitable: names cannot be created exclusively there, so two owners could not be told apart.
     """
     storage = listed_once(storage)
     storage.require_exclusive_create()
     while True:
+        # Before the look at the leases: whoever starts after that look finds this number free, and takes it.
+        epoch = _last_used_epoch(storage) + 1
         live = wait_for_leases(storage, wait_seconds=wait_seconds)
+        if live and spare_live:
+            raise ConfigError(
+                f"epoch(s) {', '.join(map(str, live))} of this run are still live; stop that training first, "
+                "or insist with --force, which makes it stop saving",
+                path=storage.url,
+            )
         if live:
             log.warning("epoch(s) %s of %s are still live and will be fenced", live, storage.url)
         claim = EpochClaim(
             run_id=run_id,
-            epoch=_last_used_epoch(storage) + 1,
+            epoch=epoch,
             epoch_id=secrets.token_hex(16),
             world_size=world_size,
             host=socket.gethostname(),
@@ -166,6 +187,13 @@ def _close_gap(storage: Storage, claim: EpochClaim) -> None:
     """
     names = storage.list_names(f"{EPOCHS}/")
     last = max((epoch for name in names if (epoch := parse_epoch_name(name)) is not None), default=0)
+    if claim.epoch - last > _LARGEST_GAP:
+        raise CorruptCheckpoint(
+            f"a name in this run says that epoch {claim.epoch - 1} was there, and the last claim is that of "
+            f"epoch {last}; that cannot be: find what has that number and remove it",
+            phase="claim",
+            path=storage.url,
+        )
     for epoch in range(last + 1, claim.epoch):
         skipped = replace(claim, epoch=epoch, epoch_id=secrets.token_hex(16), purpose="skipped")
         with suppress(StorageExists):

@@ -24,6 +24,8 @@ __all__ = ["Janitor"]
 
 log = logging.getLogger(__name__)
 
+_REQUEST_SECONDS = 5.0
+"""How much longer a store is asked for what was begun in time."""
 _TIDY_SECONDS = 5.0
 """How long tidying may keep the thread that the next save needs; what is left waits for the next commit."""
 
@@ -58,6 +60,10 @@ class Janitor:
         """Never take this checkpoint back in this epoch."""
         self._protected[directory] = reason
 
+    def protects(self, directory: StepDir) -> bool:
+        """Whether it is never taken back in this epoch."""
+        return directory in self._protected
+
     def tidy(self) -> None:
         """Apply retention now, and delete what is over its grace period. Logs what fails."""
         try:
@@ -87,6 +93,28 @@ class Janitor:
         with self._lock:
             return self._take_back(time.monotonic() + budget_seconds)
 
+    def delete_removed(self, *, wait_seconds: float) -> int:
+        """Delete what was taken back and is over its grace period; a save needs the space.
+
+        Args:
+            wait_seconds: wait for grace periods that end within so long.
+
+        Returns:
+            The size of what was deleted, in bytes.
+
+        Raises:
+            Fenced: a newer epoch exists.
+            CheckpointError: something could not be deleted.
+        """
+        with self._lock:
+            now = time.monotonic()
+            expiring = [expires for expires, _ in self._waiting.values() if expires <= now + wait_seconds]
+        if not expiring:
+            return 0
+        time.sleep(max(max(expiring) - now, 0.0))
+        with self._lock:
+            return self._delete_expired(time.monotonic())
+
     def close(self, *, waits: bool = True) -> None:
         """Delete what is over its grace period.
 
@@ -104,14 +132,17 @@ class Janitor:
             log.warning("the next start deletes what is left: %s", error)
 
     def _take_back(self, deadline: float) -> list[StepDir]:
-        entries = {entry.directory: entry for entry in self._known.catalogue().entries}
+        # Later than the last removal begins: what was begun should end, but with the store gone soon.
+        last = deadline + _REQUEST_SECONDS
+        storage = self._storage.until(last)
+        entries = {entry.directory: entry for entry in self._known.catalogue(deadline=last).entries}
         candidates = [entry.candidate for entry in entries.values()]
         plan = plan_retention(candidates, self._keep, protected=self._protected)
         taken: list[StepDir] = []
         for decision in plan.removed:
             if time.monotonic() > deadline:
                 break
-            if uncommit(self._storage, decision.directory, epoch=self._epoch):
+            if uncommit(storage, decision.directory, epoch=self._epoch):
                 log.info("removed checkpoint %s: %s", decision.directory, decision.reason)
                 self._known.removed(decision.directory)
                 expires = time.monotonic() + self._grace_seconds
@@ -119,15 +150,20 @@ class Janitor:
                 taken.append(decision.directory)
         return taken
 
-    def _delete_expired(self, now: float) -> None:
+    def _delete_expired(self, now: float) -> int:
+        """Returns the size of what was deleted, in bytes."""
+        num_bytes = 0
+        storage = self._storage.until(now + _REQUEST_SECONDS)
         for directory, (expires, manifest) in list(self._waiting.items()):
             if expires > now:
                 continue
-            sealed = seal(self._storage, directory, epoch=self._epoch)
+            sealed = seal(storage, directory, epoch=self._epoch)
             del self._waiting[directory]
             if sealed is None:
                 continue
-            if self._storage.capabilities.directories:
-                delete_tree(self._storage, sealed)
+            if storage.capabilities.directories:
+                delete_tree(storage, sealed)
             else:
-                delete_files(self._storage, directory, manifest)
+                delete_files(storage, directory, manifest)
+            num_bytes += manifest.total_bytes
+        return num_bytes

@@ -6,6 +6,7 @@ Owns the one copy of that knowledge; the truth stays on storage. Lives on rank 0
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from dataclasses import replace
@@ -37,15 +38,15 @@ class KnownRun:
         self._entries = {entry.directory: entry for entry in catalogue.entries}
         self._marks_until = time.monotonic() + _MARKS_SECONDS
 
-    def catalogue(self) -> Catalogue:
-        """What is committed now; marks may be read again for it.
+    def catalogue(self, *, deadline: float = math.inf) -> Catalogue:
+        """What is committed now; marks may be read again for it, until `deadline` (monotonic seconds).
 
         Raises:
             StorageError: the marks could not be read.
         """
         with self._lock:
             if time.monotonic() >= self._marks_until:
-                self._read_marks()
+                self._read_marks(self._storage.until(deadline))
             entries = sorted(self._entries.values(), key=lambda entry: entry.manifest.order)
             return Catalogue(run=self._run, entries=tuple(entries), rejected=self._rejected)
 
@@ -65,8 +66,8 @@ class KnownRun:
         with self._lock:
             self._marks_until = 0.0
 
-    def _read_marks(self) -> None:
-        marks = read_marks(self._storage)
+    def _read_marks(self, storage: Storage) -> None:
+        marks = read_marks(storage)
         for directory, entry in self._entries.items():
             own = tuple(mark for mark in marks.get(directory, ()) if mark.attempt == entry.manifest.attempt)
             self._entries[directory] = replace(entry, marks=own)

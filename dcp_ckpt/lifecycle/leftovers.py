@@ -14,6 +14,7 @@ from dcp_ckpt.errors import StorageError
 from dcp_ckpt.format.names import (
     EPOCHS,
     MANIFEST,
+    MARKS,
     RUN_JSON,
     AttemptId,
     StepDir,
@@ -25,7 +26,7 @@ from dcp_ckpt.format.names import (
 from dcp_ckpt.lifecycle.catalogue import Catalogue
 from dcp_ckpt.lifecycle.epochs import require_newest
 from dcp_ckpt.storage.base import Storage
-from dcp_ckpt.storage.keys import final_name
+from dcp_ckpt.storage.keys import final_name, is_temporary
 
 __all__ = ["sweep_leftovers"]
 
@@ -53,6 +54,9 @@ def sweep_leftovers(storage: Storage, catalogue: Catalogue, *, epoch: int) -> li
 def _leftovers(storage: Storage, catalogue: Catalogue, epoch: int) -> Iterator[list[str]]:
     yield [name for name in storage.list_names("") if final_name(name) in (RUN_JSON, _PROBE)]
     yield [f"{EPOCHS}/{name}" for name in storage.list_names(f"{EPOCHS}/") if _is_old_claim(name, epoch)]
+    # One that somebody is writing right now may be among them: `write_mark` tries again.
+    marks = [info.key for info in storage.list(f"{MARKS}/")]
+    yield [key for key in marks if is_temporary(key.rpartition("/")[2])]
     for entry in catalogue.entries:
         if entry.epoch < epoch:
             attempt = entry.manifest.attempt_id

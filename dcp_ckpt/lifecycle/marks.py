@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 from dcp_ckpt.errors import ConfigError, CorruptCheckpoint, FormatTooNew, StorageExists, StorageNotFound
 from dcp_ckpt.format.documents import FORMAT_VERSION, decode_document, encode_json
+from dcp_ckpt.format.fields import Count, Identity, Version
 from dcp_ckpt.format.names import MARKS, StepDir
 from dcp_ckpt.lifecycle.epochs import utc_now
 from dcp_ckpt.storage.base import Storage
@@ -56,15 +57,15 @@ class Mark:
         id: 32 random hex digits, part of the file's name and not of its content.
     """
 
-    kind: str
-    epoch: int
-    step: int
-    attempt: str
+    kind: Identity
+    epoch: Count
+    step: Count
+    attempt: Identity
     created_at: str
     detail: dict[str, Any] = field(default_factory=dict)
     cancels: list[str] = field(default_factory=list)
     format: str = MARK_FORMAT
-    format_version: int = FORMAT_VERSION
+    format_version: Version = FORMAT_VERSION
     id: str = ""
 
 
@@ -106,10 +107,18 @@ def write_mark(
     storage.make_directory(f"{MARKS}/{directory}")
     if kind == "pin":
         with suppress(StorageExists):
-            storage.create_exclusive(_key(directory, kind, _FIRST_PIN_ID), document)
+            _create(storage, _key(directory, kind, _FIRST_PIN_ID), document)
             return replace(mark, id=_FIRST_PIN_ID)
-    storage.create_exclusive(_key(directory, kind, mark.id), document)
+    _create(storage, _key(directory, kind, mark.id), document)
     return mark
+
+
+def _create(storage: Storage, key: str, document: bytes) -> None:
+    try:
+        storage.create_exclusive(key, document)
+    except StorageNotFound:
+        # Marks are written beside the owner of a run: a start took our temporary file for a dead process's.
+        storage.create_exclusive(key, document)
 
 
 def _key(directory: StepDir, kind: str, mark_id: str) -> str:

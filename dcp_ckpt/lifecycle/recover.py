@@ -33,7 +33,7 @@ from dcp_ckpt.lifecycle.command_epoch import command_epoch
 from dcp_ckpt.lifecycle.commit import check_layouts, check_summaries, publish_manifest, read_fragments
 from dcp_ckpt.lifecycle.leftovers import sweep_leftovers
 from dcp_ckpt.lifecycle.runs import RunDocument
-from dcp_ckpt.lifecycle.sweep import delete_tree, empty_trash, seal
+from dcp_ckpt.lifecycle.sweep import delete_tree, empty_trash, restore_sealed, seal
 from dcp_ckpt.storage.base import Storage
 from dcp_ckpt.storage.listed import listed_once
 
@@ -96,6 +96,8 @@ def recover_older_epochs(
         The catalogue afterwards, and what was done.
     """
     storage = listed_once(storage)
+    # Before anything is decided: what comes back may be the newest.
+    restore_sealed(storage, epoch=epoch)
     catalogue = read_catalogue(storage)
     absent = [rejected.directory for rejected in catalogue.rejected if rejected.is_absent]
     attempts = [files for directory in absent for files in _list_attempts(storage, directory)]

@@ -24,6 +24,7 @@ from dcp_ckpt.errors import (
     StorageNotFound,
 )
 from dcp_ckpt.format.documents import FORMAT_VERSION, decode_document, encode_json
+from dcp_ckpt.format.fields import Count, Identity, Version
 from dcp_ckpt.format.names import EPOCHS, RUN_JSON, parse_epoch_name, parse_run_name, run_name
 from dcp_ckpt.lifecycle.epochs import utc_now
 from dcp_ckpt.lifecycle.provenance import git_state, host_name, package_versions
@@ -53,9 +54,9 @@ class RunParent:
     """The checkpoint of another run that this run began from."""
 
     run: str
-    run_id: str
-    epoch: int
-    step: int
+    run_id: Identity
+    epoch: Count
+    step: Count
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,8 +70,8 @@ class RunDocument:
         versions: package name -> version.
     """
 
-    run_id: str
-    number: int
+    run_id: Identity
+    number: Count
     name: str | None
     created_at: str
     config: dict[str, Any]
@@ -79,7 +80,7 @@ class RunDocument:
     git: dict[str, Any] | None
     versions: dict[str, str]
     format: str = RUN_FORMAT
-    format_version: int = FORMAT_VERSION
+    format_version: Version = FORMAT_VERSION
 
 
 @dataclass(frozen=True, kw_only=True)

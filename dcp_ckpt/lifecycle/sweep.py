@@ -11,7 +11,7 @@ import secrets
 
 from dcp_ckpt.errors import Fenced, StorageExists, StorageNotFound
 from dcp_ckpt.format.epoch import Tombstone, encode_epoch, is_tombstone
-from dcp_ckpt.format.manifest import Manifest
+from dcp_ckpt.format.manifest import Manifest, decode_manifest
 from dcp_ckpt.format.names import (
     DCP_METADATA,
     MANIFEST,
@@ -27,9 +27,11 @@ from dcp_ckpt.lifecycle.marks import look_for_pin
 from dcp_ckpt.storage.base import Storage
 from dcp_ckpt.storage.keys import final_name
 
-__all__ = ["delete_files", "delete_tree", "empty_trash", "seal", "uncommit"]
+__all__ = ["create_again", "delete_files", "delete_tree", "empty_trash", "restore_sealed", "seal", "uncommit"]
 
 log = logging.getLogger(__name__)
+
+_TRIES = 3
 
 
 def uncommit(storage: Storage, directory: StepDir, *, epoch: int) -> bool:
@@ -61,18 +63,39 @@ def uncommit(storage: Storage, directory: StepDir, *, epoch: int) -> bool:
         is_pinned = look_for_pin(storage, directory)
     except Fenced:
         # The new owner may have chosen this very checkpoint between the two looks.
-        _recommit(storage, key, manifest)
+        _recommit(storage, directory, manifest)
         raise
     if is_pinned:
-        _recommit(storage, key, manifest)
+        _recommit(storage, directory, manifest)
     return not is_pinned
 
 
-def _recommit(storage: Storage, key: str, manifest: bytes) -> None:
+def _recommit(storage: Storage, directory: StepDir, manifest: bytes) -> None:
+    """Put a manifest back, unless a newer owner has removed the checkpoint meanwhile."""
+    key = f"{directory}/{MANIFEST}"
     if storage.capabilities.directories:
-        storage.create_exclusive(key, manifest)
-    else:
+        create_again(storage, key, manifest)
+    elif _is_whole(storage, directory, decode_manifest(manifest, path=key)):
         storage.put(key, manifest)
+
+
+def create_again(storage: Storage, key: str, data: bytes) -> None:
+    """Put back what was deleted under the eyes of a newer owner, unless that one has removed its directory."""
+    for _ in range(_TRIES):
+        try:
+            storage.create_exclusive(key, data)
+        except StorageExists:
+            return
+        except StorageNotFound:
+            # Or only our temporary file is gone: a start takes it for a dead process's, once.
+            continue
+        return
+
+
+def _is_whole(storage: Storage, directory: StepDir, manifest: Manifest) -> bool:
+    """Whether all files of a checkpoint are there."""
+    names = {info.key.rpartition("/")[2] for info in storage.list(f"{directory}/")}
+    return names.issuperset(_file_names(manifest))
 
 
 def seal(storage: Storage, directory: StepDir, *, epoch: int) -> str | None:
@@ -116,12 +139,16 @@ def _close_name(storage: Storage, key: str, epoch: int) -> bool:
 
 def delete_files(storage: Storage, directory: StepDir, manifest: Manifest) -> None:
     """Delete the files of a removed checkpoint, by name: on an object store that saves a listing."""
+    storage.delete(f"{directory}/{name}" for name in [DCP_METADATA, *_file_names(manifest)])
+
+
+def _file_names(manifest: Manifest) -> list[str]:
     attempt = manifest.attempt_id
-    names = [DCP_METADATA]
+    names = []
     for rank, ref in enumerate(manifest.fragments):
         names.append(fragment_name(rank, attempt))
         names += [data_file_name(rank, index, attempt) for index in range(len(ref.file_bytes))]
-    storage.delete(f"{directory}/{name}" for name in names)
+    return names
 
 
 def delete_tree(storage: Storage, key: str) -> None:
@@ -143,30 +170,45 @@ def _is_ours(name: str) -> bool:
     return parse_fragment_name(final) is not None or parse_data_file_name(final) is not None
 
 
+def restore_sealed(storage: Storage, *, epoch: int) -> None:
+    """Put back what was sealed and is a checkpoint: whoever sealed it died before its second look.
+
+    Raises:
+        Fenced: a newer epoch exists; what it has sealed is its own to put back.
+    """
+    for sealed, directory in _sealed(storage):
+        if MANIFEST not in storage.list_names(f"{sealed}/"):
+            continue
+        require_newest(storage, epoch)
+        try:
+            storage.rename_directory(sealed, str(directory))
+        except StorageNotFound:
+            log.debug("%s was put back by whoever sealed it", sealed)
+        except StorageExists:
+            log.warning("%s/%s holds a checkpoint, and its name is taken by another", storage.url, sealed)
+
+
 def empty_trash(storage: Storage, *, epoch: int) -> list[str]:
-    """Delete what was sealed by anybody. Returns the names.
+    """Delete what was sealed by anybody and is no checkpoint. Returns the names.
 
     Raises:
         Fenced: a newer epoch exists; what it has sealed is its own to delete.
     """
     deleted = []
-    for name in storage.list_names(f"{TRASH}/"):
-        sealed = f"{TRASH}/{name.removesuffix('/')}"
-        if not name.endswith("/") or StepDir.parse(name.rpartition(".")[0]) is None:
-            continue
+    for sealed, _ in _sealed(storage):
         require_newest(storage, epoch)
         if MANIFEST in storage.list_names(f"{sealed}/"):
-            # Whoever sealed it died before it could put the checkpoint back that was published meanwhile.
-            _put_back(storage, sealed)
             continue
         delete_tree(storage, sealed)
         deleted.append(sealed.removeprefix(f"{TRASH}/"))
     return deleted
 
 
-def _put_back(storage: Storage, sealed: str) -> None:
-    directory = sealed.removeprefix(f"{TRASH}/").rpartition(".")[0]
-    try:
-        storage.rename_directory(sealed, directory)
-    except StorageExists:
-        log.warning("%s/%s holds a checkpoint, and its name is taken by another", storage.url, sealed)
+def _sealed(storage: Storage) -> list[tuple[str, StepDir]]:
+    """The directories in the trash, and what each was called before."""
+    found = []
+    for name in storage.list_names(f"{TRASH}/"):
+        directory = StepDir.parse(name.removesuffix("/").rpartition(".")[0])
+        if name.endswith("/") and directory is not None:
+            found.append((f"{TRASH}/{name.removesuffix('/')}", directory))
+    return found

@@ -18,6 +18,7 @@ from dcp_ckpt.load.report import LoadReport
 from dcp_ckpt.load.restore import Components
 from dcp_ckpt.state.train_state import State, components_of
 from dcp_ckpt.storage import open_storage
+from dcp_ckpt.storage.paths import named_by_user
 
 __all__ = ["load_checkpoint", "load_path"]
 
@@ -61,6 +62,6 @@ def load_path(
     Args:
         tag: unique in the life of the channel.
     """
-    root, _, directory = os.fspath(path).rstrip("/").rpartition("/")
+    root, _, directory = named_by_user(os.fspath(path).rstrip("/")).rpartition("/")
     with closing(open_storage(root or ".")) as storage:
         return Loader(storage, root or ".", channel, config, tag=tag).load_directory(components, directory)

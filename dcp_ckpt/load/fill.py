@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from dcp_ckpt.errors import CorruptCheckpoint, StorageError
-from dcp_ckpt.format.boxes import Box
+from dcp_ckpt.format.boxes import Box, tiling_problem
 from dcp_ckpt.format.digests import BLOCK_BYTES, digest
 from dcp_ckpt.format.fragment import ChunkEntry
 from dcp_ckpt.load.ranges import Piece, Read, cover, pieces_of
@@ -80,7 +80,7 @@ def fill_requests(source: Source, requests: Sequence[Request], *, verify: bool, 
     for request in requests:
         dtype = source.tensors[request.name].dtype
         found = pieces_of(request.name, dtype, request.target.box, request.chunks)
-        _require_covered(request.name, request.target.box, found)
+        _require_covered(request.name, request.target.box, found, path=source.directory)
         pieces += found
         landings += [_Landing(piece, request.target, getattr(torch, dtype)) for piece in found]
     files = {(piece.rank, piece.file) for piece in pieces}
@@ -109,23 +109,32 @@ def fill_requests(source: Source, requests: Sequence[Request], *, verify: bool, 
     except StorageError as error:
         stated = {source.file_key(*key): source.file_bytes(*key) for key in files}
         if damage := source.damage(error, stated):
+            damage.message += _needed_from(source, damage.path or "", pieces)
             raise damage from error
         raise
     return sum(read.num_bytes for read in reads)
 
 
-def _require_covered(name: str, wanted: Box, pieces: Sequence[Piece]) -> None:
-    """The chunks were checked to tile the tensor at the commit; a gap here means damage or a defect."""
-    found = 0
-    for piece in pieces:
-        count = 1
-        for part in piece.inner:
-            count *= part.stop - part.start
-        found += count
-    if found != wanted.num_elements:
+def _require_covered(name: str, wanted: Box, pieces: Sequence[Piece], *, path: str) -> None:
+    """The chunks were checked to tile the tensor at the commit; if they do not, nothing may be read."""
+    boxes = [
+        Box(tuple(part.start for part in piece.outer), tuple(part.stop - part.start for part in piece.outer))
+        for piece in pieces
+    ]
+    if problem := tiling_problem(wanted.sizes, boxes):
         raise CorruptCheckpoint(
-            f"{name}: the stored chunks give {found} of {wanted.num_elements} elements", phase="read"
+            f"{name}: the stored chunks do not make it up: {problem}", phase="read", path=path
         )
+
+
+def _needed_from(source: Source, path: str, pieces: Sequence[Piece]) -> str:
+    """What is missing with one file, for a message."""
+    wanted = [piece for piece in pieces if path.endswith(source.file_key(piece.rank, piece.file))]
+    if not wanted:
+        return ""
+    names = sorted({piece.tensor for piece in wanted})
+    stop = max(piece.start + piece.num_bytes for piece in wanted)
+    return f"; bytes {min(piece.start for piece in wanted)} to {stop} of it hold {', '.join(names)}"
 
 
 def _check(source: Source, read: Read, data: memoryview, pieces: Sequence[Piece]) -> None:

@@ -22,6 +22,7 @@ from dcp_ckpt.load.source import Origin, StridedChunk
 from dcp_ckpt.load.stock_containers import scan_containers
 from dcp_ckpt.load.stock_values import UnreadableValue, decode_container
 from dcp_ckpt.storage.base import Storage
+from dcp_ckpt.storage.os_errors import is_no_file
 
 if TYPE_CHECKING:
     from dcp_ckpt.state.component import StoredState
@@ -248,11 +249,15 @@ class StockSource:
     def damage(self, error: StorageError, stated: Mapping[str, int]) -> CorruptCheckpoint | None:
         if isinstance(error, StorageNotFound):
             return self._gone(error)
+        if is_no_file(error):
+            return CorruptCheckpoint(error.message, phase="read", path=error.path)
         for key, size_bytes in stated.items():
             try:
                 found_bytes = self.storage.size(key)
             except StorageNotFound as gone:
                 return self._gone(gone)
+            except StorageError:
+                return None
             if found_bytes < size_bytes:
                 return _truncated(key, found_bytes, size_bytes)
         return None

@@ -12,15 +12,16 @@ from typing import TYPE_CHECKING
 
 from dcp_ckpt.errors import CorruptCheckpoint, StorageError, StorageNotFound
 from dcp_ckpt.format.boxes import Box, Mesh, Placement, expand_ranks, intersect, shard_box
-from dcp_ckpt.format.digests import digest
+from dcp_ckpt.format.consistency import chunk_problem
 from dcp_ckpt.format.epoch import is_tombstone
-from dcp_ckpt.format.fragment import ChunkEntry, Fragment, TensorEntry, ValueEntry, decode_fragment
-from dcp_ckpt.format.manifest import Manifest
+from dcp_ckpt.format.fragment import ChunkEntry, Fragment, TensorEntry, ValueEntry
+from dcp_ckpt.format.manifest import Manifest, decode_listed_fragment
 from dcp_ckpt.format.names import MANIFEST, StepDir, data_file_name, fragment_name
 from dcp_ckpt.format.stock_metadata import DCP_SAVE_TAG, FlatPath
 from dcp_ckpt.format.values import decode_value
 from dcp_ckpt.load.source import Origin
 from dcp_ckpt.storage.base import ByteRange, Storage
+from dcp_ckpt.storage.os_errors import is_no_file
 
 if TYPE_CHECKING:
     from dcp_ckpt.state.component import StoredState
@@ -50,6 +51,7 @@ class StoredCheckpoint:
         self.tensors: dict[str, TensorEntry] = {}
         self.values: dict[str, ValueEntry] = {}
         self.unreadable: dict[str, str] = {}
+        self._metrics = {name: decode_value(value, path=name) for name, value in manifest.metrics.items()}
         index = expand_ranks(manifest.index)
         self._require(index)
         for rank in index:
@@ -64,12 +66,11 @@ class StoredCheckpoint:
 
     @property
     def origin(self) -> Origin:
-        metrics = {name: decode_value(value, path=name) for name, value in self.manifest.metrics.items()}
         return Origin(
             step=self.manifest.step,
             epoch=self.manifest.epoch,
             world_size=self.manifest.world_size,
-            metrics=metrics,
+            metrics=self._metrics,
         )
 
     def state(self, *, rank: int, world_size: int) -> StoredState:
@@ -86,9 +87,9 @@ class StoredCheckpoint:
                 )
                 for name, entry in self.tensors.items()
             },
-            values={name: decode_value(entry.value, path=name) for name, entry in self.values.items()},
+            values=self._decoded(0, self.values),
             value_paths={name: tuple(entry.path) for name, entry in self.values.items()},
-            per_rank={name: decode_value(entry.value, path=name) for name, entry in per_rank.items()},
+            per_rank=self._decoded(rank, per_rank),
             step=manifest.step,
             saved_world_size=0 if DCP_SAVE_TAG in manifest.tags else manifest.world_size,
             rank=rank,
@@ -116,7 +117,11 @@ class StoredCheckpoint:
         for rank in needed:
             for chunk in self._fragments[rank].chunks:
                 box = wanted.get(chunk.tensor)
-                if box is not None and intersect(chunk.box, box):
+                if box is None:
+                    continue
+                if problem := chunk_problem(self.tensors[chunk.tensor], chunk):
+                    raise self._damaged(rank, f"{chunk.tensor}: {problem}")
+                if intersect(chunk.box, box):
                     by_name[chunk.tensor].append((rank, chunk))
         return by_name
 
@@ -174,15 +179,8 @@ class StoredCheckpoint:
             if damage := self.damage(error, stated):
                 raise damage from error
             raise
-        for position, (rank, key, ref) in enumerate(zip(missing, keys, refs, strict=True)):
-            if digest(found[position]) != ref.digest:
-                raise CorruptCheckpoint(
-                    "the fragment differs from its digest in the manifest", phase="read", path=key
-                )
-            fragment = decode_fragment(found[position], path=key)
-            if (fragment.rank, fragment.attempt) != (rank, self.manifest.attempt):
-                raise CorruptCheckpoint("the fragment is another rank's", phase="read", path=key)
-            self._fragments[rank] = fragment
+        for position, (rank, key) in enumerate(zip(missing, keys, strict=True)):
+            self._fragments[rank] = decode_listed_fragment(found[position], self.manifest, rank, path=key)
 
     def damage(self, error: StorageError, stated: Mapping[str, int]) -> CorruptCheckpoint | None:
         """What a failed read says of the checkpoint; None when it says something of the storage only.
@@ -192,11 +190,15 @@ class StoredCheckpoint:
         """
         if isinstance(error, StorageNotFound):
             return self._gone(error)
+        if is_no_file(error):
+            return CorruptCheckpoint(error.message, phase="read", path=error.path)
         for key, size_bytes in stated.items():
             try:
                 found_bytes = self.storage.size(key)
             except StorageNotFound as gone:
                 return self._gone(gone)
+            except StorageError:
+                return None
             if found_bytes < size_bytes:
                 return CorruptCheckpoint(
                     f"truncated: {found_bytes} of {size_bytes} bytes", phase="read", path=key
@@ -219,9 +221,25 @@ class StoredCheckpoint:
     def _add_index(self, fragment: Fragment) -> None:
         meshes = [Mesh(tuple(entry.shape), expand_ranks(entry.ranks)) for entry in fragment.meshes]
         for entry in fragment.tensors:
+            if entry.name in self.tensors:
+                raise self._damaged(fragment.rank, f"tensor {entry.name} is described by another rank, too")
             self.tensors[entry.name] = entry
             self._meshes[entry.name] = None if entry.mesh is None else meshes[entry.mesh]
         self.values.update(fragment.values)
+
+    def _damaged(self, rank: int, problem: str) -> CorruptCheckpoint:
+        """What is wrong with the tables of one rank."""
+        key = f"{self.directory}/{fragment_name(rank, self.manifest.attempt_id)}"
+        return CorruptCheckpoint(
+            f"the fragment is inconsistent: {problem}", rank=rank, phase="read", path=key
+        )
+
+    def _decoded(self, rank: int, entries: Mapping[str, ValueEntry]) -> dict[str, object]:
+        """The values of one rank's fragment; damage names it."""
+        try:
+            return {name: decode_value(entry.value, path=name) for name, entry in entries.items()}
+        except CorruptCheckpoint as error:
+            raise self._damaged(rank, error.message) from error
 
     def names(self) -> Iterable[str]:
         """All stored names: tensors, then replicated values."""

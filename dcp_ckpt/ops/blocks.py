@@ -74,9 +74,14 @@ def read_verified(storage: Storage, key: str, entry: FileEntry, *, offset: int, 
     ranges = [_block_range(key, entry.size_bytes, block) for block in range(first, last + 1)]
 
     def consume(index: int, data: memoryview) -> None:
-        if digest(data) != entry.block_digest(first + index):
-            raise CorruptCheckpoint(f"block {first + index} differs from its digest", phase="read", path=key)
         block_start = ranges[index].offset
+        if digest(data) != entry.block_digest(first + index):
+            raise CorruptCheckpoint(
+                f"block {first + index} (bytes {block_start} to {block_start + len(data)}) differs from its "
+                "digest",
+                phase="read",
+                path=key,
+            )
         start = max(block_start, offset)
         stop = min(block_start + len(data), offset + num_bytes)
         target[start - offset : stop - offset] = data[start - block_start : stop - block_start]

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from dcp_ckpt.closing import Closing
 from dcp_ckpt.errors import CheckpointNotFound, CorruptCheckpoint, StorageNotFound
 from dcp_ckpt.format.boxes import expand_ranks, tiling_problem
-from dcp_ckpt.format.digests import digest
+from dcp_ckpt.format.consistency import chunk_problem
 from dcp_ckpt.format.dtypes import dtype_info
 from dcp_ckpt.format.epoch import is_tombstone
 from dcp_ckpt.format.fragment import (
@@ -23,9 +23,8 @@ from dcp_ckpt.format.fragment import (
     MeshEntry,
     TensorEntry,
     ValueEntry,
-    decode_fragment,
 )
-from dcp_ckpt.format.manifest import FragmentRef, Manifest, decode_manifest
+from dcp_ckpt.format.manifest import Manifest, decode_listed_fragment, decode_manifest
 from dcp_ckpt.format.names import MANIFEST, data_file_name, fragment_name
 from dcp_ckpt.format.values import decode_value
 from dcp_ckpt.ops.blocks import read_verified
@@ -36,7 +35,7 @@ from dcp_ckpt.storage.base import Storage
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Checkpoint", "check_fragment", "open_checkpoint", "read_fragment", "read_manifest"]
+__all__ = ["Checkpoint", "open_checkpoint", "read_fragment", "read_manifest"]
 
 
 def open_checkpoint(ref: str | os.PathLike[str]) -> Checkpoint:
@@ -108,7 +107,13 @@ class Checkpoint(Closing):
     @cached_property
     def tensors(self) -> Mapping[str, TensorEntry]:
         """All tensors by name, sorted. Reads the fragments that index tensors."""
-        found = {name: entry for _, name, entry in self._indexed()}
+        found: dict[str, TensorEntry] = {}
+        for rank, name, entry in self._indexed():
+            if name in found:
+                raise CorruptCheckpoint(
+                    f"tensor {name} is described by two ranks", rank=rank, phase="read", path=self.directory
+                )
+            found[name] = entry
         return dict(sorted(found.items()))
 
     @property
@@ -158,7 +163,8 @@ class Checkpoint(Closing):
             for chunk in self.fragment(rank).chunks
             if chunk.tensor == key
         ]
-        problem = tiling_problem(entry.shape, (chunk.box for _, chunk in chunks))
+        problems = (problem for _, chunk in chunks if (problem := chunk_problem(entry, chunk)))
+        problem = next(problems, None) or tiling_problem(entry.shape, (chunk.box for _, chunk in chunks))
         if problem:
             raise CorruptCheckpoint(f"tensor {key}: {problem}", phase="read", path=self.directory)
         dtype = getattr(torch, dtype_info(entry.dtype).name)
@@ -217,6 +223,9 @@ class Checkpoint(Closing):
             )
         except StorageNotFound as error:
             raise self._missing(error, name) from error
+        except CorruptCheckpoint as error:
+            error.message += f"; tensor {chunk.tensor} is read from it"
+            raise
         return torch.frombuffer(data, dtype=torch.uint8).view(dtype).reshape(chunk.sizes)
 
     def _missing(self, error: StorageNotFound, name: str) -> CheckpointNotFound | CorruptCheckpoint:
@@ -263,30 +272,4 @@ def read_fragment(storage: Storage, directory: str, manifest: Manifest, rank: in
         FormatTooNew: it was written by a newer version.
     """
     key = f"{directory}/{fragment_name(rank, manifest.attempt_id)}"
-    return check_fragment(storage.read(key), manifest, rank, path=key)
-
-
-def check_fragment(data: bytes, manifest: Manifest, rank: int, *, path: str) -> Fragment:
-    """Decode one rank's fragment after checking its bytes against the manifest. Pure.
-
-    Raises:
-        CorruptCheckpoint, FormatTooNew: as `read_fragment`.
-    """
-    problem = _fragment_problem(data, manifest.fragments[rank])
-    if problem:
-        raise CorruptCheckpoint(f"fragment {problem}", rank=rank, phase="read", path=path)
-    fragment = decode_fragment(data, path=path)
-    identity = (fragment.run_id, fragment.epoch_id, fragment.attempt, fragment.step, fragment.rank)
-    if identity != (manifest.run_id, manifest.epoch_id, manifest.attempt, manifest.step, rank):
-        raise CorruptCheckpoint(
-            "fragment is that of another rank or attempt", rank=rank, phase="read", path=path
-        )
-    return fragment
-
-
-def _fragment_problem(data: bytes, ref: FragmentRef) -> str | None:
-    if len(data) != ref.size_bytes:
-        return f"has {len(data)} bytes where the manifest says {ref.size_bytes}"
-    if digest(data) != ref.digest:
-        return "differs from the digest in the manifest"
-    return None
+    return decode_listed_fragment(storage.read(key), manifest, rank, path=key)

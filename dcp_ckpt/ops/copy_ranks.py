@@ -21,10 +21,9 @@ from dcp_ckpt.errors import (
     StorageNotFound,
 )
 from dcp_ckpt.format.fragment import FileEntry
-from dcp_ckpt.format.manifest import Manifest
+from dcp_ckpt.format.manifest import Manifest, decode_listed_fragment
 from dcp_ckpt.format.names import MANIFEST, data_file_name, fragment_name
 from dcp_ckpt.ops.blocks import check_file
-from dcp_ckpt.ops.checkpoint import check_fragment
 from dcp_ckpt.ops.touched import FileMap
 from dcp_ckpt.ops.transfer import create_same, transfer
 from dcp_ckpt.storage.base import Storage
@@ -109,7 +108,7 @@ class RankCopier:
             self._advance(0)
             name = fragment_name(rank, self._manifest.attempt_id)
             data = self._read_fragment(name)
-            fragment = check_fragment(data, self._manifest, rank, path=self._path(name))
+            fragment = decode_listed_fragment(data, self._manifest, rank, path=self._path(name))
             for index, entry in enumerate(fragment.files):
                 file_name = data_file_name(rank, index, self._manifest.attempt_id)
                 self._copy_file(file_name, entry, FileMap(fragment, index))

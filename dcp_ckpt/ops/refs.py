@@ -17,6 +17,7 @@ from dcp_ckpt.format.names import MANIFEST
 from dcp_ckpt.lifecycle.catalogue import Catalogue, CheckpointEntry, read_catalogue
 from dcp_ckpt.policies import Mode
 from dcp_ckpt.storage import open_storage
+from dcp_ckpt.storage.paths import named_by_user
 
 __all__ = ["CheckpointLocation", "RunRef", "parse_ref", "resolve_entry", "resolve_ref", "split_location"]
 
@@ -114,7 +115,7 @@ def split_location(path: str) -> tuple[str, str]:
     Raises:
         CheckpointNotFound: it has no parent, so it is not a checkpoint.
     """
-    location = path.rstrip("/") if "://" in path else os.path.abspath(path)
+    location = path.rstrip("/") if "://" in path else named_by_user(os.path.abspath(path))
     root, _, name = location.rpartition("/")
     if not name or root.endswith(":/"):
         raise CheckpointNotFound("not a checkpoint", phase="choose", path=path)

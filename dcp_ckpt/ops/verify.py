@@ -7,7 +7,7 @@ Changes nothing and needs no torch. Called by the command line and by users' own
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from typing import Literal
@@ -20,10 +20,13 @@ from dcp_ckpt.errors import (
     StorageError,
     StorageNotFound,
 )
+from dcp_ckpt.format.consistency import chunk_problem
 from dcp_ckpt.format.fragment import Fragment
 from dcp_ckpt.format.manifest import Manifest
 from dcp_ckpt.format.names import MANIFEST, data_file_name, fragment_name
+from dcp_ckpt.format.values import decode_value
 from dcp_ckpt.lifecycle.catalogue import read_catalogue
+from dcp_ckpt.lifecycle.commit import check_layouts
 from dcp_ckpt.ops.blocks import FileCheck, check_file
 from dcp_ckpt.ops.checkpoint import read_fragment, read_manifest
 from dcp_ckpt.ops.refs import parse_ref, resolve_ref, split_location
@@ -201,8 +204,11 @@ def _verify_manifest(storage: Storage, directory: str, manifest: Manifest) -> Ve
         CheckpointNotFound: it was deleted meanwhile.
     """
     problems: list[Problem] = []
+    fragments: list[Fragment] = []
     for rank in range(manifest.world_size):
-        problems.extend(_check_rank(storage, directory, manifest, rank))
+        problems.extend(_check_rank(storage, directory, manifest, rank, fragments))
+    if len(fragments) == manifest.world_size:
+        problems.extend(_check_tables(directory, fragments))
     lost = any(problem.kind == "missing" for problem in problems)
     if lost and not _exists(storage, f"{directory}/{MANIFEST}"):
         raise CheckpointNotFound("deleted while reading", step=manifest.step, path=directory)
@@ -215,11 +221,15 @@ def _verify_manifest(storage: Storage, directory: str, manifest: Manifest) -> Ve
     )
 
 
-def _check_rank(storage: Storage, directory: str, manifest: Manifest, rank: int) -> Iterator[Problem]:
+def _check_rank(
+    storage: Storage, directory: str, manifest: Manifest, rank: int, fragments: list[Fragment]
+) -> Iterator[Problem]:
+    """Check one rank's fragment, which is added to `fragments`, and its data files."""
     key = f"{directory}/{fragment_name(rank, manifest.attempt_id)}"
     fragment: Fragment | None = None
     try:
         fragment = read_fragment(storage, directory, manifest, rank)
+        fragments.append(fragment)
     except StorageNotFound:
         yield Problem(kind="missing", path=key, message="the fragment is missing")
     except StorageError as error:
@@ -233,6 +243,26 @@ def _check_rank(storage: Storage, directory: str, manifest: Manifest, rank: int)
         digests = entry.block_digests if entry and entry.size_bytes == size_bytes else ""
         check = check_file(storage, f"{directory}/{name}", size_bytes, digests)
         yield from _describe(check, FileMap(fragment, index))
+
+
+def _check_tables(directory: str, fragments: Sequence[Fragment]) -> Iterator[Problem]:
+    """Whether chunks and values make sense: their bytes may well be those that were written."""
+    tensors = {entry.name: entry for fragment in fragments for entry in fragment.tensors}
+    whole = True
+    for fragment in fragments:
+        key = f"{directory}/{fragment_name(fragment.rank, fragment.attempt_id)}"
+        for chunk in fragment.chunks:
+            entry = tensors.get(chunk.tensor)
+            if entry is not None and (wrong := chunk_problem(entry, chunk)):
+                whole = False
+                yield Problem(kind="fragment", path=key, message=wrong, tensors=(chunk.tensor,))
+        for name, value in (*fragment.values.items(), *fragment.per_rank.items()):
+            try:
+                decode_value(value.value, path=name)
+            except CorruptCheckpoint as error:
+                yield Problem(kind="fragment", path=key, message=error.message, values=(name,))
+    if whole and (wrong := check_layouts(fragments)):
+        yield Problem(kind="fragment", path=directory, message=wrong)
 
 
 def _describe(check: FileCheck, file_map: FileMap) -> Iterator[Problem]:

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import logging
 import time
-from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 
 from dcp_ckpt.coordination import MISSING, Channel, as_checkpoint_error, error_fields, error_from_fields
 from dcp_ckpt.errors import (
@@ -19,15 +19,16 @@ from dcp_ckpt.errors import (
     LoadError,
     SaveFailed,
     StorageError,
-    StorageUnsuitable,
 )
-from dcp_ckpt.format.epoch import is_tombstone
 from dcp_ckpt.format.fragment import FileEntry, Fragment, decode_fragment
-from dcp_ckpt.format.manifest import FragmentSummary, Manifest, build_manifest, decode_manifest, summarize
-from dcp_ckpt.format.names import MANIFEST, AttemptId, StepDir, data_file_name, fragment_name
+from dcp_ckpt.format.manifest import FragmentSummary, Manifest, build_manifest, summarize
+from dcp_ckpt.format.names import AttemptId, StepDir, data_file_name, fragment_name
 from dcp_ckpt.lifecycle.commit import check_layouts, check_summaries, publish_manifest, read_fragments
 from dcp_ckpt.lifecycle.epochs import require_newest
+from dcp_ckpt.lifecycle.retract import retract
+from dcp_ckpt.save.deadlines import CONCLUDE_SECONDS, REPORT_SLACK_SECONDS
 from dcp_ckpt.save.record import Report, SaveKeys, Verdict, from_message
+from dcp_ckpt.save.watch import Watchdog
 from dcp_ckpt.storage.base import Storage
 
 __all__ = ["Coordinator"]
@@ -45,9 +46,11 @@ class Coordinator:
     def __init__(
         self, storage: Storage, channel: Channel, *, epoch: int, max_described_chunks: int | None = -1
     ) -> None:
+        self._unbounded = storage
         self._storage = storage
         self._channel = channel
         self._epoch = epoch
+        self._watching: Channel | None = None
         self._checked: tuple[str, ...] | None = None
         self._max_described_chunks = max_described_chunks
         self._tables: list[Fragment] | None = None
@@ -56,12 +59,18 @@ class Coordinator:
     def conclude(
         self, keys: SaveKeys, *, step: int, directory: StepDir, attempt: AttemptId, deadline: float
     ) -> Verdict:
-        """Wait for all ranks, then commit or refuse. Blocks until `deadline` (monotonic seconds) at most.
+        """Wait for all ranks, then commit or refuse.
+
+        Blocks until `deadline` (monotonic seconds) and a little longer: see `dcp_ckpt.save.deadlines`.
 
         Returns:
             The verdict. It is published by the caller once it has acted on it.
         """
-        reports, silent = self._collect(keys, deadline)
+        with Watchdog(partial(self._silent, keys), partial(self._warn, step, attempt)):
+            reports, silent = self._collect(keys, deadline + REPORT_SLACK_SECONDS)
+        # What came in time gets the rest of the time, and what came late a little.
+        last = max(deadline, time.monotonic()) + CONCLUDE_SECONDS
+        self._storage = self._unbounded.until(last)
         for rank in list(silent):
             if (summary := self._published(directory, attempt, rank)) is not None:
                 log.warning("rank %d fell silent, but its writer finished step %d", rank, step)
@@ -77,7 +86,11 @@ class Coordinator:
             return Verdict(outcome="unknown", error=error_fields(error))
         except CheckpointError as error:
             error.step = step if error.step is None else error.step
-            outcome = "failed" if self._retract(directory, attempt, all_done=not silent) else "unknown"
+            if isinstance(error, StorageError) and error.phase is None:
+                # No rank reported it: it was met here, in the commit itself.
+                error.rank, error.phase = 0, "commit"
+            is_back = retract(self._storage, directory, attempt, epoch=self._epoch, all_done=not silent)
+            outcome = "failed" if is_back else "unknown"
             return Verdict(outcome=outcome, error=error_fields(error))
         except Exception as error:
             log.exception("the commit of step %d failed inside", step)
@@ -90,6 +103,25 @@ class Coordinator:
         found = self._channel.get_many(wanted, timeout_seconds=left)
         reports = [from_message(Report, message) for message in found if message is not MISSING]
         return reports, [rank for rank, message in enumerate(found) if message is MISSING]
+
+    def _silent(self, keys: SaveKeys) -> tuple[int, ...]:
+        """The ranks that have not reported; on the watchdog's thread, over a connection of its own."""
+        channel = self._watching = self._watching or self._channel.clone()
+        ranks = range(channel.world_size)
+        present = channel.present([keys.report(rank) for rank in ranks])
+        return tuple(rank for rank in ranks if not present[rank])
+
+    def _warn(self, step: int, attempt: AttemptId, silent: tuple[int, ...], seconds: float) -> None:
+        if silent:
+            log.warning(
+                "the save of step %d (attempt %s) waits for rank(s) %s; none has reported for %.0f s",
+                step, attempt, ", ".join(map(str, silent)), seconds,
+            )  # fmt: skip
+
+    def close(self) -> None:
+        """Idempotent."""
+        if self._watching is not None:
+            self._watching.close()
 
     def _published(self, directory: StepDir, attempt: AttemptId, rank: int) -> FragmentSummary | None:
         """What a rank that did not report has on storage: its writer outlives its trainer and finishes."""
@@ -110,9 +142,10 @@ class Coordinator:
         failures = [error_from_fields(report.error) for report in reports if report.error is not None]
         if failures:
             first = failures[0]
-            if len(failures) > 1:
-                others = ", ".join(str(failure.rank) for failure in failures[1:])
-                first.message += f" (rank(s) {others} failed too)"
+            # What was decided for all of them, every rank reports as the one failure that it is.
+            others = {failure.rank for failure in failures if failure.rank is not None} - {first.rank}
+            if others:
+                first.message += f" (rank(s) {', '.join(map(str, sorted(others)))} failed too)"
             raise first
         if silent:
             raise SaveFailed(
@@ -173,38 +206,6 @@ class Coordinator:
         sizes = [summary.ref.size_bytes for summary in summaries]
         found = read_fragments(self._storage, directory, attempt, range(len(summaries)), sizes)
         return [fragment for fragment, _ in found]
-
-    def _retract(self, directory: StepDir, attempt: AttemptId, *, all_done: bool) -> bool:
-        """Make a failure durable, so that no later start completes what was reported as failed.
-
-        Without rank 0's fragment the attempt can never be committed. The space of the whole attempt is freed
-        when no rank works on it any more.
-
-        Returns:
-            False when that could not be made sure of: the outcome is unknown then.
-        """
-        try:
-            with suppress(StorageUnsuitable):  # a run that is gone has no other owner
-                require_newest(self._storage, self._epoch)
-            names = self._storage.list_names(f"{directory}/")
-            if MANIFEST in names and self._holds(directory, attempt):
-                return False
-            self._storage.delete([f"{directory}/{fragment_name(0, attempt)}"])
-            if all_done:
-                self._storage.delete(f"{directory}/{name}" for name in names if f".{attempt}." in name)
-                self._storage.remove_directory(str(directory))
-        except (Fenced, StorageError, LoadError) as error:
-            log.warning(
-                "the failed attempt %s in %s could not be cleared away: %s", attempt, directory, error
-            )
-            return False
-        return True
-
-    def _holds(self, directory: StepDir, attempt: AttemptId) -> bool:
-        """Whether the directory's manifest is that of the attempt."""
-        key = f"{directory}/{MANIFEST}"
-        data = self._storage.read(key)
-        return not is_tombstone(data, path=key) and decode_manifest(data, path=key).attempt == str(attempt)
 
 
 def _without_digests(fragment: Fragment) -> list[FileEntry]:

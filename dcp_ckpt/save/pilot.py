@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 from dcp_ckpt.coordination import Channel, error_fields, error_from_fields
 from dcp_ckpt.errors import CheckpointError, CoordinationError, SaveFailed
@@ -20,10 +21,12 @@ from dcp_ckpt.format.documents import encode_json
 from dcp_ckpt.format.manifest import FragmentSummary
 from dcp_ckpt.format.names import AttemptId, StepDir
 from dcp_ckpt.save.coordinator import Coordinator
+from dcp_ckpt.save.deadlines import CONCLUDE_SECONDS, REPORT_SLACK_SECONDS
 from dcp_ckpt.save.handle import CheckpointInfo, SaveHandle
 from dcp_ckpt.save.handover import Handover
 from dcp_ckpt.save.record import Report, SaveKeys, Verdict, from_message, to_message
-from dcp_ckpt.save.writer_link import WriterLink
+from dcp_ckpt.save.writer_link import WriterLink, describe
+from dcp_ckpt.writer.progress import Progress
 
 __all__ = ["Flight", "Pilot"]
 
@@ -63,7 +66,7 @@ class Pilot:
         link: this rank's writer.
         coordinator: on rank 0, else None.
         after_commit: on rank 0, called after the verdict of a committed save is out.
-        timeout_seconds: how long after a save's deadline rank 0 may take to publish its verdict.
+        timeout_seconds: for how much longer than it should take rank 0's verdict is waited for.
     """
 
     def __init__(
@@ -79,7 +82,7 @@ class Pilot:
         self._link = link
         self._coordinator = coordinator
         self._after_commit = after_commit
-        self._timeout_seconds = timeout_seconds
+        self._patience_seconds = timeout_seconds + REPORT_SLACK_SECONDS + CONCLUDE_SECONDS
         self._forgotten = 0
         self.durable_seconds: float | None = None
         self._flights: queue.SimpleQueue[Flight | None] = queue.SimpleQueue()
@@ -98,6 +101,8 @@ class Pilot:
         self._closed = True
         self._flights.put(None)
         self._thread.join()
+        if self._coordinator is not None:
+            self._coordinator.close()
         self._channel.close()
 
     def _run(self) -> None:
@@ -122,7 +127,7 @@ class Pilot:
         if self._coordinator is None:
             # Rank 0 decides by its own deadline at the latest, and then has to act on storage. Its death is
             # noticed at once, so the patience here costs nothing.
-            self._resolve(flight, self._await_verdict(flight, flight.deadline + self._timeout_seconds))
+            self._resolve(flight, self._await_verdict(flight, flight.deadline + self._patience_seconds))
             return
         verdict = self._coordinator.conclude(
             flight.keys,
@@ -151,7 +156,9 @@ class Pilot:
         try:
             # Asked by name: after a failed staging, the job under way may be that of the save after.
             if self._link.is_writing(str(flight.attempt)):
-                ref = self._link.wait(str(flight.attempt), deadline=flight.deadline)
+                ref = self._link.wait(
+                    str(flight.attempt), deadline=flight.deadline, still=partial(self._warn, flight)
+                )
             if flight.handover.error is not None:
                 raise flight.handover.error
             assert flight.handover.fragment is not None, "handed over, or failed with an error"
@@ -161,6 +168,12 @@ class Pilot:
             error.rank = rank if error.rank is None else error.rank
             error.step = flight.step if error.step is None else error.step
             return Report(error=error_fields(error))
+
+    def _warn(self, flight: Flight, progress: Progress | None, seconds: float) -> None:
+        log.warning(
+            "the save of step %d does not move: rank %d, attempt %s, %s: %s; nothing for %.0f s",
+            flight.step, self._channel.rank, flight.attempt, flight.path, describe(progress), seconds,
+        )  # fmt: skip
 
     def _require_same_replicas(self, flight: Flight) -> None:
         """Compare what must be equal with rank 0, and name what differs."""

@@ -24,11 +24,11 @@ class Record:
 
     Args:
         step: the step rank 0 saves; a rank that was called with another one fails the save.
-        decision: `save`, `skip` (the one before is still under way), or `raise` (an earlier save failed, or
-            this call is refused; `error` says why).
+        decision: `save`, `skip` (the one before is still under way), `fail` (as `save`, but it cannot succeed
+            and nothing is written), or `raise` (an earlier save failed, or this call is refused).
         directory: name of the step directory.
         created_at: RFC 3339 UTC.
-        error: fields of a CheckpointError, with `raise`.
+        error: fields of a CheckpointError, with `fail` and `raise`.
     """
 
     step: int

@@ -24,12 +24,14 @@ from dcp_ckpt.format.fragment import Fragment
 from dcp_ckpt.format.names import AttemptId, StepDir
 from dcp_ckpt.format.values import encode_value
 from dcp_ckpt.lifecycle.epochs import utc_now
+from dcp_ckpt.save.deadlines import WRITER_END_SECONDS, take_back_seconds
 from dcp_ckpt.save.fence import Fence
 from dcp_ckpt.save.final_save import FinalSave, plan_final_save
 from dcp_ckpt.save.handle import SaveHandle
 from dcp_ckpt.save.handover import Handover
 from dcp_ckpt.save.pilot import Flight, Pilot
 from dcp_ckpt.save.record import Record, SaveKeys, from_message, to_message
+from dcp_ckpt.save.space import Space
 from dcp_ckpt.save.staging import Staged, Stager, capture
 from dcp_ckpt.save.step_policy import StepPolicy
 from dcp_ckpt.save.writer_link import WriterLink
@@ -50,7 +52,7 @@ class Saver:
     Args:
         url: the run directory, as `open_storage` takes it.
         claim: the epoch, the same on all ranks.
-        steps: on rank 0, else None.
+        steps, space: on rank 0, else None.
         stager, link, pilot: owned from now on.
     """
 
@@ -62,6 +64,7 @@ class Saver:
         channel: Channel,
         claim: EpochClaim,
         steps: StepPolicy | None,
+        space: Space | None,
         stager: Stager,
         link: WriterLink,
         pilot: Pilot,
@@ -71,6 +74,7 @@ class Saver:
         self._channel = channel
         self._claim = claim
         self._steps = steps
+        self._space = space
         self._stager = stager
         self._link = link
         self._pilot = pilot
@@ -122,6 +126,8 @@ class Saver:
         )
         try:
             self._require_same_step(step, record)
+            if record.error is not None:
+                raise error_from_fields(record.error)
             self._stage(flight, components())
         except BaseException as error:
             # Raising here would leave the other ranks in the next collective without us: the failure travels
@@ -156,6 +162,16 @@ class Saver:
             raise TimeoutError(
                 f"the save of step {self.last.step} is still under way after {timeout_seconds} s"
             )
+
+    def wait_idle(self) -> None:
+        """Wait until the arena is free: the bytes of the save before are durable, or given up.
+
+        Raises:
+            SaveFailed: that took too long.
+        """
+        # In this order: what is still being copied has not been given to the writer yet.
+        self._fence.wait_idle(timeout_seconds=self._config.timeout_seconds)
+        self._link.wait_idle(timeout_seconds=self._config.timeout_seconds)
 
     @property
     def untold(self) -> SaveHandle | None:
@@ -196,7 +212,7 @@ class Saver:
         self._fence.close(timeout_seconds=self._config.timeout_seconds)
         self._pilot.close()
         try:
-            self._link.close(timeout_seconds=self._config.timeout_seconds)
+            self._link.close(timeout_seconds=max(self._config.timeout_seconds, WRITER_END_SECONDS))
         finally:
             self._stager.close()
 
@@ -222,12 +238,20 @@ class Saver:
             return Record(step=step, decision="raise", error=error_fields(refusal))
         if busy and self._config.when_busy == "skip":
             return Record(step=step, decision="skip")
+        obstacle = self._obstacle(step)
         return Record(
             step=step,
-            decision="save",
+            decision="save" if obstacle is None else "fail",
             directory=str(self._steps.directory(step)),
             created_at=utc_now(),
+            error=None if obstacle is None else error_fields(obstacle),
         )
+
+    def _obstacle(self, step: int) -> CheckpointError | None:
+        """Why a save of this step cannot succeed, where that is known before anything is copied."""
+        if self.last is not None and self.is_fenced:
+            return self.last.error
+        return None if self._space is None else self._space.shortage(step, self.last)
 
     def _untold_failure(self) -> CheckpointError | None:
         if self._config.on_failure != "raise":
@@ -268,9 +292,7 @@ class Saver:
 
     def _stage(self, flight: Flight, components: Sequence[Component]) -> None:
         """Copy what has to be copied now, and see to it that the rest follows."""
-        # In this order: what is still being copied has not been given to the writer yet.
-        self._fence.wait_idle(timeout_seconds=self._config.timeout_seconds)
-        self._link.wait_idle(timeout_seconds=self._config.timeout_seconds)
+        self.wait_idle()
         captured = capture(components)
         staged = self._stager.stage(captured, overlap=self._config.overlap == "step")
         if staged.rest:
@@ -290,7 +312,11 @@ class Saver:
             replicated = staged.replicated(late_samples)
             fragment = self._fragment(flight, staged, replicated)
             job = WriteJob(
-                storage_url=self._url, directory=str(flight.directory), fragment=fragment, direct_io=True
+                storage_url=self._url,
+                directory=str(flight.directory),
+                fragment=fragment,
+                direct_io=True,
+                deadline=flight.deadline - take_back_seconds(self._config.timeout_seconds),
             )
             self._link.submit(job, staged.arena.descriptor)
             flight.handle.mark_staged()

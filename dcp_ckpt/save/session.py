@@ -7,7 +7,8 @@ janitor. Called by the Checkpointer, on the main thread of all ranks.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -15,7 +16,7 @@ import msgspec
 
 from dcp_ckpt.config import CheckpointConfig
 from dcp_ckpt.coordination import Channel, agree, broadcast, raise_first
-from dcp_ckpt.errors import CheckpointError, StorageUnsuitable
+from dcp_ckpt.errors import CheckpointError, StorageTransient
 from dcp_ckpt.format.epoch import EpochClaim
 from dcp_ckpt.format.names import EPOCHS, StepDir, lease_name
 from dcp_ckpt.lifecycle.catalogue import Catalogue, step_directories
@@ -26,11 +27,16 @@ from dcp_ckpt.lifecycle.recover import recover_older_epochs
 from dcp_ckpt.lifecycle.runs import ensure_run
 from dcp_ckpt.save.coordinator import Coordinator
 from dcp_ckpt.save.dcp_metadata import AUTO_MAX_CHUNKS, derive_metadata, write_metadata
+from dcp_ckpt.save.deadlines import AFTERWARDS_SECONDS
 from dcp_ckpt.save.pilot import Flight, Pilot
+from dcp_ckpt.save.preparation import Room, prepare_saves
 from dcp_ckpt.save.saver import Saver
-from dcp_ckpt.save.staging import Stager
+from dcp_ckpt.save.space import Space
+from dcp_ckpt.save.staging import Stager, capture
 from dcp_ckpt.save.step_policy import StepPolicy
 from dcp_ckpt.save.writer_link import WriterLink
+from dcp_ckpt.state.component import Captured, Component
+from dcp_ckpt.state.rng import undisturbed_streams
 from dcp_ckpt.storage.base import Storage
 from dcp_ckpt.storage.listed import listed_once
 
@@ -69,6 +75,7 @@ class Session:
         self._steps: StepPolicy | None = None
         self._janitor: Janitor | None = None
         self._coordinator: Coordinator | None = None
+        self._space: Space | None = None
         self.known: KnownRun | None = None
         timeout = config.recover_wait_seconds + config.timeout_seconds
         claimed = broadcast(channel, f"{tag}/claim", self._claim, timeout_seconds=timeout)
@@ -98,6 +105,34 @@ class Session:
         self._steps.resumed_from(step)
         self._janitor.protect(step_dir, "resumed from")
         record_resumed(self._storage, self._steps.epoch, step_dir, epoch, step)
+
+    def prepare(self, components: Callable[[], Sequence[Component]], *, tag: str) -> None:
+        """All ranks: make sure that a save of this state would find memory and space, and make its arena.
+
+        Args:
+            tag: unique in the life of the channel.
+
+        Raises:
+            StateError: the state cannot be stored.
+            StorageFull: there is too little memory on some host, or no room for one checkpoint on storage.
+        """
+
+        def capture_now() -> Captured:
+            self.saver.wait_idle()
+            with undisturbed_streams():
+                return capture(components())
+
+        needed = prepare_saves(
+            self._stager,
+            capture_now,
+            self._look_for_room,
+            self._channel,
+            keep=self._config.keep,
+            tag=tag,
+            timeout_seconds=self._config.timeout_seconds,
+        )
+        if needed is not None and self._space is not None:
+            self._space.expect(needed)
 
     def catalogue(self) -> Catalogue:
         """Rank 0: what is committed now.
@@ -137,12 +172,6 @@ class Session:
 
     def _claim(self) -> dict[str, Any]:
         """Rank 0: claim the next epoch and clear up after the ones before."""
-        if not self._storage.capabilities.shared:
-            raise StorageUnsuitable(
-                "the writers are processes of their own and would not see what is stored here; use a path or "
-                "s3://",
-                path=self._storage.url,
-            )
         # From here to the end of the start, an object store is listed once.
         storage = listed_once(self._storage)
         claim = claim_epoch(
@@ -155,8 +184,10 @@ class Session:
         )
         on_commit = None if self._config.dcp_metadata == "never" else self._derive_metadata
         try:
-            catalogue, report = recover_older_epochs(storage, epoch=claim.epoch, on_commit=on_commit)
+            # Listed before dead attempts are sealed: an older owner that wakes up may seal them, too, and it
+            # must not meet ours under their names.
             taken = frozenset(step_directories(storage))
+            catalogue, report = recover_older_epochs(storage, epoch=claim.epoch, on_commit=on_commit)
         except BaseException:
             self._link.hold_lease(self._storage.url, None)
             raise
@@ -171,6 +202,7 @@ class Session:
             keep=self._config.keep,
             grace_seconds=self._config.grace_seconds,
         )
+        self._space = Space(self._storage, self._janitor, timeout_seconds=self._config.timeout_seconds)
         return asdict(claim)
 
     def _join(self, global_ranks: Sequence[int]) -> Pilot:
@@ -186,6 +218,7 @@ class Session:
             self._coordinator = Coordinator(
                 self._storage, channel, epoch=self.claim.epoch, max_described_chunks=self._max_chunks
             )
+        self._stager = Stager(rank=rank, world_size=world_size, global_ranks=global_ranks)
         pilot = Pilot(
             channel,
             self._link,
@@ -199,7 +232,8 @@ class Session:
             channel=self._channel,
             claim=self.claim,
             steps=self._steps,
-            stager=Stager(rank=rank, world_size=world_size, global_ranks=global_ranks),
+            space=self._space,
+            stager=self._stager,
             link=self._link,
             pilot=pilot,
         )
@@ -212,16 +246,37 @@ class Session:
         assert self._coordinator is not None
         assert self._coordinator.committed is not None
         assert self.known is not None
+        assert self._space is not None
         self._steps.committed(flight.step)
+        self._space.expect(self._coordinator.committed.total_bytes)
         self.known.committed(flight.directory, self._coordinator.committed)
+        is_answering = True
         try:
             own = flight.handover.fragment
             fragments = None if own is None else self._coordinator.described(own)
             if fragments:
-                write_metadata(self._storage, flight.directory, fragments)
+                storage = self._storage.until(time.monotonic() + AFTERWARDS_SECONDS)
+                write_metadata(storage, flight.directory, fragments)
         except CheckpointError as error:
             log.warning("no .metadata for stock DCP readers in %s: %s", flight.directory, error)
-        self._janitor.tidy()
+            is_answering = not isinstance(error, StorageTransient)
+        if is_answering:  # else the next save would wait for nothing
+            self._janitor.tidy()
+        self._space.settled(flight.step)
+
+    def _look_for_room(self) -> Room:
+        """Rank 0: what is free, and what retention may free."""
+        entries = self.catalogue().entries
+        assert self._janitor is not None
+        return Room(
+            path=self._storage.url,
+            free_bytes=self._storage.free_bytes(),
+            removable_bytes=sum(
+                entry.manifest.total_bytes
+                for entry in entries
+                if not (entry.is_bad or entry.is_pinned or self._janitor.protects(entry.directory))
+            ),
+        )
 
     def _derive_metadata(self, storage: Storage, directory: StepDir) -> None:
         derive_metadata(storage, directory, max_chunks=self._max_chunks)

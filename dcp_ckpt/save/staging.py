@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,15 +16,16 @@ import torch
 from dcp_ckpt.errors import StateError
 from dcp_ckpt.format.containers import SLAB_ALIGNMENT_BYTES, value_container
 from dcp_ckpt.format.fragment import FileEntry, ValueEntry
-from dcp_ckpt.save.arena import Arena
+from dcp_ckpt.save.arena import Arena, arena_bytes
 from dcp_ckpt.save.late_copy import LateCopy, LateTensor, can_be_late
 from dcp_ckpt.save.layout import SEGMENT_BYTES, round_up
+from dcp_ckpt.save.memory import require_memory
 from dcp_ckpt.save.plan import LayoutKey, SavePlan, layout_key, make_plan
 from dcp_ckpt.save.replicas import replica_digests, sample_of
 from dcp_ckpt.state.component import Captured, Component, Path
 from dcp_ckpt.state.placements import local_tensor
 
-__all__ = ["Staged", "Stager", "capture"]
+__all__ = ["Size", "Staged", "Stager", "capture"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,11 +62,23 @@ class Staged:
         return [FileEntry(size_bytes=self.file_bytes, block_digests="")] if self.file_bytes else []
 
 
+@dataclass(frozen=True, kw_only=True)
+class Size:
+    """What saving one state takes on one rank.
+
+    Args:
+        memory_bytes: beyond what the arena holds already.
+        file_bytes: size of the data file.
+    """
+
+    memory_bytes: int
+    file_bytes: int
+
+
 @dataclass
 class _Bound:
     """A plan bound to an arena."""
 
-    key: LayoutKey
     plan: SavePlan
     arena: Arena
     views: list[torch.Tensor] = field(default_factory=list)
@@ -108,6 +122,35 @@ class Stager:
         self._world_size = world_size
         self._global_ranks = tuple(global_ranks)
         self._bound: _Bound | None = None
+        self._planned: tuple[LayoutKey, SavePlan] | None = None
+
+    def measure(self, captured: Captured) -> Size:
+        """What `stage` will take for this state. Copies and allocates nothing.
+
+        Raises:
+            StateError: the state cannot be stored.
+        """
+        containers = self._value_containers(captured)
+        plan = self._plan(captured)
+        values = sum(round_up(len(data), SLAB_ALIGNMENT_BYTES) for data in containers.values())
+        fits = self._fits(plan, containers)
+        held = 0 if self._bound is None else self._bound.arena.size_bytes
+        return Size(
+            memory_bytes=0 if fits else max(arena_bytes(_most_bytes(plan, containers)) - held, 0),
+            file_bytes=round_up(plan.layout.tensor_bytes + values, SEGMENT_BYTES),
+        )
+
+    @torch.no_grad()
+    def prepare(self, captured: Captured) -> None:
+        """Make plan and arena for this state, so that the first `stage` costs what later ones do.
+
+        The arena must be free. Blocks while its memory is taken; a moment when all is there already.
+
+        Raises:
+            StateError: the state cannot be stored.
+            StorageFull: no memory for the arena.
+        """
+        self._bind(captured, self._value_containers(captured))
 
     @torch.no_grad()
     def stage(self, captured: Captured, *, overlap: bool) -> Staged:
@@ -121,7 +164,7 @@ class Stager:
             StorageFull: no memory for the arena.
         """
         containers = self._value_containers(captured)
-        bound = self._bind(captured, sum(len(data) + SEGMENT_BYTES for data in containers.values()))
+        bound = self._bind(captured, containers)
         live = list(captured.tensors.values())
         locals_ = [local_tensor(tensor) for tensor in live]
         is_late = [
@@ -182,12 +225,10 @@ class Stager:
             self._bound.arena.close()
             self._bound = None
 
-    def _bind(self, captured: Captured, value_bytes: int) -> _Bound:
-        """The plan and arena for this layout; both are kept until the layout changes or values outgrow it."""
+    def _plan(self, captured: Captured) -> SavePlan:
+        """The plan of this layout; the newest one is kept."""
         key = layout_key(captured.tensors)
-        bound = self._bound
-        plan = bound.plan if bound is not None and bound.key == key else None
-        if plan is None:
+        if self._planned is None or self._planned[0] != key:
             plan = make_plan(
                 captured.tensors,
                 rank=self._rank,
@@ -195,12 +236,30 @@ class Stager:
                 global_ranks=self._global_ranks,
             )
             _refuse_shared_names(plan, captured)
-        elif bound is not None and plan.layout.tensor_bytes + value_bytes <= bound.arena.size_bytes:
-            return bound
+            self._planned = key, plan
+        return self._planned[1]
+
+    def _fits(self, plan: SavePlan, containers: Mapping[Path, bytes]) -> bool:
+        """Whether the arena takes this state: it is made anew when layouts change or values outgrow it."""
+        bound = self._bound
+        return (
+            bound is not None
+            and bound.plan is plan
+            and plan.layout.tensor_bytes + _value_bytes(containers) <= bound.arena.size_bytes
+        )
+
+    def _bind(self, captured: Captured, containers: Mapping[Path, bytes]) -> _Bound:
+        """Plan and arena for this layout."""
+        plan = self._plan(captured)
+        if self._bound is not None and self._fits(plan, containers):
+            return self._bound
+        if self._bound is not None:
+            # The writer maps it until it gets the next one: both at a time would not fit where one does.
+            self._bound.arena.discard()
         self.close()
-        # Twice what the values need now: they grow (loss histories) and a new arena costs fresh pages.
-        arena = Arena(plan.layout.tensor_bytes + 2 * value_bytes)
-        self._bound = _Bound(key, plan, arena, plan.lay_out(arena))
+        size_bytes = _most_bytes(plan, containers)
+        arena = Arena(size_bytes, require=partial(require_memory, rank=self._rank))
+        self._bound = _Bound(plan, arena, plan.lay_out(arena))
         return self._bound
 
     def _value_containers(self, captured: Captured) -> dict[Path, bytes]:
@@ -227,6 +286,18 @@ class Stager:
         end = round_up(position, SEGMENT_BYTES)
         bound.arena.write(position, bytes(end - position))
         return entries, end
+
+
+def _value_bytes(containers: Mapping[Path, bytes]) -> int:
+    return sum(len(data) + SEGMENT_BYTES for data in containers.values())
+
+
+def _most_bytes(plan: SavePlan, containers: Mapping[Path, bytes]) -> int:
+    """The arena to make: values may take twice what they need now.
+
+    They grow (loss histories), and a new arena costs fresh pages.
+    """
+    return plan.layout.tensor_bytes + 2 * _value_bytes(containers)
 
 
 def _entries(values: Mapping[Path, Any]) -> dict[str, ValueEntry]:

@@ -10,15 +10,16 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
-from dcp_ckpt import errors
-from dcp_ckpt.errors import CheckpointError, SaveFailed
+from dcp_ckpt.errors import SaveFailed
 from dcp_ckpt.format.manifest import FragmentRef
-from dcp_ckpt.save.writer_process import WriterProcess
-from dcp_ckpt.writer.messages import Reply, WriteJob
+from dcp_ckpt.save.watch import Watch
+from dcp_ckpt.save.writer_process import WriterProcess, error_of
+from dcp_ckpt.writer.messages import Probe, Reply, WriteJob
+from dcp_ckpt.writer.progress import Progress
 
-__all__ = ["WriterLink"]
+__all__ = ["WriterLink", "describe"]
 
 log = logging.getLogger(__name__)
 
@@ -26,13 +27,22 @@ _LEASE_SECONDS = 30.0
 
 
 class WriterLink:
-    """Owns the writer process of one rank, and says when the arena is free."""
+    """Owns the writer process of one rank, and says when the arena is free.
 
-    def __init__(self, *, rank: int) -> None:
+    The process is started at once; should that fail, it is tried again, and told, at the first use.
+
+    Args:
+        storage_url: the run, as the user gave it; the writer gets ready for it while others do other things.
+    """
+
+    def __init__(self, *, rank: int, storage_url: str = "") -> None:
         self._rank = rank
-        self._process: WriterProcess | None = WriterProcess(rank=rank)
+        self._process: WriterProcess | None = None
+        with contextlib.suppress(SaveFailed):
+            self._process = WriterProcess(rank=rank, storage_url=storage_url)
         self._lease: tuple[str, str] | None = None
         self._attempt = ""
+        self._storage_url = ""
         self._idle = threading.Event()
         self._idle.set()
         self._closed = False
@@ -53,6 +63,28 @@ class WriterLink:
                 rank=self._rank,
                 phase="stage",
             )
+
+    def try_out(self, storage_url: str, probe: Probe, *, timeout_seconds: float) -> None:
+        """Let the writer write a small object and read it back. Blocks.
+
+        Raises:
+            CheckpointError: what it met; SaveFailed when no writer could be started.
+        """
+        with self._dropping():
+            self._running().try_out(storage_url, probe, timeout_seconds=timeout_seconds)
+
+    def end_probe(self, storage_url: str, key: str, *, failed: bool, timeout_seconds: float) -> None:
+        """Let the writer delete a probe that stayed. Blocks.
+
+        Args:
+            failed: the start has failed, and leaves nothing.
+
+        Raises:
+            StorageNotFound: it has failed, and the probe was gone.
+            CheckpointError: any other failure.
+        """
+        with self._dropping():
+            self._running().end_probe(storage_url, key, failed=failed, timeout_seconds=timeout_seconds)
 
     def hold_lease(self, storage_url: str, key: str | None) -> None:
         """Let the writer hold this epoch's lease, now and whenever it is started anew; None gives it up.
@@ -76,18 +108,25 @@ class WriterLink:
             log.warning("starting a new writer: %s", error)
             with self._dropping():
                 self._running().submit(job, arena_descriptor)
-        self._attempt = job.fragment.attempt
+        self._attempt, self._storage_url = job.fragment.attempt, job.storage_url
         self._idle.clear()
 
-    def wait(self, attempt: str, *, deadline: float) -> FragmentRef:
+    def wait(
+        self, attempt: str, *, deadline: float, still: Callable[[Progress | None, float], None]
+    ) -> FragmentRef:
         """Wait for the answer to the last job, which frees the arena however it ends.
+
+        Args:
+            deadline: monotonic seconds.
+            still: told when nothing moves, with what the writer has done of this job (None: it has not begun
+                it) and for how many seconds.
 
         Raises:
             CheckpointError: what the writer met; its death is a SaveFailed.
         """
         try:
             with self._dropping():
-                reply = self._running().receive(timeout_seconds=max(deadline - time.monotonic(), 0.001))
+                reply = self._reply_to(attempt, deadline, still)
                 if reply.attempt != attempt:
                     raise SaveFailed(
                         f"the writer answered {reply.attempt or 'nothing'} instead of {attempt}; "
@@ -97,7 +136,7 @@ class WriterLink:
         finally:
             self._idle.set()
         if reply.error_kind:
-            raise _error_of(reply, rank=self._rank)
+            raise error_of(reply, rank=self._rank, phase="write")
         return FragmentRef(size_bytes=reply.fragment_bytes, digest=reply.digest, file_bytes=reply.file_bytes)
 
     def close(self, *, timeout_seconds: float) -> None:
@@ -110,6 +149,28 @@ class WriterLink:
         process, self._process = self._process, None
         if process is not None:
             process.close(timeout_seconds=timeout_seconds)
+
+    def _reply_to(
+        self, attempt: str, deadline: float, still: Callable[[Progress | None, float], None]
+    ) -> Reply:
+        process = self._running()
+        started = now = time.monotonic()
+        watch = Watch(None, now=now)
+        while not process.has_reply(timeout_seconds=min(max(deadline - now, 0.0), watch.look_seconds)):
+            now = time.monotonic()
+            progress = process.progress if process.progress.attempt == attempt else None
+            seconds = watch.look(progress, now=now)
+            if now >= deadline:
+                raise SaveFailed(
+                    f"the writer (pid {process.pid}) did not finish within {now - started:.0f} s: "
+                    f"{describe(progress)}, and nothing has moved for {watch.still_seconds(now):.0f} s",
+                    rank=self._rank,
+                    phase="write",
+                    path=None if progress is None else f"{self._storage_url}/{progress.key}",
+                )
+            if seconds is not None:
+                still(progress, seconds)
+        return process.receive(timeout_seconds=1.0)
 
     def _running(self) -> WriterProcess:
         if self._process is None:
@@ -137,7 +198,11 @@ class WriterLink:
             raise
 
 
-def _error_of(reply: Reply, *, rank: int) -> CheckpointError:
-    kind = getattr(errors, reply.error_kind) if reply.error_kind in errors.__all__ else SaveFailed
-    error: CheckpointError = kind(reply.error, rank=rank, phase="write", path=reply.path, errno=reply.errno)
-    return error
+def describe(progress: Progress | None) -> str:
+    """How far the writer is, for messages."""
+    if progress is None:
+        return "it has not begun"
+    done = f"{progress.bytes_done} of {progress.bytes_total} bytes"
+    if progress.bytes_done < progress.bytes_total:
+        return f"{done} of {progress.key} are written"
+    return f"all {done} of {progress.key} are written, and not yet durable"

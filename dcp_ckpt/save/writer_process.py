@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import select
 import socket
 import subprocess
 import sys
@@ -17,16 +18,26 @@ from pathlib import Path
 
 import msgspec
 
+from dcp_ckpt import errors
 from dcp_ckpt.closing import Closing
-from dcp_ckpt.errors import SaveFailed
+from dcp_ckpt.errors import CheckpointError, SaveFailed
 from dcp_ckpt.format.documents import encode_json
-from dcp_ckpt.writer.messages import MAX_PACKET_BYTES, Reply, Request, WriteJob, decode_reply, encode
+from dcp_ckpt.writer.messages import (
+    MAX_PACKET_BYTES,
+    Probe,
+    Reply,
+    Request,
+    WriteJob,
+    decode_reply,
+    encode,
+)
+from dcp_ckpt.writer.progress import Progress, ProgressPage, make_page
 
-__all__ = ["WriterProcess"]
+__all__ = ["WriterProcess", "error_of"]
 
 log = logging.getLogger(__name__)
 
-_KILL_SECONDS = 10.0
+_KILL_SECONDS = 3.0
 
 _BOOT = (
     "import sys; sys.path.insert(0, sys.argv.pop(1)); "
@@ -37,35 +48,75 @@ _BOOT = (
 class WriterProcess(Closing):
     """Owns one writer process.
 
+    Args:
+        storage_url: what it gets ready for at once, as for `open_storage`; empty: for the first request's.
+
     Raises:
         SaveFailed: it cannot be started.
     """
 
-    def __init__(self, *, rank: int) -> None:
+    def __init__(self, *, rank: int, storage_url: str = "") -> None:
         self._rank = rank
+        self._closed = False
+        page = make_page()
+        self._page = ProgressPage(page)
         self._connection, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         root = str(Path(__file__).resolve().parents[2])
         # -P: the user's working directory must not shadow modules of the standard library.
-        command = [sys.executable, "-P", "-c", _BOOT, root, str(theirs.fileno()), str(os.getpid())]
+        command = [sys.executable, "-P", "-c", _BOOT, root, str(theirs.fileno()), str(os.getpid()), str(page)]
         try:
             with theirs:
                 self._process = subprocess.Popen(
                     command,
-                    pass_fds=[theirs.fileno()],
+                    pass_fds=[theirs.fileno(), page],
                     start_new_session=True,
                     stdin=subprocess.DEVNULL,
                     stdout=subprocess.DEVNULL,
                 )
         except OSError as error:
             self._connection.close()
+            self._page.close()
             raise SaveFailed(
                 f"the writer process cannot be started: {error}", rank=rank, errno=error.errno
             ) from error
-        self._closed = False
+        finally:
+            os.close(page)
+        if storage_url:
+            try:
+                self._send(Request(kind="open", storage_url=storage_url), [])
+            except BaseException:
+                self.kill()
+                raise
 
     @property
     def pid(self) -> int:
         return self._process.pid
+
+    @property
+    def progress(self) -> Progress:
+        """How far it is; known however it is. Does not block."""
+        return self._page.read()
+
+    def try_out(self, storage_url: str, probe: Probe, *, timeout_seconds: float) -> None:
+        """Let it write a small object there, and read it back. Blocks.
+
+        Raises:
+            CheckpointError: what it met.
+            SaveFailed: it died, or did not answer in time.
+        """
+        self._ask(Request(kind="probe", storage_url=storage_url, probe=probe), timeout_seconds)
+
+    def end_probe(self, storage_url: str, key: str, *, failed: bool, timeout_seconds: float) -> None:
+        """Let it delete a probe that stayed. Blocks.
+
+        Args:
+            failed: the start has failed.
+
+        Raises:
+            StorageNotFound: it has failed, and the probe was gone.
+            CheckpointError: as for `try_out`.
+        """
+        self._ask(Request(kind="end_probe", storage_url=storage_url, key=key, failed=failed), timeout_seconds)
 
     def hold_lease(self, storage_url: str, key: str | None, *, timeout_seconds: float) -> None:
         """Let the writer hold this lease for as long as it lives, or none. Blocks until it does.
@@ -89,6 +140,12 @@ class WriterProcess(Closing):
             self._send(Request(kind="write", job_bytes=len(data)), [arena_descriptor, descriptor])
         finally:
             os.close(descriptor)
+
+    def has_reply(self, *, timeout_seconds: float) -> bool:
+        """Wait until `receive` would not block, or so long."""
+        watched = select.poll()
+        watched.register(self._connection, select.POLLIN)
+        return bool(watched.poll(timeout_seconds * 1000.0))
 
     def receive(self, *, timeout_seconds: float) -> Reply:
         """Wait for the next reply.
@@ -149,6 +206,21 @@ class WriterProcess(Closing):
         with contextlib.suppress(OSError):
             self._connection.shutdown(socket.SHUT_RDWR)
         self._connection.close()
+        self._page.close()
+
+    def _ask(self, request: Request, timeout_seconds: float) -> None:
+        self._send(request, [])
+        if not self.has_reply(timeout_seconds=timeout_seconds):
+            raise SaveFailed(
+                f"the writer (pid {self.pid}) did not try the storage out within {timeout_seconds:.0f} s; "
+                "see that it is mounted, and that it answers",
+                rank=self._rank,
+                phase="open",
+                path=request.storage_url,
+            )
+        reply = self.receive(timeout_seconds=timeout_seconds)
+        if reply.error_kind:
+            raise error_of(reply, rank=self._rank, phase="open")
 
     def _send(self, request: Request, descriptors: list[int]) -> None:
         try:
@@ -166,6 +238,13 @@ class WriterProcess(Closing):
                 continue
         how = "closed its connection" if status is None else _ending(status)
         return SaveFailed(f"the writer (pid {self.pid}) {how}", rank=self._rank, phase="write")
+
+
+def error_of(reply: Reply, *, rank: int, phase: str) -> CheckpointError:
+    """What the writer met."""
+    kind = getattr(errors, reply.error_kind) if reply.error_kind in errors.__all__ else SaveFailed
+    error: CheckpointError = kind(reply.error, rank=rank, phase=phase, path=reply.path, errno=reply.errno)
+    return error
 
 
 def _ending(status: int) -> str:

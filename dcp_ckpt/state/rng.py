@@ -10,6 +10,8 @@ import hashlib
 import random
 import struct
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -17,7 +19,7 @@ import torch
 from dcp_ckpt.format.values import encode_value
 from dcp_ckpt.state.component import Captured, Path, StoredState, Targets
 
-__all__ = ["RngComponent"]
+__all__ = ["RngComponent", "undisturbed_streams"]
 
 
 class RngComponent:
@@ -55,6 +57,16 @@ class RngComponent:
             f"random numbers: saved on {stored.saved_world_size} ranks, loaded on {stored.world_size}; "
             "derived new streams from step and rank"
         ]
+
+
+@contextmanager
+def undisturbed_streams() -> Iterator[None]:
+    """Leave the global generators of this process as they were, whatever the body draws."""
+    streams = _read_streams()
+    try:
+        yield
+    finally:
+        _write_streams(streams)
 
 
 def _read_streams() -> dict[str, Any]:

@@ -243,6 +243,30 @@ class Storage(Protocol):
         """
         ...
 
+    def remove_own_root(self) -> None:
+        """Remove the root, and those of its parents that this object made, as far as they are empty.
+
+        Nothing where directories do not exist, or this object made none. Idempotent.
+        """
+        ...
+
+    def until(self, deadline: float) -> Storage:
+        """The same place, of which nothing is asked after `deadline` (monotonic seconds).
+
+        For storages that repeat requests: what is under way then fails as `StorageTransient`, and so does
+        whatever is asked later. A system call cannot be cut short: a file system gives itself. Shares
+        everything with this object, which is the one to close.
+        """
+        ...
+
+    def free_bytes(self) -> int | None:
+        """How many bytes may still be written here, as the storage itself says; None where it does not say.
+
+        A hint: others write, too, and a quota or a reservation may allow less. Changes nothing; quick, but
+        not bounded in time where a file server does not answer.
+        """
+        ...
+
     def hold_lease(self, key: str) -> Lease:
         """Hold a lease together with any other holders."""
         ...

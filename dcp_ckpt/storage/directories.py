@@ -27,7 +27,7 @@ def sync_directory(directory: str) -> None:
         os.close(fd)
 
 
-def make_directories(directory: str, *, root: str) -> None:
+def make_directories(directory: str, *, root: str, made: list[str] | None = None) -> None:
     """Make `directory` and its missing ancestors, durably. Idempotent; safe among processes.
 
     Names from `root` down are synced even when they exist: whoever made them may not have come that far yet,
@@ -36,13 +36,17 @@ def make_directories(directory: str, *, root: str) -> None:
     Args:
         directory: an absolute path, `root` or below it.
         root: the storage's root; its own missing ancestors are made too.
+        made: gets those that were made, the topmost first, also when this fails halfway.
     """
+    made = [] if made is None else made
     levels = [directory]
     while levels[-1] != root:
         levels.append(os.path.dirname(levels[-1]))
     while not os.path.isdir(parent := os.path.dirname(levels[-1])):
         levels.append(parent)
-    made = [path for path in reversed(levels) if _make_one(path)]
+    for path in reversed(levels):
+        if _make_one(path):
+            made.append(path)
     for path in levels:
         try:
             sync_directory(os.path.dirname(path))

@@ -6,7 +6,9 @@ Owns the forwarding, so that a wrapper holds only what it changes. Called by the
 from __future__ import annotations
 
 import builtins
+import copy
 from collections.abc import Callable, Iterable, Sequence
+from typing import Self
 
 from dcp_ckpt.storage.base import ByteRange, Lease, ObjectInfo, ObjectWriter, Storage, StorageCapabilities
 
@@ -76,6 +78,17 @@ class ForwardingStorage:
 
     def abort_uploads(self, prefix: str, is_abandoned: Callable[[str], bool]) -> builtins.list[str]:
         return self._inner.abort_uploads(prefix, is_abandoned)
+
+    def remove_own_root(self) -> None:
+        self._inner.remove_own_root()
+
+    def until(self, deadline: float) -> Self:
+        view = copy.copy(self)
+        view._inner = self._inner.until(deadline)
+        return view
+
+    def free_bytes(self) -> int | None:
+        return self._inner.free_bytes()
 
     def hold_lease(self, key: str) -> Lease:
         return self._inner.hold_lease(key)

@@ -27,7 +27,8 @@ from dcp_ckpt.storage.local_lease import FileLease, file_lease_is_held
 from dcp_ckpt.storage.local_listing import list_objects, list_parts
 from dcp_ckpt.storage.local_reader import read_file, read_file_ranges
 from dcp_ckpt.storage.local_writer import LocalObjectWriter
-from dcp_ckpt.storage.os_errors import reading, translated
+from dcp_ckpt.storage.os_errors import free_bytes, reading, translated
+from dcp_ckpt.storage.paths import path_below
 from dcp_ckpt.storage.publishing import Publisher, temporary_file
 from dcp_ckpt.storage.ranges import check_ranges
 from dcp_ckpt.storage.system_calls import SystemCalls
@@ -43,8 +44,8 @@ class LocalStorage:
     """Files below `root`; see `Storage` for the methods.
 
     `root` is made, with its parents, when something is first written below it. `put`, `open_writer` and
-    `hold_lease` make missing directories; `create_exclusive` never does. A symbolic link in the last part of
-    a key is never written through.
+    `hold_lease` make missing directories; `create_exclusive` never does. Symbolic links
+    below the root are named by `list_names` and never followed.
 
     Args:
         root: a path; relative ones are made absolute now.
@@ -66,6 +67,7 @@ class LocalStorage:
         self._publisher = Publisher(self._calls, single_writer=single_writer)
         self._lock = threading.Lock()
         self._capabilities: StorageCapabilities | None = None
+        self._made_roots: builtins.list[str] = []
 
     @property
     def url(self) -> str:
@@ -105,7 +107,9 @@ class LocalStorage:
     def size(self, key: str) -> int:
         path = self._path(key)
         with reading(path, root=self._root):
-            status = os.stat(path)
+            status = os.lstat(path)
+            if stat.S_ISLNK(status.st_mode):
+                raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), path)
             if not stat.S_ISREG(status.st_mode):
                 raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
         return status.st_size
@@ -144,7 +148,7 @@ class LocalStorage:
     def make_directory(self, key: str) -> None:
         path = self._path(key)
         with translated("make the directory", path):
-            make_directories(path, root=self._root)
+            self._make_directories(path)
 
     def delete(self, keys: Iterable[str]) -> None:
         paths = [self._path(key) for key in keys]
@@ -162,21 +166,13 @@ class LocalStorage:
     def remove_directory(self, key: str) -> None:
         path = self._path(key)
         with translated("remove the directory", path):
-            try:
-                os.rmdir(path)
-            except FileNotFoundError:
-                return
-            except OSError as error:
-                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
-                    raise
-                return
-            sync_directory(os.path.dirname(path))
+            _remove_if_empty(path)
 
     def rename_directory(self, key: str, new_key: str) -> None:
         """A directory that stands under the new name is an error, unless it is empty."""
         path, new_path = self._path(key), self._path(new_key)
         with translated("rename the directory", path):
-            if not stat.S_ISDIR(os.stat(path).st_mode):
+            if not stat.S_ISDIR(os.lstat(path).st_mode):
                 raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), path)
             try:
                 self._in_directory(new_path, lambda: os.rename(path, new_path))
@@ -194,6 +190,25 @@ class LocalStorage:
         check_prefix(prefix)
         return []
 
+    def remove_own_root(self) -> None:
+        """Others may use what was made here by now: then it is not empty."""
+        while self._made_roots:
+            path = self._made_roots.pop()
+            with translated("remove the directory", path):
+                if not _remove_if_empty(path):
+                    self._made_roots.clear()
+
+    def until(self, deadline: float) -> LocalStorage:
+        return self
+
+    def free_bytes(self) -> int | None:
+        """What the file system tells this user (`statvfs`) of `root`, or of the parent that it is made in.
+
+        Believed as it is, but for file systems that say nothing. One that compresses may hold more; a quota
+        that the file system does not report, or a thinly provisioned volume, less.
+        """
+        return free_bytes(self._root)
+
     def hold_lease(self, key: str) -> Lease:
         path = self._path(key)
         with translated("hold the lease", path):
@@ -208,15 +223,22 @@ class LocalStorage:
         """Nothing is held between calls."""
 
     def _path(self, key: str) -> str:
-        return os.path.join(self._root, check_key(key))
+        return path_below(self._root, check_key(key))
 
     def _in_directory(self, path: str, write: Callable[[], T]) -> T:
         """Call `write`, which makes `path`; make the directory first if it turns out to be missing."""
         try:
             return write()
         except FileNotFoundError:
-            make_directories(os.path.dirname(path), root=self._root)
+            self._make_directories(os.path.dirname(path))
             return write()
+
+    def _make_directories(self, directory: str) -> None:
+        made: builtins.list[str] = []
+        try:
+            make_directories(directory, root=self._root, made=made)
+        finally:
+            self._made_roots += [path for path in made if len(path) <= len(self._root)]
 
     def _create(self, path: str, data: Buffer) -> None:
         directory = os.path.dirname(path)
@@ -278,6 +300,20 @@ class LocalStorage:
         finally:
             os.close(fd)
         return True
+
+
+def _remove_if_empty(path: str) -> bool:
+    """Remove a directory durably; False when there is something in it. One that is gone is fine."""
+    try:
+        os.rmdir(path)
+    except FileNotFoundError:
+        return True
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+        return False
+    sync_directory(os.path.dirname(path))
+    return True
 
 
 def _capabilities(*, exclusive_create: bool, direct_io: bool) -> StorageCapabilities:

@@ -1,8 +1,8 @@
 """What stands in a local directory, as keys.
 
-Other processes make and remove files meanwhile: what vanishes during a listing is not in it. Links to
-directories are named but not entered below the prefix, so that no loop is followed. Called by the local
-storage; raises plain `OSError`.
+Other processes make and remove files meanwhile: what vanishes during a listing is not in it. Links are named,
+so that nobody takes their names for free, and never followed. Called by the local storage; raises plain
+`OSError`.
 """
 
 from __future__ import annotations
@@ -13,17 +13,22 @@ from collections.abc import Iterator
 
 from dcp_ckpt.storage.base import ObjectInfo
 from dcp_ckpt.storage.keys import is_listed
+from dcp_ckpt.storage.paths import is_inside
 
 __all__ = ["list_objects", "list_parts"]
 
 
 def list_objects(root: str, prefix: str) -> list[ObjectInfo]:
     """All regular files below `prefix`, recursively, sorted by key."""
+    if not is_inside(root, prefix):
+        return []
     return sorted(_walk(root, prefix), key=lambda info: info.key)
 
 
 def list_parts(root: str, prefix: str) -> list[str]:
-    """The names directly below `prefix`, sorted; directories end in `/`."""
+    """The names directly below `prefix`, sorted; directories, and links to them, end in `/`."""
+    if not is_inside(root, prefix):
+        return []
     names = []
     for entry in _entries(os.path.join(root, prefix)):
         if entry.is_dir():
@@ -42,7 +47,7 @@ def _walk(root: str, prefix: str) -> Iterator[ObjectInfo]:
                 pending.append(f"{prefix}{entry.name}/")
                 continue
             try:
-                status = entry.stat()
+                status = entry.stat(follow_symlinks=False)
             except FileNotFoundError:
                 continue
             if stat.S_ISREG(status.st_mode):

@@ -6,9 +6,7 @@ Owns open files and bounce buffers for the length of one call. Must not know wha
 
 from __future__ import annotations
 
-import errno
 import os
-import stat
 import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -16,6 +14,7 @@ from collections.abc import Callable, Sequence
 from dcp_ckpt.errors import StorageError
 from dcp_ckpt.storage.base import ByteRange
 from dcp_ckpt.storage.os_errors import reading
+from dcp_ckpt.storage.paths import open_regular, path_below
 from dcp_ckpt.storage.ranges import run_in_order
 
 __all__ = ["read_file", "read_file_ranges"]
@@ -25,7 +24,7 @@ _THREAD_BYTES = 8 << 20
 
 def read_file(path: str, *, root: str) -> bytes:
     """The whole file; raises `StorageNotFound` if there is none."""
-    with reading(path, root=root), open(path, "rb", buffering=0) as file:
+    with reading(path, root=root), open(open_regular(path, root=root), "rb", buffering=0) as file:
         return file.readall()
 
 
@@ -38,19 +37,24 @@ def read_file_ranges(
 ) -> None:
     """As `Storage.read_ranges`, for checked ranges of files below `root`."""
     files = _OpenFiles(Counter(item.key for item in ranges), root)
-    buffer_bytes = max((item.num_bytes for item in ranges), default=0)
     # Starting a thread costs more than reading a few small files.
     worthwhile = 1 + sum(item.num_bytes for item in ranges) // _THREAD_BYTES
 
     def make_worker() -> Callable[[int], None]:
-        buffer = memoryview(bytearray(buffer_bytes))
+        buffer = memoryview(b"")
 
         def read_one(number: int) -> None:
+            nonlocal buffer
             item = ranges[number]
-            view = buffer[: item.num_bytes]
+            path = os.path.join(root, item.key)
             fd = files.acquire(item.key)
             try:
-                _read_into(fd, view, item.offset, path=os.path.join(root, item.key), root=root)
+                if item.num_bytes > len(buffer):
+                    # Only for what is there: a damaged document may ask for any number of bytes.
+                    _require_range(fd, item, path=path, root=root)
+                    buffer = memoryview(bytearray(item.num_bytes))
+                view = buffer[: item.num_bytes]
+                _read_into(fd, view, item.offset, path=path, root=root)
             finally:
                 files.release(item.key)
             consume(number, view)
@@ -75,7 +79,7 @@ class _OpenFiles:
     def acquire(self, key: str) -> int:
         with self._lock:
             if key not in self._fds:
-                self._fds[key] = _open_regular(os.path.join(self._root, key), root=self._root)
+                self._fds[key] = open_regular(path_below(self._root, key), root=self._root)
             return self._fds[key]
 
     def release(self, key: str) -> None:
@@ -90,13 +94,18 @@ class _OpenFiles:
                 os.close(self._fds.popitem()[1])
 
 
-def _open_regular(path: str, *, root: str) -> int:
+def _require_range(fd: int, item: ByteRange, *, path: str, root: str) -> None:
     with reading(path, root=root):
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        if stat.S_ISREG(os.fstat(fd).st_mode):
-            return fd
-        os.close(fd)
-        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
+        size_bytes = os.fstat(fd).st_size
+    if item.offset + item.num_bytes > size_bytes:
+        raise _ends_early(item.num_bytes, item.offset, size_bytes, path)
+
+
+def _ends_early(num_bytes: int, offset: int, end: int, path: str) -> StorageError:
+    return StorageError(
+        f"the object ends early: {num_bytes} bytes at offset {offset} were asked for, and it ends at {end}",
+        path=path,
+    )
 
 
 def _read_into(fd: int, view: memoryview, offset: int, *, path: str, root: str) -> None:
@@ -105,9 +114,5 @@ def _read_into(fd: int, view: memoryview, offset: int, *, path: str, root: str) 
         with reading(path, root=root):
             num_read = os.preadv(fd, [view[done:]], offset + done)
         if num_read == 0:
-            raise StorageError(
-                f"the object ends early: {len(view)} bytes at offset {offset} were asked for, and it ends at "
-                f"{offset + done}",
-                path=path,
-            )
+            raise _ends_early(len(view), offset, offset + done, path)
         done += num_read

@@ -137,6 +137,17 @@ class MemoryStorage:
         check_prefix(prefix)
         return []
 
+    def remove_own_root(self) -> None:
+        """There is none."""
+
+    def until(self, deadline: float) -> MemoryStorage:
+        """Nothing takes time here."""
+        return self
+
+    def free_bytes(self) -> int | None:
+        """None: this process's memory has no share of its own."""
+        return None
+
     def hold_lease(self, key: str) -> MemoryLease:
         check_key(key)
         with self._lock:

@@ -127,6 +127,10 @@ class MeteredStorage(ForwardingStorage):
         self._add_request("abort_uploads")
         return self._inner.abort_uploads(prefix, is_abandoned)
 
+    def free_bytes(self) -> int | None:
+        self._add_request("free_bytes")
+        return self._inner.free_bytes()
+
     def hold_lease(self, key: str) -> Lease:
         self._add_request("hold_lease")
         return self._inner.hold_lease(key)

@@ -20,7 +20,7 @@ from dcp_ckpt.errors import (
     StorageUnsuitable,
 )
 
-__all__ = ["free_bytes", "full_error", "reading", "storage_error", "translated"]
+__all__ = ["free_bytes", "full_error", "is_no_file", "reading", "storage_error", "translated"]
 
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 _TRANSIENT = frozenset(
@@ -36,11 +36,13 @@ _TRANSIENT = frozenset(
     }
 )
 _MISSING = frozenset({errno.ENOENT})
-# A reader that meets a directory, or a file where a directory should be, finds no such object.
-_MISSING_FOR_READERS = _MISSING | {errno.ENOTDIR, errno.EISDIR}
+# A reader that meets a file where a directory should be finds no such object.
+_MISSING_FOR_READERS = _MISSING | {errno.ENOTDIR}
+_NO_FILE = frozenset({errno.EISDIR, errno.ELOOP})
 _ADVICE = {
     errno.EACCES: "check the permissions",
     errno.EPERM: "check the permissions",
+    errno.EISDIR: "it is not a regular file",
     errno.EROFS: "the file system is mounted read-only",
     errno.ENOTDIR: "a part of the path is a file, not a directory",
     errno.ELOOP: "symbolic links are not followed here",
@@ -83,6 +85,11 @@ def storage_error(
     return kind(message, path=path, errno=code)
 
 
+def is_no_file(error: StorageError) -> bool:
+    """Whether a directory, a link or a pipe stands where a file should: not ours, and not absent either."""
+    return error.errno in _NO_FILE
+
+
 def full_error(action: str, path: str, *, needed_bytes: int | None, code: int) -> StorageFull:
     """No space or no quota: say how much is needed and how much is free."""
     free = free_bytes(os.path.dirname(path))
@@ -97,12 +104,20 @@ def full_error(action: str, path: str, *, needed_bytes: int | None, code: int) -
 
 
 def free_bytes(directory: str) -> int | None:
-    """Bytes that this user may still write below `directory`; None where nobody says."""
-    try:
-        usage = os.statvfs(directory)
-    except OSError:
-        return None
-    return usage.f_bavail * usage.f_frsize
+    """Bytes that this user may still write below `directory`, made or not; None where nobody says."""
+    while True:
+        try:
+            usage = os.statvfs(directory)
+            break
+        except FileNotFoundError:
+            parent = os.path.dirname(directory)
+            if parent == directory:
+                return None
+            directory = parent
+        except OSError:
+            return None
+    # User-space file systems may leave all of it at zero: no answer, not a full disk.
+    return usage.f_bavail * usage.f_frsize if usage.f_blocks else None
 
 
 @contextmanager

@@ -1,24 +1,31 @@
 """Standing between this process and the system calls that change files: seeing each one, and ending it there.
 
 Owns the list of calls and how their paths are found. Must not know checkpoints. Called by `killpoints` in
-processes that are to die, and by tests that cut the power inside of their own process.
+processes that are to die, by tests that cut the power inside of their own process, and by `power_loss`.
 """
 
 from __future__ import annotations
 
+import errno
 import fnmatch
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
-__all__ = ["CALLS", "PowerCut", "PowerCutAt", "SystemCall", "interpose", "interposed"]
+if TYPE_CHECKING:
+    from dcp_ckpt.storage.system_calls import SystemCalls
 
-CALLS = ("fsync", "link", "mkdir", "open", "pwrite", "rename", "replace", "rmdir", "unlink")
-"""Functions of `os`. Of `open` only those calls count that may create a file."""
+__all__ = ["CALLS", "PowerCut", "PowerCutAt", "SystemCall", "interpose", "interposed", "watched_calls"]
 
-_BY_DESCRIPTOR = ("fsync", "pwrite")
+CALLS = (
+    "fdatasync", "fsync", "ftruncate", "link", "mkdir", "open", "pwrite", "rename", "replace", "rmdir",
+    "unlink", "write",
+)  # fmt: skip
+"""Functions of `os`. Of `open` only those calls count that may create or empty a file."""
+
+_BY_DESCRIPTOR = ("fdatasync", "fsync", "ftruncate", "pwrite", "write")
 _TWO_PATHS = ("rename", "replace")
 
 
@@ -29,11 +36,15 @@ class SystemCall:
     Args:
         name: one of CALLS.
         paths: absolute; the new name for `link`, old and new name for `rename` and `replace`.
+        arguments: as given; what is not given by position is not in it.
+        result: of the call, once it has succeeded.
     """
 
     name: str
     paths: tuple[str, ...]
     after: bool
+    arguments: tuple[Any, ...] = field(default=(), repr=False)
+    result: Any = field(default=None, repr=False)
 
     def matches(self, pattern: str) -> bool:
         """Whether a path matches a pattern as in `fnmatch`, where `*` stands for slashes too."""
@@ -96,17 +107,45 @@ def interposed(see: Callable[[SystemCall], None]) -> Iterator[None]:
         undo()
 
 
+def watched_calls(*, hard_links: bool = True) -> SystemCalls:
+    """What to give to a `LocalStorage` so that all its calls are seen, whenever it is made.
+
+    It looks functions up in `os` at each call; renaming without replacing is seen as `rename`.
+
+    Args:
+        hard_links: with False there are none, as on some file systems.
+    """
+    # Imported late: its defaults are what `os` holds when it is imported, and `killpoints` interposes before.
+    from dcp_ckpt.storage import system_calls
+
+    def link(source: str, target: str) -> None:
+        if not hard_links:
+            raise PermissionError(errno.EPERM, os.strerror(errno.EPERM), target)
+        os.link(source, target)
+
+    def rename_without_replacing(source: str, target: str) -> None:
+        if os.path.lexists(target):
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), target)
+        os.rename(source, target)
+
+    return system_calls.SystemCalls(
+        link=link,
+        rename_without_replacing=rename_without_replacing,
+        pwrite=lambda fd, data, offset: os.pwrite(fd, data, offset),
+    )
+
+
 def _watched(
     name: str, function: Callable[..., Any], see: Callable[[SystemCall], None]
 ) -> Callable[..., Any]:
     def call(*arguments: Any, **options: Any) -> Any:
-        if name == "open" and not arguments[1] & os.O_CREAT:
+        if name == "open" and not arguments[1] & (os.O_CREAT | os.O_TRUNC):
             return function(*arguments, **options)
         paths = _paths(name, arguments)
-        see(SystemCall(name=name, paths=paths, after=False))
+        see(SystemCall(name=name, paths=paths, after=False, arguments=arguments))
         result = function(*arguments, **options)
         try:
-            see(SystemCall(name=name, paths=paths, after=True))
+            see(SystemCall(name=name, paths=paths, after=True, arguments=arguments, result=result))
         except BaseException:
             if name == "open":
                 os.close(result)

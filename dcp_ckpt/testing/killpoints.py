@@ -22,7 +22,7 @@ from dcp_ckpt.testing.interposition import CALLS, SystemCall, interpose
 
 __all__ = ["Book", "KillPoint", "Member", "instrument", "take_part"]
 
-Action = Literal["kill", "kill_trainers", "kill_all", "hold"]
+Action = Literal["kill", "kill_trainers", "kill_all", "hold", "stop", "fail"]
 _VARIABLE = "DCP_CKPT_KILLPOINTS"
 _HOOK = """\
 import os
@@ -43,7 +43,9 @@ class KillPoint:
         path: pattern as in `fnmatch`; absolute, `*` stands for slashes too.
         after: once the call has succeeded, instead of before it.
         action: `kill` this process; `kill_trainers` and go on; `kill_all` processes of the start, this one
-            last; `hold` it until `Book.release`.
+            last; `hold` the calling thread until `Book.release`; `stop` the whole process (SIGSTOP) until
+            somebody lets it go on; `fail` the call with `errno`, in place of making it.
+        errno: of `fail`.
     """
 
     role: Literal["trainer", "writer"]
@@ -53,10 +55,13 @@ class KillPoint:
     after: bool = False
     number: int = 1
     action: Action = "kill"
+    errno: int = 0
 
     def __post_init__(self) -> None:
         if self.call not in CALLS:
             raise ValueError(f"call must be one of {CALLS}, not {self.call!r}")
+        if (self.action == "fail") != (self.errno != 0) or (self.after and self.action == "fail"):
+            raise ValueError("fail, and nothing else, takes an errno, and comes before the call")
 
     def __str__(self) -> str:
         moment = "after" if self.after else "before"
@@ -115,7 +120,7 @@ class Book:
         return [member for member in self.members(role) if member.is_alive]
 
     def held(self) -> list[int]:
-        """Process ids of those that stand at a `hold`, or have stood."""
+        """Process ids of those that stand at a `hold` or `stop`, or have stood."""
         return sorted(int(path.suffix[1:]) for path in self.directory.glob("held.*"))
 
     def release(self) -> None:
@@ -150,10 +155,18 @@ class Book:
     def hold(self) -> None:
         """Called by a member that is to wait for `release`."""
         gate = os.open(self._gate, os.O_RDONLY | os.O_CLOEXEC)
-        (self.directory / f"held.{os.getpid()}").touch()
+        self._tell_held()
         while os.read(gate, 1):
             pass
         os.close(gate)
+
+    def stop(self) -> None:
+        """Called by a member that is to stop as a whole, until somebody sends it SIGCONT."""
+        self._tell_held()
+        os.kill(os.getpid(), signal.SIGSTOP)
+
+    def _tell_held(self) -> None:
+        (self.directory / f"held.{os.getpid()}").touch()
 
 
 def instrument(book: Book, points: Sequence[KillPoint] = ()) -> dict[str, str]:
@@ -203,19 +216,31 @@ class _Trigger:
                 due = self._counts[index] == point.number
             if due:
                 self._acting.now = True
-                self._act(point.action)
-                self._acting.now = False
+                try:
+                    self._act(point, call)
+                finally:
+                    self._acting.now = False
 
-    def _act(self, action: Action) -> None:
-        if action == "hold":
-            self._book.hold()
-            return
-        if action != "kill":
-            for member in self._book.alive("trainer" if action == "kill_trainers" else None):
-                if member.pid != os.getpid():
-                    member.kill()
-        if action != "kill_trainers":
-            os.kill(os.getpid(), signal.SIGKILL)
+    def _act(self, point: KillPoint, call: SystemCall) -> None:
+        match point.action:
+            case "hold":
+                self._book.hold()
+            case "stop":
+                self._book.stop()
+            case "fail":
+                raise OSError(point.errno, os.strerror(point.errno), call.paths[-1])
+            case "kill_trainers":
+                self._kill_others("trainer")
+            case "kill_all":
+                self._kill_others(None)
+                os.kill(os.getpid(), signal.SIGKILL)
+            case "kill":
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    def _kill_others(self, role: str | None) -> None:
+        for member in self._book.alive(role):
+            if member.pid != os.getpid():
+                member.kill()
 
 
 def _status(pid: int) -> tuple[str, str] | None:

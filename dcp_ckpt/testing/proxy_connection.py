@@ -24,7 +24,7 @@ from dcp_ckpt.testing.http_framing import (
     read_answer_head,
     read_request_head,
 )
-from dcp_ckpt.testing.proxy_faults import Answer, Arrival, Fault, Hang, Link, LoseAnswer, Reset
+from dcp_ckpt.testing.proxy_faults import Answer, Arrival, Fault, Hang, Hold, Link, LoseAnswer, Reset
 
 __all__ = ["ProxyBook", "ProxyConnection"]
 
@@ -33,6 +33,7 @@ _MIN_PIECE_BYTES = 1 << 10
 _PIECES_PER_SECOND = 50
 """How finely a bandwidth is kept."""
 _LINGER_SECONDS = 2.0
+_RELEASE_POLL_SECONDS = 0.005
 _ERROR_BODY = "<Error><Code>{code}</Code><Message>injected by the proxy</Message></Error>"
 _ERROR_HEAD = (
     "HTTP/1.1 {status} {code}\r\nContent-Type: application/xml\r\nContent-Length: {length}\r\n{more}\r\n"
@@ -181,6 +182,8 @@ class ProxyConnection:
                 return False
             if isinstance(fault, Reset) and fault.after_body_bytes == 0:
                 raise _Cut
+            if isinstance(fault, Hold) and not fault.answer:
+                await _released(fault)
             return await self._pass_on(exchange)
         finally:
             # Before the client can see the end of its connection.
@@ -302,6 +305,8 @@ class ProxyConnection:
                 pass
             exchange.record(head.status)
             raise _Cut
+        if isinstance(fault, Hold) and fault.answer:
+            await _released(fault)
         await asyncio.sleep(link.latency_down_seconds)
         exchange.record(head.status)
         await self._client.write(head.raw, link.bytes_per_second)
@@ -329,3 +334,9 @@ class ProxyConnection:
         server, self._server = self._server, None
         if server is not None:
             await server.close()
+
+
+async def _released(hold: Hold) -> None:
+    # Set by another thread, which knows nothing of this loop.
+    while not hold.released.is_set():
+        await asyncio.sleep(_RELEASE_POLL_SECONDS)

@@ -6,6 +6,7 @@ Owns the vocabulary of faults. Pure, and knows no sockets. Called by tests, whic
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
@@ -19,6 +20,7 @@ __all__ = [
     "Decide",
     "Fault",
     "Hang",
+    "Hold",
     "Link",
     "LoseAnswer",
     "Reset",
@@ -85,7 +87,20 @@ class Hang:
     """Nobody answers, the server never hears of the request, and the connection stays open."""
 
 
-Fault = Answer | Reset | LoseAnswer | Hang
+@dataclass(frozen=True, kw_only=True)
+class Hold:
+    """The request waits at the proxy until it is released, and goes on as if nothing had happened.
+
+    Args:
+        released: set by whoever lets it go on.
+        answer: the request takes effect at once, and its answer waits instead.
+    """
+
+    released: threading.Event
+    answer: bool = False
+
+
+Fault = Answer | Reset | LoseAnswer | Hang | Hold
 
 Decide = Callable[[Arrival], Fault | None]
 """Called once for each request, in the proxy's thread, one at a time; None lets it pass."""

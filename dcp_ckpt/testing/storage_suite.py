@@ -185,6 +185,15 @@ class StorageSuite(StorageWriteSuite):
 
     # The rest.
 
+    def test_asking_for_free_space_leaves_nothing(self, storage: Storage) -> None:
+        before = storage.free_bytes()
+        assert before is None or before > 0
+        assert storage.list("") == []
+        assert storage.list_names("") == []
+        storage.put("a/b", b"x")
+        after = self.reopen(storage).free_bytes()
+        assert (after is None) == (before is None)
+
     def test_close_is_idempotent(self, storage: Storage) -> None:
         storage.close()
         storage.close()

@@ -56,7 +56,7 @@ class StorageWriteSuite:
 
     def test_reading_what_is_not_there(self, storage: Storage) -> None:
         storage.put("a/b", b"x")
-        for key in ("missing", "a", "a/b/c", "missing/b"):
+        for key in ("missing", "a/b/c", "missing/b"):
             with pytest.raises(StorageNotFound) as caught:
                 storage.read(key)
             assert key in str(caught.value)
@@ -64,6 +64,19 @@ class StorageWriteSuite:
                 storage.size(key)
             with pytest.raises(StorageNotFound):
                 read_all_ranges(storage, [ByteRange(key=key, offset=0, num_bytes=1)])
+
+    def test_what_holds_objects_is_none_itself(self, storage: Storage) -> None:
+        storage.put("a/b", b"x")
+        # Where there are directories it is not absent either: nobody may take the name.
+        expected = StorageError if storage.capabilities.directories else StorageNotFound
+        for read in (
+            lambda: storage.read("a"),
+            lambda: storage.size("a"),
+            lambda: read_all_ranges(storage, [ByteRange(key="a", offset=0, num_bytes=1)]),
+        ):
+            with pytest.raises(expected) as caught:
+                read()
+            assert type(caught.value) is expected
 
     @pytest.mark.parametrize("key", BAD_KEYS)
     def test_bad_keys_are_refused_by_every_method(self, storage: Storage, key: str) -> None:

@@ -6,7 +6,9 @@ group.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 from dcp_ckpt.errors import StorageError, StorageUnsuitable
 from dcp_ckpt.format.digests import BLOCK_BYTES, digest
@@ -16,6 +18,7 @@ from dcp_ckpt.format.manifest import FragmentRef
 from dcp_ckpt.format.names import EPOCHS, data_file_name, epoch_name, fragment_name
 from dcp_ckpt.storage.base import ObjectWriter, Storage
 from dcp_ckpt.writer.messages import WriteJob
+from dcp_ckpt.writer.progress import Tell
 
 __all__ = ["check_shared_storage", "write_attempt"]
 
@@ -43,13 +46,14 @@ def check_shared_storage(storage: Storage, fragment: Fragment) -> None:
         )
 
 
-def write_attempt(storage: Storage, job: WriteJob, arena: memoryview) -> FragmentRef:
+def write_attempt(storage: Storage, job: WriteJob, arena: memoryview, tell: Tell) -> FragmentRef:
     """Write the data file, then publish the fragment that names it.
 
     Args:
         storage: the run directory.
         job: what to write.
         arena: at least as many bytes as the data file has; the file is a copy of its start.
+        tell: called when something is begun, and when a part of it is done.
 
     Returns:
         What the coordinator needs for the manifest. Everything is durable by then.
@@ -63,16 +67,19 @@ def write_attempt(storage: Storage, job: WriteJob, arena: memoryview) -> Fragmen
     files = []
     for index, file in enumerate(fragment.files):
         key = f"{job.directory}/{data_file_name(fragment.rank, index, attempt)}"
+        tell(key, bytes_done=0, bytes_total=file.size_bytes)
         writer = storage.open_writer(key, size_bytes=file.size_bytes, direct=job.direct_io)
-        digests = _write_file(writer, arena[: file.size_bytes])
+        digests = _write_file(writer, arena[: file.size_bytes], partial(tell, key))
         files.append(FileEntry(size_bytes=file.size_bytes, block_digests=digests))
     fragment = replace(fragment, files=files)
     data = encode_fragment(fragment)
-    storage.create_exclusive(f"{job.directory}/{fragment_name(fragment.rank, attempt)}", data)
+    key = f"{job.directory}/{fragment_name(fragment.rank, attempt)}"
+    tell(key, bytes_done=0, bytes_total=len(data))
+    storage.create_exclusive(key, data)
     return FragmentRef.of(fragment, data)
 
 
-def _write_file(writer: ObjectWriter, data: memoryview) -> str:
+def _write_file(writer: ObjectWriter, data: memoryview, tell: Callable[..., None]) -> str:
     """Write and fsync one data file; returns its block digests."""
     digests: list[str] = []
     try:
@@ -83,6 +90,7 @@ def _write_file(writer: ObjectWriter, data: memoryview) -> str:
                 digest(segment[start : start + BLOCK_BYTES]) for start in range(0, len(segment), BLOCK_BYTES)
             )
             writer.write_segment(offset, segment)
+            tell(bytes_done=offset + len(segment), bytes_total=len(data))
         writer.finish()
     except BaseException:
         writer.abort()

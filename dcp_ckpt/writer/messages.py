@@ -14,9 +14,46 @@ import msgspec
 from dcp_ckpt.format.documents import encode_json
 from dcp_ckpt.format.fragment import Fragment
 
-__all__ = ["MAX_PACKET_BYTES", "Reply", "Request", "WriteJob", "decode_reply", "decode_request", "encode"]
+__all__ = [
+    "MAX_PACKET_BYTES",
+    "Probe",
+    "Reply",
+    "Request",
+    "Sight",
+    "WriteJob",
+    "decode_reply",
+    "decode_request",
+    "encode",
+]
 
 MAX_PACKET_BYTES = 1 << 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sight:
+    """What rank 0 wrote, for other ranks to find: the probe `key` in what rank 0 calls `storage_url`."""
+
+    key: str
+    storage_url: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Probe:
+    """A small object with which a writer tries the storage out.
+
+    Args:
+        key: a temporary name with a random token; the content follows from it.
+        rank: of this writer, for messages.
+        direct_io: as for data.
+        stays: for others to find, until `end_probe`; else it is deleted at once.
+        sight: what has to be there besides.
+    """
+
+    key: str
+    rank: int
+    direct_io: bool
+    stays: bool
+    sight: Sight | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,14 +61,20 @@ class Request:
     """One packet to the writer.
 
     Args:
-        kind: `lease` (give up the lease held, and hold `key` of `storage_url` unless it is empty), or `write`
-            (a job follows as two file descriptors: the arena, then the job's JSON).
+        kind: `open` (get ready for `storage_url`; the one request without a reply), `probe` (try it out),
+            `end_probe` (delete the probe `key`), `lease` (give up the lease held, and hold `key` of
+            `storage_url` unless it is empty), or `write` (a job follows as two file descriptors: the arena,
+            then the job's JSON).
+        probe: what to try.
+        failed: with `end_probe`: the start has failed, and leaves nothing.
         job_bytes: length of the job's JSON.
     """
 
     kind: str
     storage_url: str = ""
     key: str = ""
+    probe: Probe | None = None
+    failed: bool = False
     job_bytes: int = 0
 
 
@@ -44,12 +87,15 @@ class WriteJob:
         directory: the step directory's name.
         fragment: complete but for block digests; `files` holds at most one entry, with its size.
         direct_io: write past the page cache where the storage can.
+        deadline: monotonic seconds, the same clock in all processes of a host: a store is asked nothing after
+            it. None: no end.
     """
 
     storage_url: str
     directory: str
     fragment: Fragment
     direct_io: bool
+    deadline: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

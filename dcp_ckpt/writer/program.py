@@ -33,6 +33,8 @@ from dcp_ckpt.writer.messages import (
     encode,
 )
 from dcp_ckpt.writer.orphan import OrphanLease
+from dcp_ckpt.writer.probe import end_probe, try_out
+from dcp_ckpt.writer.progress import Progress, ProgressPage, Tell
 
 __all__ = ["main"]
 
@@ -41,13 +43,18 @@ def main(arguments: list[str]) -> int:
     """Run until the trainer is gone.
 
     Args:
-        arguments: the number of the inherited socket and the trainer's process id.
+        arguments: the numbers of the inherited socket, the trainer's process id, and the inherited page on
+            which the trainer looks for progress.
     """
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         # A terminal or scheduler that stops the job signals us too; the staged bytes are why we go on.
         signal.signal(number, signal.SIG_IGN)
     connection = socket.socket(fileno=int(arguments[0]))
-    with connection, Program(connection, trainer_pid=int(arguments[1])) as program:
+    with (
+        connection,
+        ProgressPage(int(arguments[2])) as page,
+        Program(connection, page, trainer_pid=int(arguments[1])) as program,
+    ):
         program.serve()
     return 0
 
@@ -55,8 +62,9 @@ def main(arguments: list[str]) -> int:
 class Program(Closing):
     """The state of one writer: its connection, the mapped arena, the storage and the lease."""
 
-    def __init__(self, connection: socket.socket, *, trainer_pid: int) -> None:
+    def __init__(self, connection: socket.socket, page: ProgressPage, *, trainer_pid: int) -> None:
         self._connection = connection
+        self._page = page
         self._trainer = _open_pidfd(trainer_pid)
         self._storage: Storage | None = None
         self._lease: Lease | None = None
@@ -70,7 +78,13 @@ class Program(Closing):
             packet, descriptors = self._receive()
             if not packet:
                 return
-            reply = self._answer(decode_request(packet), descriptors)
+            request = decode_request(packet)
+            if request.kind == "open":
+                # What fails now fails again, and is told, at the first request that has an answer.
+                with contextlib.suppress(Exception):
+                    self._storage_at(request.storage_url)
+                continue
+            reply = self._answer(request, descriptors)
             # Where the trainer is gone, what was handed over is still finished.
             with contextlib.suppress(OSError):
                 self._connection.send(encode(reply))
@@ -108,6 +122,13 @@ class Program(Closing):
             if request.kind == "lease":
                 self._hold(request)
                 return Reply()
+            if request.kind == "probe":
+                assert request.probe is not None, "it comes with its request"
+                try_out(self._storage_at(request.storage_url), request.probe)
+                return Reply()
+            if request.kind == "end_probe":
+                end_probe(self._storage_at(request.storage_url), request.key, failed=request.failed)
+                return Reply()
             job = self._open_job(request, descriptors)
             attempt = job.fragment.attempt
             return self._write(job)
@@ -130,8 +151,13 @@ class Program(Closing):
             self._lease.close()
             self._lease = None
         if request.key:
-            self._storage = self._storage or open_storage(request.storage_url)
-            self._lease = self._storage.hold_lease(request.key)
+            self._lease = self._storage_at(request.storage_url).hold_lease(request.key)
+
+    def _storage_at(self, url: str) -> Storage:
+        """The run; opened once."""
+        if self._storage is None:
+            self._storage = open_storage(url)
+        return self._storage
 
     def _open_job(self, request: Request, descriptors: list[int]) -> WriteJob:
         arena, job = descriptors
@@ -151,20 +177,31 @@ class Program(Closing):
         self._arena_inode = status.st_ino
 
     def _write(self, job: WriteJob) -> Reply:
-        storage = self._storage = self._storage or open_storage(job.storage_url)
+        storage = self._storage_at(job.storage_url)
+        if job.deadline is not None:
+            storage = storage.until(job.deadline)
         # A file system may be unmounted between two saves; of a store, each look costs a request.
         if storage.capabilities.directories or self._seen_epoch != job.fragment.epoch_id:
             check_shared_storage(storage, job.fragment)
             self._seen_epoch = job.fragment.epoch_id
         mapped = self._arena if self._arena is not None else b""
         with self._watch_over(storage, job), memoryview(mapped) as arena:
-            ref = write_attempt(storage, job, arena)
+            ref = write_attempt(storage, job, arena, self._tell(job))
         return Reply(
             attempt=job.fragment.attempt,
             fragment_bytes=ref.size_bytes,
             digest=ref.digest,
             file_bytes=ref.file_bytes,
         )
+
+    def _tell(self, job: WriteJob) -> Tell:
+        def tell(key: str, *, bytes_done: int, bytes_total: int) -> None:
+            attempt = job.fragment.attempt
+            self._page.write(
+                Progress(attempt=attempt, key=key, bytes_done=bytes_done, bytes_total=bytes_total)
+            )
+
+        return tell
 
     def _watch_over(self, storage: Storage, job: WriteJob) -> contextlib.AbstractContextManager[object]:
         """Make sure that the next start waits for this job, should the trainer die during it."""

@@ -1,6 +1,6 @@
 """A training that crash tests kill: plain torch, deterministic, one or two ranks, a save after every step.
 
-    python small_training.py RUN LOG_DIRECTORY --steps N [--rendezvous FILE]
+    python small_training.py RUN LOG_DIRECTORY --steps N [--rendezvous FILE] [--salt N]
 
 Run as a program it writes what happens to `LOG_DIRECTORY/rank-<r>.jsonl`. `reference_digests` does the same
 arithmetic in one process and without checkpoints.
@@ -23,7 +23,7 @@ import torch.distributed as dist
 
 from dcp_ckpt import CheckpointConfig, Checkpointer, LatestN, TrainState
 from dcp_ckpt.errors import CheckpointError
-from tests.crash.run_files import files_below
+from tests.crash.run_files import files_of
 
 __all__ = ["reference_digests"]
 
@@ -146,13 +146,13 @@ def run(arguments: argparse.Namespace, *, rank: int, world_size: int, log: Log) 
     with Checkpointer(arguments.run, config=config) as checkpointer:
         report = checkpointer.load(training.state)
         done = report.step if report else 0
-        log("resume", step=done, digest=training.digest(), files=files_below(Path(arguments.run)))
+        log("resume", step=done, digest=training.digest(), files=files_of(arguments.run))
         for step in range(done + 1, arguments.steps + 1):
             for gradient in training.gradients():
                 if world_size > 1:
                     dist.all_reduce(gradient)
                 gradient.div_(world_size)
-            training.update(step)
+            training.update(step + arguments.salt)
             log("step", step=step, digest=training.digest())
             try:
                 handle = checkpointer.save(training.state, step=step)
@@ -172,6 +172,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("log")
     parser.add_argument("--steps", type=int, required=True)
     parser.add_argument("--rendezvous")
+    # Another number makes another training: what it saves is told from what others saved of the same step.
+    parser.add_argument("--salt", type=int, default=0)
     parser.add_argument("--timeout", type=float, default=30.0)
     parser.add_argument("--wait", type=float, default=30.0)
     arguments = parser.parse_args(argv)

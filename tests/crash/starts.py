@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from types import TracebackType
@@ -29,8 +29,10 @@ class Start:
     """All processes of one start. Leaving the with-block kills what still runs.
 
     Args:
-        directory: of the test; the run is `run` in it, unless `run` says otherwise.
+        directory: of the test; the run is `run` in it, unless `run` or `url` says otherwise.
         name: of this start, unique in the test.
+        url: of the run, where that is not a directory.
+        environment: of its processes, on top of this one's.
     """
 
     def __init__(
@@ -42,25 +44,27 @@ class Start:
         points: Sequence[KillPoint] = (),
         options: Sequence[str] = (),
         run: Path | None = None,
+        url: str | None = None,
+        environment: Mapping[str, str] | None = None,
     ) -> None:
         self.world_size = world_size
         self.run = run or directory / "run"
+        self.url = url or str(self.run)
         self.logs = directory / f"{name}-logs"
         self.logs.mkdir()
         self.book = Book(directory / f"{name}-book")
         self.book.prepare()
         self._trainers: list[subprocess.Popen[bytes]] = []
-        environment = {**os.environ, **instrument(self.book, points), "WORLD_SIZE": str(world_size)}
-        environment["OMP_NUM_THREADS"] = "1"
+        own = {"WORLD_SIZE": str(world_size), "OMP_NUM_THREADS": "1", **instrument(self.book, points)}
         rendezvous = str(directory / f"{name}-rendezvous")
-        program = [sys.executable, str(small_training.__file__), str(self.run), str(self.logs)]
+        program = [sys.executable, str(small_training.__file__), self.url, str(self.logs)]
         command = [*program, "--steps", str(LAST_STEP), "--rendezvous", rendezvous, *options]
         for rank in range(world_size):
             with (self.logs / f"output-{rank}.txt").open("wb") as output:
                 self._trainers.append(
                     subprocess.Popen(
                         command,
-                        env={**environment, "RANK": str(rank)},
+                        env={**os.environ, **(environment or {}), **own, "RANK": str(rank)},
                         stdin=subprocess.DEVNULL,
                         stdout=output,
                         stderr=subprocess.STDOUT,
@@ -142,11 +146,11 @@ def require_exact_resume(directory: Path, crashed: Start, *, name: str = "next")
     Returns:
         The step it resumed from.
     """
-    require_all_verify(crashed.run)
-    visible = committed_steps(crashed.run)
+    require_all_verify(crashed.url)
+    visible = committed_steps(crashed.url)
     world_size = crashed.world_size
     reported = crashed.steps("save", outcome="committed")
-    with Start(directory, name, world_size=world_size) as start:
+    with Start(directory, name, world_size=world_size, url=crashed.url) as start:
         start.succeed()
         resumed = start.steps("resume")[0]
         assert resumed >= max([*visible, *reported, 0]), start.output()
@@ -158,9 +162,9 @@ def require_exact_resume(directory: Path, crashed: Start, *, name: str = "next")
             assert saved == list(range(resumed + 1, LAST_STEP + 1)), start.output()
         found = start.events("resume")[0]["files"]
     _require_swept(found)
-    require_all_verify(crashed.run)
-    assert debris(crashed.run) == []
-    assert committed_steps(crashed.run)[-1] == LAST_STEP
+    require_all_verify(crashed.url)
+    assert debris(crashed.url) == []
+    assert committed_steps(crashed.url)[-1] == LAST_STEP
     return int(resumed)
 
 

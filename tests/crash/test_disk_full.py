@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import errno
-import os
+import re
 import resource
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,9 +12,10 @@ from typing import Any
 import pytest
 import torch
 
-from dcp_ckpt import CheckpointConfig, Checkpointer
+from dcp_ckpt import CheckpointConfig, Checkpointer, LatestN
 from dcp_ckpt.errors import StorageError, StorageFull
-from tests.crash.run_files import committed_steps, debris, require_all_verify
+from tests.crash.run_files import committed_steps, debris, files_below, require_all_verify
+from tests.small_disks import fill, mounted_disk
 
 DISK_BYTES = 48 << 20
 STATE_BYTES = 9 << 20
@@ -27,43 +27,43 @@ pytestmark = pytest.mark.distributed
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    target = tmp_path / "disk"
-    target.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", f"size={DISK_BYTES}", "dcp_ckpt-test", str(target)]
-    try:
-        result = subprocess.run(command, capture_output=True, text=True, timeout=20)
-    except FileNotFoundError:
-        pytest.skip("there is no mount command")
-    if result.returncode != 0:
-        pytest.skip(f"a small file system cannot be mounted here: {result.stderr.strip()}")
-    yield target
-    subprocess.run(["umount", str(target)], check=True, timeout=20)
+    with mounted_disk(tmp_path / "disk", size_bytes=DISK_BYTES) as disk:
+        yield disk
 
 
 def state(step: int) -> dict[str, Any]:
     return {"weight": torch.full((STATE_BYTES // 4,), float(step)), "step": step}
 
 
-def fill(disk: Path) -> Path:
-    """Take all space but a little."""
-    filler = disk / "filler"
-    statistics = os.statvfs(disk)
-    with filler.open("wb") as file:
-        file.write(bytes(statistics.f_bavail * statistics.f_frsize - ROOM_BYTES))
-    return filler
+def larger(step: int) -> dict[str, Any]:
+    return {**state(step), "moment": torch.zeros(STATE_BYTES // 4)}
 
 
-def test_a_full_disk_fails_the_save_and_harms_nothing(small_disk: Path) -> None:
+def numbers_of(error: StorageFull) -> tuple[int, int]:
+    """Needed and free bytes, as the message has them."""
+    found = re.search(r"(\d+) bytes needed\D+(\d+) bytes free", error.message)
+    assert found is not None, error.message
+    return int(found[1]), int(found[2])
+
+
+def files_of_step(run: Path, step: int) -> list[str]:
+    return [name for name in files_below(run) if name.startswith(f"step-{step:08d}")]
+
+
+def test_a_full_disk_fails_the_save_before_anything_is_written(small_disk: Path) -> None:
     run = small_disk / "run"
     with Checkpointer(run, config=CONFIG) as checkpointer:
         checkpointer.save(state(1), step=1).result()
-        filler = fill(small_disk)
+        filler = fill(small_disk, room_bytes=ROOM_BYTES)
         with pytest.raises(StorageFull) as caught:
             checkpointer.save(state(2), step=2).result()
-        assert caught.value.errno == errno.ENOSPC
-        assert caught.value.rank == 0
-        assert "step-00000002/__0_0" in (caught.value.path or "")
-        assert str(small_disk) in str(caught.value)
+        assert (caught.value.errno, caught.value.rank, caught.value.step) == (errno.ENOSPC, 0, 2)
+        assert caught.value.phase == "stage"
+        assert caught.value.path == str(run)
+        needed, free = numbers_of(caught.value)
+        assert STATE_BYTES <= needed < STATE_BYTES + (1 << 20)
+        assert free <= ROOM_BYTES
+        assert files_of_step(run, 2) == []
         assert debris(run) == []
         require_all_verify(run)
         filler.unlink()
@@ -71,6 +71,75 @@ def test_a_full_disk_fails_the_save_and_harms_nothing(small_disk: Path) -> None:
     assert committed_steps(run) == [1, 2]
     require_all_verify(run)
     assert debris(run) == []
+
+
+def test_a_state_that_outgrew_the_disk_is_found_by_the_writer(small_disk: Path) -> None:
+    run = small_disk / "run"
+    with Checkpointer(run, config=CONFIG) as checkpointer:
+        checkpointer.save(state(1), step=1).result()
+        filler = fill(small_disk, room_bytes=STATE_BYTES + (2 << 20))
+        # The last checkpoint would fit once more; that this one is larger is not known before it is staged.
+        with pytest.raises(StorageFull) as caught:
+            checkpointer.save(larger(2), step=2).result()
+        assert (caught.value.errno, caught.value.rank) == (errno.ENOSPC, 0)
+        assert "step-00000002/__0_0" in (caught.value.path or "")
+        needed, free = numbers_of(caught.value)
+        assert needed >= 2 * STATE_BYTES > free
+        assert debris(run) == []
+        require_all_verify(run)
+        filler.unlink()
+        checkpointer.save(larger(2), step=2).result()
+    assert committed_steps(run) == [1, 2]
+    require_all_verify(run)
+    assert debris(run) == []
+
+
+def test_a_full_disk_fails_the_load(small_disk: Path) -> None:
+    run = small_disk / "run"
+    with Checkpointer(run, config=CONFIG) as checkpointer:
+        checkpointer.save(state(1), step=1).result()
+    filler = fill(small_disk, room_bytes=ROOM_BYTES)
+    live = state(0)
+    with Checkpointer(run, config=CONFIG) as checkpointer:
+        with pytest.raises(StorageFull) as caught:
+            checkpointer.load(live)
+        assert caught.value.path == str(run)
+        needed, free = numbers_of(caught.value)
+        assert needed >= STATE_BYTES > free
+        assert torch.equal(live["weight"], state(1)["weight"]), "all is loaded"
+        filler.unlink()
+        assert checkpointer.load(live) is not None
+        checkpointer.save(live, step=2).result()
+    require_all_verify(run)
+
+
+def test_a_disk_for_what_is_kept_and_one_more_is_enough(small_disk: Path) -> None:
+    # Four checkpoints would fit; retention keeps two, and the files of a third wait for readers.
+    run = small_disk / "run"
+    config = CheckpointConfig(keep=LatestN(2), grace_seconds=0.5, timeout_seconds=30.0)
+    fill(small_disk, room_bytes=3 * STATE_BYTES + (3 << 20))
+    with Checkpointer(run, config=config) as checkpointer:
+        checkpointer.load(state(0))
+        for step in range(1, 6):
+            checkpointer.save(state(step), step=step)
+    assert committed_steps(run) == [4, 5]
+    require_all_verify(run)
+    assert debris(run) == []
+
+
+@pytest.mark.parametrize(("num_fit", "warns"), [(3, False), (2, True)])
+def test_too_little_room_for_retention_is_told_once_at_the_load(
+    small_disk: Path, caplog: pytest.LogCaptureFixture, num_fit: int, warns: bool
+) -> None:
+    run = small_disk / "run"
+    fill(small_disk, room_bytes=num_fit * STATE_BYTES + (2 << 20))
+    with Checkpointer(run, config=CheckpointConfig(keep=LatestN(2), timeout_seconds=30.0)) as checkpointer:
+        checkpointer.load(state(0))
+    told = [record.getMessage() for record in caplog.records if "LatestN(n=2)" in record.getMessage()]
+    assert len(told) == warns
+    if told:
+        assert "2 checkpoints and one more while saving" in told[0]
+        assert str(run) in told[0]
 
 
 def test_a_file_size_limit_of_the_writer_is_reported(tmp_path: Path) -> None:

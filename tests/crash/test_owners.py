@@ -16,7 +16,8 @@ import pytest
 from dcp_ckpt.format.manifest import decode_manifest
 from dcp_ckpt.testing.killpoints import KillPoint
 from dcp_ckpt.writer.messages import Request, encode
-from tests.crash.run_files import committed_steps, debris, files_below, require_all_verify
+from dcp_ckpt.writer.progress import make_page
+from tests.crash.run_files import committed_steps, contents, debris, files_below, require_all_verify
 from tests.crash.starts import LAST_STEP, Start, require_exact_resume, wait_until
 
 STEP = "*/run/step-00000003"
@@ -53,10 +54,12 @@ def test_a_staged_save_survives_all_trainers(tmp_path: Path) -> None:
 def test_a_writer_whose_replies_nobody_reads_still_does_all_it_was_given(tmp_path: Path) -> None:
     """A trainer that dies with a reply unread resets the connection; what it had sent before still counts."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    page = make_page()
     number = str(theirs.fileno())
-    program = [sys.executable, "-m", "dcp_ckpt.writer.program", number, str(os.getpid())]
+    program = [sys.executable, "-m", "dcp_ckpt.writer.program", number, str(os.getpid()), str(page)]
     with theirs, ours:
-        writer = subprocess.Popen(program, pass_fds=[theirs.fileno()], stderr=subprocess.PIPE)
+        writer = subprocess.Popen(program, pass_fds=[theirs.fileno(), page], stderr=subprocess.PIPE)
+        os.close(page)
         for key in ("first.lease", "second.lease"):
             ours.send(encode(Request(kind="lease", storage_url=str(tmp_path / "run"), key=key)))
         readable, _, _ = select.select([ours], [], [], HOLD_SECONDS)
@@ -139,10 +142,6 @@ def test_two_starts_at_the_same_moment(tmp_path: Path, wait: str) -> None:
         assert committed_steps(one.run)[-1] == LAST_STEP
         assert {path.name for path in one.run.glob("epochs/*.json")} >= {"00000001.json", "00000002.json"}
         assert require_exact_resume(tmp_path, one) == LAST_STEP
-
-
-def contents(run: Path) -> dict[str, bytes]:
-    return {name: (run / name).read_bytes() for name in files_below(run) if not name.endswith("/")}
 
 
 def newest_epoch(run: Path) -> int:

@@ -27,6 +27,7 @@ from dcp_ckpt.storage.system_calls import SystemCalls
 from dcp_ckpt.testing.faults import FaultyStorage
 from dcp_ckpt.testing.interposition import PowerCut, PowerCutAt, interposed
 from dcp_ckpt.testing.tiny import TINY_RUN_ID, write_tiny_checkpoint
+from tests.crash.next_start import on_disk
 from tests.crash.run_files import committed_steps, debris, require_all_verify
 
 MOMENTS_MAX = 300
@@ -172,6 +173,7 @@ def test_only_leftovers_of_older_epochs_are_swept(tmp_path: Path) -> None:
     old = [
         f".run.json.{token}",
         f"epochs/.00000001.resumed.json.{token}",
+        f"marks/step-00000001/.pin-{'0' * 32}.json.{token}",
         f"step-00000001/..metadata.{token}",
         f"step-00000001/.manifest.json.{token}",
         "step-00000001/__0_0.e0001-s000007.distcp",
@@ -214,13 +216,3 @@ def require_recovered(storage: Storage, seen: Path, situation: Situation) -> Non
     claim(storage, NEXT_EPOCH + 1)
     _, report = recover_older_epochs(storage, epoch=NEXT_EPOCH + 1)
     assert (report.committed, report.debris, report.removed) == ([], [], [])
-
-
-def on_disk(storage: Storage, copy: Path) -> Path:
-    """Where the files of a storage are: its own directory, or a copy of what is in memory."""
-    if isinstance(storage, LocalStorage):
-        return Path(storage.url)
-    target = LocalStorage(copy)
-    for info in storage.list(""):
-        target.put(info.key, storage.read(info.key))
-    return copy

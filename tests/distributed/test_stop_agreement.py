@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from dcp_ckpt import CheckpointConfig, Checkpointer, EverySteps
 from dcp_ckpt.coordination import SoloChannel, connect
+from dcp_ckpt.errors import Fenced
 from dcp_ckpt.stopping.agreement import StopAgreement
 from tests.distributed import worlds
 
@@ -103,7 +104,7 @@ def count_messages() -> int:
     channel = connect(None, timeout_seconds=30.0)
     counting = Counting(channel)
     try:
-        with StopAgreement(counting, timeout_seconds=20.0) as agreement:  # type: ignore[arg-type]
+        with StopAgreement(counting, timeout_seconds=20.0) as agreement:
             for _ in range(1000):
                 agreement.look()
             return counting.num_messages
@@ -228,3 +229,20 @@ def test_who_is_fenced_is_told_to_stop_and_saves_no_more(tmp_path):
             assert old.stop_reason == "taken over"
             new.save(state, step=2).result(30)
         handle.mark_failure_seen()
+
+
+def test_who_is_fenced_writes_nothing_any_more(tmp_path):
+    state = {"weight": torch.zeros(8)}
+    config = CheckpointConfig(recover_wait_seconds=0.0, grace_seconds=0.0)
+    with Checkpointer(tmp_path, config=config) as old:
+        old.save(state, step=1).result(30)
+        with Checkpointer(tmp_path, config=config) as new:
+            new.load(state)
+            first = old.save(state, step=2)
+            assert first.wait_done(30)
+            before = sorted(path.name for path in tmp_path.rglob("*"))
+            second = old.save(state, step=3)
+            assert second.wait_done(30)
+            assert isinstance(second.error, Fenced)
+            assert sorted(path.name for path in tmp_path.rglob("*")) == before
+        second.mark_failure_seen()

@@ -8,9 +8,13 @@ from pathlib import Path
 import pytest
 
 from dcp_ckpt.errors import ConfigError
-from dcp_ckpt.format.names import StepDir
+from dcp_ckpt.format.names import EPOCHS, StepDir, epoch_name
+from dcp_ckpt.lifecycle.catalogue import read_catalogue
+from dcp_ckpt.lifecycle.leftovers import sweep_leftovers
 from dcp_ckpt.lifecycle.marks import Mark, MarkKind, active_marks, is_pinned, read_marks, write_mark
 from dcp_ckpt.storage import Storage, open_storage
+from dcp_ckpt.storage.local import LocalStorage
+from dcp_ckpt.testing.interposition import SystemCall, interposed, watched_calls
 
 STEP = StepDir(10)
 
@@ -62,3 +66,20 @@ def test_an_unknown_kind_is_refused(storage: Storage, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="'best'"):
         mark(storage, "best")  # type: ignore[arg-type]
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_mark_is_written_though_a_start_sweeps_its_temporary_file(tmp_path: Path) -> None:
+    """Marks are written beside the owner of the run, who takes what is temporary for a dead process's."""
+    storage = LocalStorage(tmp_path, calls=watched_calls())
+    swept: list[str] = []
+
+    def sweep(call: SystemCall) -> None:
+        if call.name == "link" and call.matches("*/marks/*") and not call.after and not swept:
+            swept.extend(sweep_leftovers(LocalStorage(tmp_path), read_catalogue(storage), epoch=1))
+
+    storage.make_directory(EPOCHS)
+    storage.create_exclusive(f"{EPOCHS}/{epoch_name(1)}", b"claimed")
+    with interposed(sweep):
+        written = mark(storage, "pin")
+    assert len(swept) == 1, "the temporary file was there, and was swept"
+    assert read_marks(storage) == {STEP: (written,)}

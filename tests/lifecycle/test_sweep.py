@@ -13,8 +13,9 @@ from dcp_ckpt.errors import Fenced
 from dcp_ckpt.format.names import StepDir
 from dcp_ckpt.lifecycle.epochs import claim_epoch
 from dcp_ckpt.lifecycle.marks import write_mark
+from dcp_ckpt.lifecycle.recover import recover_older_epochs
 from dcp_ckpt.lifecycle.runs import ensure_run
-from dcp_ckpt.lifecycle.sweep import delete_tree, empty_trash, seal, uncommit
+from dcp_ckpt.lifecycle.sweep import delete_tree, empty_trash, restore_sealed, seal, uncommit
 from dcp_ckpt.storage import Storage, open_storage
 from dcp_ckpt.testing.tiny import write_tiny_checkpoint
 
@@ -105,11 +106,25 @@ def test_a_sealed_directory_goes_and_a_checkpoint_in_the_trash_comes_back(tmp_pa
     sealed.parent.mkdir()
     (tmp_path / str(DIRECTORY)).rename(sealed)
     assert empty_trash(storage, epoch=1) == []
+    restore_sealed(storage, epoch=1)
     assert (tmp_path / str(DIRECTORY) / "manifest.json").exists()
     assert uncommit(storage, DIRECTORY, epoch=1)
     assert seal(storage, DIRECTORY, epoch=1) is not None
     assert len(empty_trash(storage, epoch=1)) == 1
     assert list(sealed.parent.iterdir()) == []
+
+
+def test_what_comes_back_from_the_trash_is_what_the_start_goes_on_from(tmp_path, storage):
+    """Whoever sealed it died before its second look; here it is the newest."""
+    sealed = tmp_path / "trash" / f"{DIRECTORY}.0123456789abcdef"
+    sealed.parent.mkdir()
+    (tmp_path / str(DIRECTORY)).rename(sealed)
+    # Older and whole: it must not be committed past a newer checkpoint.
+    write_tiny_checkpoint(storage, step=6, save=2, run_id=ensure_run(storage).run_id, commit=False)
+    claim(storage)
+    catalogue, report = recover_older_epochs(storage, epoch=2)
+    assert [entry.directory for entry in catalogue.entries] == [DIRECTORY]
+    assert report.committed == []
 
 
 def test_the_trash_of_a_newer_owner_is_left_alone(tmp_path, storage):
@@ -127,6 +142,17 @@ def test_a_directory_with_a_manifest_is_never_sealed(tmp_path, storage):
     assert seal(storage, DIRECTORY, epoch=1) is None
     assert (tmp_path / str(DIRECTORY) / "manifest.json").exists()
     assert seal(storage, StepDir(8), epoch=1) is None, "there is no such directory"
+
+
+def test_the_name_of_a_dead_attempt_is_not_used_again(tmp_path):
+    """An older owner that wakes up may still be about to seal it, and must not meet a newer owner's files."""
+    train(tmp_path, [1])
+    debris = tmp_path / "step-00000002"
+    debris.mkdir()
+    (debris / "__0_0.e0001-s000009.distcp").write_bytes(b"debris")
+    train(tmp_path, [2])
+    assert (tmp_path / "step-00000002.e2" / "manifest.json").exists()
+    assert not debris.exists()
 
 
 def test_a_late_manifest_keeps_its_tree(tmp_path, storage):

@@ -11,7 +11,13 @@ import pytest
 
 from dcp_ckpt import load_checkpoint
 from dcp_ckpt.coordination import SoloChannel
-from dcp_ckpt.errors import CheckpointNotFound, CorruptCheckpoint, StorageUnsuitable
+from dcp_ckpt.errors import (
+    CheckpointNotFound,
+    ConfigError,
+    CorruptCheckpoint,
+    Fenced,
+    StorageUnsuitable,
+)
 from dcp_ckpt.format.manifest import Manifest, summarize
 from dcp_ckpt.format.names import AttemptId, StepDir
 from dcp_ckpt.lifecycle.catalogue import read_catalogue
@@ -20,11 +26,12 @@ from dcp_ckpt.lifecycle.epochs import claim_epoch, require_newest
 from dcp_ckpt.lifecycle.leftovers import sweep_leftovers
 from dcp_ckpt.lifecycle.recover import recover_older_epochs
 from dcp_ckpt.lifecycle.runs import ensure_run
-from dcp_ckpt.lifecycle.sweep import delete_files, seal, uncommit
+from dcp_ckpt.lifecycle.sweep import delete_files, delete_tree, seal, uncommit
 from dcp_ckpt.load.stored import StoredCheckpoint
 from dcp_ckpt.save.coordinator import Coordinator
 from dcp_ckpt.save.record import Report, SaveKeys, Verdict, to_message
 from dcp_ckpt.storage import Storage, open_storage
+from dcp_ckpt.storage.base import Lease
 from dcp_ckpt.storage.forwarding import ForwardingStorage
 from dcp_ckpt.storage.listed import listed_once
 from dcp_ckpt.testing.tiny import write_tiny_checkpoint
@@ -136,6 +143,62 @@ def test_a_publisher_that_finds_the_name_closed_has_failed(make) -> None:
     assert verdict.outcome == "unknown"
     assert verdict.error["kind"] == "SaveFailed"
     assert "removed before it was committed" in verdict.error["message"]
+
+
+@BOTH
+def test_a_removal_that_goes_on_after_the_newer_owner_removed_the_same_brings_nothing_back(
+    make, kind
+) -> None:
+    storage = make(kind)
+    newest = write(storage, 200, 2)
+
+    class Overtaken(ForwardingStorage):
+        """A newer owner claims and removes the checkpoint at the moment when the older one begins to."""
+
+        epoch: int | None = None
+
+        def delete(self, keys: Iterable[str]) -> None:
+            if self.epoch is None:
+                self.epoch = claim(storage)
+                assert uncommit(storage, StepDir(100), epoch=self.epoch)
+                sealed = seal(storage, StepDir(100), epoch=self.epoch)
+                assert sealed is not None
+                delete_tree(storage, sealed)
+            super().delete(keys)
+
+    with pytest.raises(Fenced):
+        uncommit(Overtaken(storage), StepDir(100), epoch=1)
+    catalogue = read_catalogue(storage)
+    assert [entry.manifest for entry in catalogue.entries] == [newest]
+    assert all(rejected.state == "removed" for rejected in catalogue.rejected)
+
+
+@BOTH
+def test_who_spares_the_living_spares_also_whom_it_lost_the_race_against(make, kind) -> None:
+    storage = make(kind)
+    leases: list[Lease] = []
+
+    class Racing(ForwardingStorage):
+        """Another start claims the number just before, and lives."""
+
+        def create_exclusive(self, key: str, data: bytes | bytearray | memoryview) -> None:
+            if key == "epochs/00000002.json" and not leases:
+                claim(storage, hold=lambda key: leases.append(storage.hold_lease(key)))
+            super().create_exclusive(key, data)
+
+    with pytest.raises(ConfigError, match=r"epoch\(s\) 2 of this run are still live"):
+        claim_epoch(
+            Racing(storage),
+            run_id=ensure_run(storage).run_id,
+            world_size=1,
+            purpose="recover",
+            hold=lambda key: None,
+            wait_seconds=0.0,
+            spare_live=True,
+        )
+    (lease,) = leases
+    lease.close()
+    assert not [name for name in storage.list_names("epochs/") if name.startswith("00000003")]
 
 
 def test_a_removed_checkpoint_is_told_as_removed(make) -> None:

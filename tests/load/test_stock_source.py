@@ -267,7 +267,9 @@ def test_a_container_of_another_tensor_is_corrupt(tmp_path: Path) -> None:
 
 def test_a_gap_between_chunks_is_corrupt(tmp_path: Path) -> None:
     write_chunks(tmp_path / "c", {(0,): torch.zeros(4)}, (6,))
-    with pytest.raises(CorruptCheckpoint, match="w: the stored chunks give 4 of 6 elements"):
+    with pytest.raises(
+        CorruptCheckpoint, match="w: the stored chunks do not make it up: chunks hold 4 of 6 elements"
+    ):
         load(tmp_path / "c", {"w": torch.zeros(6)})
 
 

@@ -109,7 +109,9 @@ def test_a_flipped_bit_is_found_by_whoever_reads_its_block(step: Path) -> None:
     flip(step / DATA_1, (step / DATA_1).stat().st_size - 1)
     with open_checkpoint(step) as checkpoint:
         assert checkpoint.read_tensor("model.bias").shape == (3,)
-        with pytest.raises(CorruptCheckpoint, match=r"block 0 differs.*__1_0"):
+        with pytest.raises(
+            CorruptCheckpoint, match=r"block 0 \(bytes 0 to \d+\) differs.*tensor model.weight.*__1_0"
+        ):
             checkpoint.read_tensor("model.weight")
 
 

@@ -154,7 +154,7 @@ def test_a_flipped_bit_is_not_copied_and_is_named(run: Path, target: Storage) ->
         (lambda step: os.truncate(step / DATA_0, 4096), CorruptCheckpoint, "truncated, 4096 of"),
         (lambda step: (step / DATA_0).unlink(), CorruptCheckpoint, "is missing"),
         (lambda step: (step / FRAGMENT_1).unlink(), CorruptCheckpoint, "is missing"),
-        (lambda step: flip(step / FRAGMENT_1, 30), CorruptCheckpoint, "differs from the digest"),
+        (lambda step: flip(step / FRAGMENT_1, 30), CorruptCheckpoint, "differs from its digest"),
         (lambda step: (step / MANIFEST).write_bytes(b"{}"), CorruptCheckpoint, "manifest"),
         (lambda step: (step / MANIFEST).unlink(), CheckpointNotFound, "no manifest"),
     ],

@@ -26,6 +26,7 @@ from dcp_ckpt.testing.proxy_faults import (
     Decide,
     Fault,
     Hang,
+    Hold,
     Link,
     LoseAnswer,
     Reset,
@@ -36,6 +37,7 @@ from dcp_ckpt.testing.proxy_faults import (
 from dcp_ckpt.testing.s3_operations import S3Operation
 from dcp_ckpt.testing.s3_requests import S3Requests
 from dcp_ckpt.testing.s3_server import S3Server
+from tests.eventually import eventually
 
 LOST = (ConnectionError, http.client.HTTPException)
 PART_BYTES = 5 << 20
@@ -267,6 +269,34 @@ def test_a_request_that_hangs_ends_with_the_patience_of_the_client(
     assert direct.send("GET", key).status == 404
     assert statuses(proxy) == [None]
     botocore_client.put_object(**where, Body=b"x")
+
+
+@pytest.mark.parametrize("answer", [False, True], ids=["request", "answer"])
+def test_a_request_is_held_until_it_is_released(
+    proxy: FaultProxy, through: S3Requests, direct: S3Requests, key: str, answer: bool
+) -> None:
+    released = threading.Event()
+    arrived = threading.Event()
+    found: list[int] = []
+
+    def hold(arrival: Arrival) -> Fault:
+        arrived.set()
+        return Hold(released=released, answer=answer)
+
+    proxy.set_faults(hold)
+    thread = threading.Thread(target=lambda: found.append(through.send("PUT", key, body=b"x").status))
+    thread.start()
+    try:
+        assert arrived.wait(10)
+        if answer:
+            assert eventually(lambda: direct.send("GET", key).status == 200, timeout_seconds=10)
+        assert direct.send("GET", key).status == (200 if answer else 404)
+        assert found == []
+    finally:
+        released.set()
+        thread.join(10)
+    assert found == [200]
+    assert direct.send("GET", key).body == b"x"
 
 
 def test_a_connection_is_reset_when_it_has_carried_enough(

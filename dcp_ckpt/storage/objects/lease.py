@@ -10,6 +10,7 @@ import asyncio
 import logging
 import secrets
 import threading
+import time
 from collections.abc import Coroutine
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -17,12 +18,16 @@ from typing import Any, TypeVar
 from dcp_ckpt.closing import Closing
 from dcp_ckpt.errors import CheckpointError, StorageNotFound, StorageTransient
 from dcp_ckpt.storage.objects.client import ObjectClient
+from dcp_ckpt.storage.objects.retry import RetryingClient
 
 __all__ = ["LeaseTimes", "ObjectLease", "is_fresh"]
 
 log = logging.getLogger(__name__)
 
 _Result = TypeVar("_Result")
+
+_GIVE_UP_SECONDS = 4.0
+"""How long giving it up may take: whoever waits for its holder to end should not wait for a store."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +49,7 @@ class ObjectLease(Closing):
     Should another holder close first and have written last, the object is gone until the next renewal.
     """
 
-    def __init__(self, client: ObjectClient, key: str, *, renew_seconds: float) -> None:
+    def __init__(self, client: RetryingClient, key: str, *, renew_seconds: float) -> None:
         self._client = client
         self._renew_seconds = renew_seconds
         self._key = key
@@ -63,10 +68,11 @@ class ObjectLease(Closing):
         if self._stop.is_set():
             return
         self.let_run_out()
+        client = self._client.until(time.monotonic() + _GIVE_UP_SECONDS)
         try:
             # Somebody else may hold it too, and has written it since.
-            if self._run(self._client.get(self._key)) == self._content:
-                self._run(self._client.delete([self._key]))
+            if self._run(client.get(self._key)) == self._content:
+                self._run(client.delete([self._key]))
         except StorageNotFound:
             pass
         except CheckpointError as error:

@@ -7,12 +7,14 @@ whose first answer was lost and whose repetition finds the name taken. Knows no 
 from __future__ import annotations
 
 import asyncio
+import copy
 import logging
+import math
 import random
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Self, TypeVar
 
 from dcp_ckpt.errors import StorageExists, StorageNotFound, StorageTransient
 from dcp_ckpt.storage.objects.client import Buffer, ObjectClient, Page, StoreTraits
@@ -64,7 +66,14 @@ class RetryingClient:
     def __init__(self, inner: ObjectClient, policy: RetryPolicy) -> None:
         self._inner = inner
         self._policy = policy
+        self._deadline = math.inf
         self._random = random.Random()
+
+    def until(self, deadline: float) -> Self:
+        """The same client, that asks for nothing after `deadline` (monotonic seconds)."""
+        view = copy.copy(self)
+        view._deadline = min(deadline, self._deadline)
+        return view
 
     @property
     def loop(self) -> asyncio.AbstractEventLoop:
@@ -155,19 +164,22 @@ class RetryingClient:
                 delay = self._policy.delay(
                     attempt, elapsed_seconds=elapsed, reached=self.reached, draw=self._random.random()
                 )
-                if delay is None:
+                if delay is None or time.monotonic() + delay >= self._deadline:
                     error.message += f"; gave up after {attempt} attempts in {elapsed:.0f} s"
                     raise
                 log.debug("attempt %d failed, next in %.2f s: %s", attempt, delay, error)
             await asyncio.sleep(delay)
 
     async def _attempt(self, request: Callable[[], Awaitable[_Result]]) -> _Result:
-        limit = self._policy.attempt_seconds
+        left = self._deadline - time.monotonic()
+        if left <= 0.0:
+            raise StorageTransient("the store was not asked: the time for this is over", path=self.url)
+        limit = min(self._policy.attempt_seconds or math.inf, left)
         try:
-            async with asyncio.timeout(limit):
+            async with asyncio.timeout(None if limit == math.inf else limit):
                 return await request()
         except TimeoutError as error:
-            raise StorageTransient(f"no answer within {limit} s", path=self.url) from error
+            raise StorageTransient(f"no answer within {limit:.1f} s", path=self.url) from error
 
     async def _content(self, key: str) -> bytes | None:
         try:

@@ -8,18 +8,20 @@ from __future__ import annotations
 
 import asyncio
 import builtins
+import copy
 import secrets
 import threading
 from collections.abc import Callable, Coroutine, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 from dcp_ckpt.errors import StorageError, StorageExists, StorageUnsuitable
 from dcp_ckpt.storage.base import ByteRange, ObjectInfo, StorageCapabilities
 from dcp_ckpt.storage.keys import check_key, check_prefix, is_listed, temporary_name
-from dcp_ckpt.storage.objects.client import DELETE_BATCH, Buffer, ObjectClient, Page
+from dcp_ckpt.storage.objects.client import DELETE_BATCH, Buffer, Page
 from dcp_ckpt.storage.objects.fetch import Fetch, merge_ranges
 from dcp_ckpt.storage.objects.lease import LeaseTimes, ObjectLease, is_fresh
+from dcp_ckpt.storage.objects.retry import RetryingClient
 from dcp_ckpt.storage.objects.upload import ObjectUpload
 from dcp_ckpt.storage.ranges import check_ranges
 
@@ -44,8 +46,8 @@ class ObjectStorage:
 
     def __init__(
         self,
-        client: ObjectClient,
-        brief: ObjectClient,
+        client: RetryingClient,
+        brief: RetryingClient,
         *,
         url: str,
         single_writer: bool,
@@ -142,6 +144,19 @@ class ObjectStorage:
     def abort_uploads(self, prefix: str, is_abandoned: Callable[[str], bool]) -> builtins.list[str]:
         check_prefix(prefix)
         return self._run(self._abort_uploads(prefix, is_abandoned))
+
+    def remove_own_root(self) -> None:
+        """There is none."""
+
+    def until(self, deadline: float) -> Self:
+        view = copy.copy(self)
+        view._client = self._client.until(deadline)
+        view._brief = self._brief.until(deadline)
+        return view
+
+    def free_bytes(self) -> int | None:
+        """None: stores do not say."""
+        return None
 
     def hold_lease(self, key: str) -> ObjectLease:
         return ObjectLease(self._brief, check_key(key), renew_seconds=self._lease_times.renew_seconds)
