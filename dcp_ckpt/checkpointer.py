@@ -29,6 +29,7 @@ from dcp_ckpt.errors import (
     SaveFailed,
     StateMismatch,
 )
+from dcp_ckpt.format.names import MAX_STEP
 from dcp_ckpt.lifecycle.catalogue import CheckpointEntry, read_catalogue
 from dcp_ckpt.lifecycle.pins import pin, unpin
 from dcp_ckpt.load.by_path import load_path
@@ -139,8 +140,8 @@ class Checkpointer:
             CoordinationError: rank 0 did not call `save` in time.
         """
         self._require_open()
-        if type(step) is not int or step < 0:
-            raise ConfigError(f"step must be a whole number of at least 0, not {step!r}")
+        if type(step) is not int or not 0 <= step <= MAX_STEP:
+            raise ConfigError(f"step must be a whole number from 0 to {MAX_STEP}, not {step!r}")
         if self._failed_load is not None:
             raise SaveFailed(
                 "the last load failed halfway and the state may be a mixture; load before saving: "

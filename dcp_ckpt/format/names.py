@@ -15,6 +15,7 @@ __all__ = [
     "EPOCHS",
     "MANIFEST",
     "MARKS",
+    "MAX_STEP",
     "RUN_JSON",
     "TRASH",
     "AttemptId",
@@ -39,6 +40,7 @@ EPOCHS = "epochs"
 MARKS = "marks"
 TRASH = "trash"
 
+MAX_STEP = 10**18 - 1
 _STEP = re.compile(r"step-([0-9]{8,18})(?:\.e([1-9][0-9]{0,17}))?")
 _ATTEMPT = re.compile(r"e([0-9]{4,18})-s([0-9]{6,18})")
 _FRAGMENT = re.compile(r"rank-([0-9]{5,18})\.(e[0-9]{4,18}-s[0-9]{6,18})\.json")

@@ -80,7 +80,7 @@ def _recommit(storage: Storage, directory: StepDir, manifest: bytes) -> None:
 
 
 def create_again(storage: Storage, key: str, data: bytes) -> None:
-    """Put back what was deleted under the eyes of a newer owner, unless that one has removed its directory."""
+    """Put back what was deleted too late, unless a newer owner has removed the directory."""
     for _ in range(_TRIES):
         try:
             storage.create_exclusive(key, data)

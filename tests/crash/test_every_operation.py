@@ -50,10 +50,12 @@ class Failing:
 
     Args:
         number: of the operation, from 1. All later ones fail too where the process ends.
+        goes_on: whoever survives the failure saves again; else it dies right after what it told.
     """
 
     ending: Ending
     number: int
+    goes_on: bool
     armed: bool = False
     count: int = field(default=0, init=False)
 
@@ -104,7 +106,7 @@ def run_into(name: str, storage: Storage, failing: Failing, seen: Path, clean: S
         with suppress(ProcessEnded, CheckpointError):
             owner = situation.act(storage, owner, facts.append) or owner
         failing.armed = failing.ending == "ends"
-        if owner is not None and failing.ending != "ends":
+        if owner is not None and failing.goes_on:
             require_another_save(owner, facts)
     finally:
         failing.armed = False
@@ -132,11 +134,18 @@ def numbers_of(count: Callable[[int], int], *, seed: str, every: bool) -> Iterat
     yield from numbers if every else random.Random(seed).sample(numbers, min(NUM_SAMPLES, last))
 
 
+def ways_on(ending: Ending, number: int, *, every: bool) -> list[bool]:
+    """Whether the process saves again after a failure: both ways, or one of them in a sample."""
+    if ending == "ends":
+        return [False]
+    return [False, True] if every else [number % 2 == 0]
+
+
 def cut_system_calls(directory: Path, name: str, ending: Ending, *, after: bool, every: bool) -> None:
-    def run(number: int) -> int:
-        place = directory / str(number)
+    def run(number: int, goes_on: bool = False) -> int:
+        place = directory / f"{number}{goes_on}"
         root = place / "run"
-        failing = FailingCall(ending=ending, number=number, root=str(root), after=after)
+        failing = FailingCall(ending=ending, number=number, goes_on=goes_on, root=str(root), after=after)
         storage = LocalStorage(root, calls=watched_calls())
         try:
             with interposed(failing):
@@ -148,15 +157,16 @@ def cut_system_calls(directory: Path, name: str, ending: Ending, *, after: bool,
         return failing.count
 
     for number in numbers_of(run, seed=f"{name}{ending}{after}", every=every):
-        run(number)
+        for goes_on in ways_on(ending, number, every=every):
+            run(number, goes_on)
 
 
 def cut_operations(
     directory: Path, name: str, kind: str, endings: Sequence[Ending], *, answer_lost: bool, every: bool
 ) -> None:
-    def run(number: int, ending: Ending = "ends") -> int:
-        place = directory / f"{ending}{number}"
-        failing = Failing(ending=ending, number=number)
+    def run(number: int, ending: Ending = "ends", goes_on: bool = False) -> int:
+        place = directory / f"{ending}{number}{goes_on}"
+        failing = Failing(ending=ending, number=number, goes_on=goes_on)
         try:
             with closing(open_kind(kind, place / "run")) as clean:
                 storage = FaultyStorage(clean, failing.at_operation, answer_lost=answer_lost)
@@ -170,7 +180,8 @@ def cut_operations(
 
     for number in numbers_of(run, seed=f"{name}{kind}{answer_lost}", every=every):
         for ending in endings:
-            run(number, ending)
+            for goes_on in ways_on(ending, number, every=every):
+                run(number, ending, goes_on)
 
 
 _PLACES = itertools.count()

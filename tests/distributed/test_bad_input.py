@@ -93,7 +93,7 @@ def test_directory_that_is_no_checkpoint_is_not_found(tmp_path):
         load_checkpoint(tmp_path / "absent", good())
 
 
-@pytest.mark.parametrize("step", [-1, 1.5, True, "1"])
+@pytest.mark.parametrize("step", [-1, 1.5, True, "1", 10**18])
 def test_step_must_be_a_whole_number(tmp_path, step):
     with Checkpointer(tmp_path) as checkpointer, pytest.raises(ConfigError, match="step must be"):
         checkpointer.save(good(), step=step)

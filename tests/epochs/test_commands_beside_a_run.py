@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.crash.run_files import committed_steps, contents, debris, require_all_verify
-from tests.crash.starts import LAST_STEP, Start, wait_until
+from tests.crash.starts import Start, wait_until
 from tests.epochs.commands import command, run_command
 from tests.epochs.endings import OWNER_LAST_STEP, SALTED, require_fenced, require_one_lineage, require_resumed
 from tests.epochs.moments import AFTER_CLAIM, BEFORE_DATA, BEFORE_NEXT_DATA, claim_of
@@ -102,8 +102,9 @@ def require_trained_from_2(start: Start) -> None:
     assert start.steps("save", outcome="committed") == list(range(3, OWNER_LAST_STEP + 1)), start.output()
 
 
-def lose_the_race(place: Place) -> None:
-    """The command finds nobody alive, and a start claims the number that it was about to claim."""
+@pytest.mark.crash
+def test_a_command_that_loses_the_race_against_a_start_does_not_fence_it(place: Place) -> None:
+    """It finds nobody alive, and then a start claims the number that it was about to claim."""
     leave_history(place)
     with command(place, *RECOVER, hold=claim_of(2, after=False)) as recover:
         recover.wait_held()
@@ -117,15 +118,6 @@ def lose_the_race(place: Place) -> None:
             owner.release()
             require_trained_from_2(owner.start)
             require_one_lineage(place, owner.start, epoch=3, kept=(2,))
-
-
-def test_a_command_that_loses_the_race_against_a_start_does_not_fence_it(files: Place) -> None:
-    lose_the_race(files)
-
-
-@pytest.mark.crash
-def test_a_command_that_loses_the_race_in_a_store_does_not_fence_the_start(store: Place) -> None:
-    lose_the_race(store)
 
 
 @pytest.mark.crash

@@ -151,7 +151,7 @@ def broken_at_the_end(place: Place, ledger: Ledger) -> Iterator[str]:
     excused = ledger.removed | set(ledger.removing.values())
     for attempt in sorted(ledger.committed - excused - visible):
         yield f"{attempt} was committed, nobody removed it, and it is gone"
-    for attempt in sorted(ledger.removed & visible - ledger.put_back):
+    for attempt in sorted(ledger.removed & visible - ledger.put_back - set(ledger.removing.values())):
         yield f"{attempt} was removed and is back"
     for attempt in sorted(ledger.failed & visible):
         yield f"{attempt} was reported as failed and is committed"

@@ -229,7 +229,7 @@ def machine(kind: type[Place], begin: Callable[[World], World]) -> type[History]
 
 @pytest.mark.parametrize("kind", [FilePlace, ObjectPlace])
 @pytest.mark.parametrize(
-    "num_histories", [30, pytest.param(1500, marks=[pytest.mark.crash, pytest.mark.timeout(900)])]
+    "num_histories", [30, pytest.param(400, marks=[pytest.mark.crash, pytest.mark.timeout(900)])]
 )
 def test_any_history_keeps_the_promises(
     repeatable: Callable[[World], World], kind: type[Place], num_histories: int
