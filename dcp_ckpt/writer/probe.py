@@ -66,18 +66,20 @@ def _write_again_if_swept(storage: Storage, probe: Probe) -> None:
     for tries_left in reversed(range(_TRIES)):
         try:
             _write(storage, probe)
-            return
-        except StorageNotFound as error:
+        except StorageNotFound:
             if not tries_left:
-                raise _unfaithful(storage, probe.key) from error
+                raise
+            continue
+        if _is_there(storage, probe):
+            return
+    raise _unfaithful(storage, probe.key)
 
 
 def _write(storage: Storage, probe: Probe) -> None:
-    content = _content(probe.key)
     # A mapping, since its address is aligned: the write goes the way of the data, past the page cache. Not
     # closed: the error of a failed write still holds it.
     memory = mmap.mmap(-1, _BYTES)
-    memory[:] = content
+    memory[:] = _content(probe.key)
     writer = storage.open_writer(probe.key, size_bytes=_BYTES, direct=probe.direct_io)
     try:
         writer.write_segment(0, memoryview(memory))
@@ -85,8 +87,17 @@ def _write(storage: Storage, probe: Probe) -> None:
     except BaseException:
         writer.abort()
         raise
-    if storage.read(probe.key) != content:
+
+
+def _is_there(storage: Storage, probe: Probe) -> bool:
+    """Whether it still stands; other bytes than were written are an error."""
+    try:
+        found = storage.read(probe.key)
+    except StorageNotFound:
+        return False
+    if found != _content(probe.key):
         raise _unfaithful(storage, probe.key)
+    return True
 
 
 def _unfaithful(storage: Storage, key: str) -> StorageUnsuitable:
