@@ -1,4 +1,4 @@
-"""Preemption with real signals: to torchrun or a worker, in a step, an evaluation, a save, with data loaders."""
+"""Preemption with real signals: to torchrun or a worker, in a step, an evaluation or a save."""
 
 from __future__ import annotations
 

@@ -7,12 +7,14 @@ from pathlib import Path
 
 import pytest
 
+from dcp_ckpt.errors import StorageNotFound
 from dcp_ckpt.format.names import AttemptId, StepDir
 from dcp_ckpt.lifecycle.catalogue import read_catalogue
 from dcp_ckpt.lifecycle.epochs import claim_epoch
 from dcp_ckpt.lifecycle.recover import recover_older_epochs
 from dcp_ckpt.lifecycle.retract import retract
 from dcp_ckpt.lifecycle.runs import ensure_run
+from dcp_ckpt.lifecycle.sweep import create_again
 from dcp_ckpt.load.stored import StoredCheckpoint
 from dcp_ckpt.storage import Storage, open_storage
 from dcp_ckpt.storage.forwarding import ForwardingStorage
@@ -101,3 +103,25 @@ def test_a_newer_owner_that_has_read_the_fragments_finds_them_again(make, kind: 
     latest = read_catalogue(storage).latest
     assert latest is not None
     assert len(StoredCheckpoint(storage, DIRECTORY, latest.manifest).all_fragments()) == 2
+
+
+def test_what_is_put_back_is_there_although_a_start_swept_its_temporary_file(make) -> None:
+    storage = make("files")
+    key = f"{DIRECTORY}/manifest.json"
+
+    class Swept(ForwardingStorage):
+        """A newer owner clears away at the moment between the temporary and the final name."""
+
+        times = 1
+
+        def create_exclusive(self, key: str, data: bytes | bytearray | memoryview) -> None:
+            if self.times:
+                self.times -= 1
+                raise StorageNotFound("its temporary file is gone", path=key)
+            super().create_exclusive(key, data)
+
+    create_again(Swept(storage), key, b"put back")
+    assert storage.read(key) == b"put back"
+    create_again(storage, key, b"put back")
+    create_again(storage, "step-00000200/manifest.json", b"put back")
+    assert storage.list("step-00000200/") == []
