@@ -25,6 +25,7 @@ pytestmark = [pytest.mark.distributed, pytest.mark.timeout(400)]
 def wake(old: Held) -> None:
     """It trains to its end, and finds itself fenced."""
     old.release()
+    old.start.trainer().send_signal(signal.SIGCONT)
     assert old.start.wait() == [0], old.start.output()
     old.start.require_gone()
     require_fenced(old.start, from_step=4)
@@ -105,6 +106,8 @@ def test_a_removal_that_goes_on_late_takes_nothing_from_the_new_owner(
         old.wait_held()
         # Training goes on meanwhile, for one more save.
         wait_until(lambda: has_written(place, 4), HELD_SECONDS, old.start)
+        # Of a store, tidying asks for some seconds only: time stands still until it is woken.
+        old.start.trainer().send_signal(signal.SIGSTOP)
         with place.start("new", "--wait", "0", *SALTED, hold=moment) as new:
             if moment is not None:
                 new.wait_held()
