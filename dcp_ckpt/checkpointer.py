@@ -86,7 +86,7 @@ class Checkpointer:
         self._starts = 0
         self._loads = 0
         self._orders = 0
-        self._final_saves = 0
+        self._final_save: tuple[int, bool] | None = None
         self._due: DueSaves | None = None
         self._failed_load: CheckpointError | None = None
         self._closed = False
@@ -230,10 +230,10 @@ class Checkpointer:
             raise ConfigError("should_save needs CheckpointConfig(save_when=...), such as EverySteps(100)")
         self._look_for_owner()
         stop = self._stopper.before_save()
-        if stop is not None and self._final_saves == 0:
-            self._final_saves += 1
-            return self._is_final_save_due(step, stop)
-        return self._due.is_due(step)
+        if stop is not None and self._final_save is None:
+            self._final_save = step, self._is_final_save_due(step, stop)
+        at, due = self._final_save or (None, False)
+        return due if at == step else self._due.is_due(step)
 
     def should_stop(self) -> bool:
         """Whether the training is to end now: a signal, the time limit, or a newer start of the run.

@@ -220,7 +220,7 @@ def train(options: Options, topology: Topology) -> str | None:
                     training.model, validation_windows, options, topology, checkpointer.should_stop
                 )
                 if val_loss is None:
-                    save_due = options.saves and checkpointer.should_save(step)
+                    save_due = save_due or (options.saves and checkpointer.should_save(step))
                 else:
                     metrics["val_loss"] = val_loss
                     reporter.validated(step=step, loss=val_loss)

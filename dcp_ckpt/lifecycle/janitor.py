@@ -64,6 +64,11 @@ class Janitor:
         """Whether it is never taken back in this epoch."""
         return directory in self._protected
 
+    @property
+    def waiting_bytes(self) -> int:
+        """What was taken back and is not deleted yet."""
+        return sum(manifest.total_bytes for _, manifest in list(self._waiting.values()))
+
     def tidy(self) -> None:
         """Apply retention now, and delete what is over its grace period. Logs what fails."""
         try:

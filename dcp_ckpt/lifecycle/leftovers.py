@@ -13,7 +13,6 @@ from collections.abc import Iterator
 from dcp_ckpt.errors import StorageError
 from dcp_ckpt.format.names import (
     EPOCHS,
-    MANIFEST,
     MARKS,
     RUN_JSON,
     AttemptId,
@@ -25,6 +24,7 @@ from dcp_ckpt.format.names import (
 )
 from dcp_ckpt.lifecycle.catalogue import Catalogue
 from dcp_ckpt.lifecycle.epochs import require_newest
+from dcp_ckpt.lifecycle.sweep import is_ours
 from dcp_ckpt.storage.base import Storage
 from dcp_ckpt.storage.keys import final_name, is_temporary
 
@@ -63,8 +63,8 @@ def _leftovers(storage: Storage, catalogue: Catalogue, epoch: int) -> Iterator[l
             yield _foreign_files(storage, entry.directory, attempt, epoch)
     for rejected in catalogue.rejected:
         if rejected.state == "removed":
-            keys = [info.key for info in storage.list(f"{rejected.directory}/")]
-            yield [key for key in keys if key != f"{rejected.directory}/{MANIFEST}"]
+            names = storage.list_names(f"{rejected.directory}/")
+            yield [f"{rejected.directory}/{name}" for name in names if is_ours(name)]
 
 
 def _abandoned_uploads(storage: Storage, epoch: int) -> list[str]:

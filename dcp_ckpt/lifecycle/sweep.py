@@ -27,7 +27,16 @@ from dcp_ckpt.lifecycle.marks import look_for_pin
 from dcp_ckpt.storage.base import Storage
 from dcp_ckpt.storage.keys import final_name
 
-__all__ = ["create_again", "delete_files", "delete_tree", "empty_trash", "restore_sealed", "seal", "uncommit"]
+__all__ = [
+    "create_again",
+    "delete_files",
+    "delete_tree",
+    "empty_trash",
+    "is_ours",
+    "restore_sealed",
+    "seal",
+    "uncommit",
+]
 
 log = logging.getLogger(__name__)
 
@@ -49,7 +58,7 @@ def uncommit(storage: Storage, directory: StepDir, *, epoch: int) -> bool:
         manifest = storage.read(key)
     except StorageNotFound:
         return False
-    if look_for_pin(storage, directory):
+    if is_tombstone(manifest, path=key) or look_for_pin(storage, directory):
         return False
     storage.delete([f"{directory}/{DCP_METADATA}"])
     if storage.capabilities.directories:
@@ -153,7 +162,7 @@ def _file_names(manifest: Manifest) -> list[str]:
 
 def delete_tree(storage: Storage, key: str) -> None:
     """Delete what is ours in a sealed directory, and the directory when nothing else is in it."""
-    ours = [f"{key}/{name}" for name in storage.list_names(f"{key}/") if _is_ours(name)]
+    ours = [f"{key}/{name}" for name in storage.list_names(f"{key}/") if is_ours(name)]
     storage.delete(ours)
     left = [name for name in storage.list_names(f"{key}/") if name != MANIFEST]
     if left:
@@ -162,7 +171,7 @@ def delete_tree(storage: Storage, key: str) -> None:
     storage.remove_directory(key)
 
 
-def _is_ours(name: str) -> bool:
+def is_ours(name: str) -> bool:
     """Whether a file in a step directory was made by this package; a manifest is never deleted here."""
     final = final_name(name) or name
     if final in (DCP_METADATA, MANIFEST):

@@ -23,7 +23,7 @@ from dcp_ckpt.coordination import (
     gather,
     raise_first,
 )
-from dcp_ckpt.errors import CheckpointError
+from dcp_ckpt.errors import CheckpointError, StateError, StorageFull
 from dcp_ckpt.policies import KeepPolicy
 from dcp_ckpt.save.memory import MemoryNeed, MemoryPool, available_memory, memory_shortage
 from dcp_ckpt.save.space import full, retention_shortage
@@ -150,9 +150,10 @@ def _own_needs(
             pools=available_memory() if size.memory_bytes else (),
             room=look_for_room() if rank == 0 else None,
         )
-    except CheckpointError as error:
+    except (StateError, StorageFull) as error:
         return None, Needs(rank=rank, error=error_fields(as_checkpoint_error(error, rank=rank)))
-    # Objects of the user's may not be able to give their state before training has begun.
+    # Objects of the user's may not be able to give their state before training has begun, and a storage that
+    # does not answer now may do so at the save.
     except Exception as error:
         log.debug("the state could not be captured", exc_info=True)
         return None, Needs(rank=rank, unready=repr(error))

@@ -268,9 +268,11 @@ class Session:
         """Rank 0: what is free, and what retention may free."""
         entries = self.catalogue().entries
         assert self._janitor is not None
+        free_bytes = self._storage.free_bytes()
         return Room(
             path=self._storage.url,
-            free_bytes=self._storage.free_bytes(),
+            # A save that needs the room of what was taken back waits for its grace period.
+            free_bytes=None if free_bytes is None else free_bytes + self._janitor.waiting_bytes,
             removable_bytes=sum(
                 entry.manifest.total_bytes
                 for entry in entries

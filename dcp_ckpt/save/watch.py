@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Generic, TypeVar
 
 from dcp_ckpt.closing import Closing
+from dcp_ckpt.errors import CheckpointError
 
 __all__ = ["WATCH_SECONDS", "Watch", "Watchdog"]
 
@@ -85,7 +86,10 @@ class Watchdog(Closing, Generic[_State]):
 
     def _run(self) -> None:
         while not self._end.wait(self._watch.look_seconds):
-            state = self._look()
+            try:
+                state = self._look()
+            except CheckpointError:
+                return  # nobody is left to look at; whoever is blocked learns it by itself
             still = self._watch.look(state, now=time.monotonic())
             if still is not None:
                 self._tell(state, still)

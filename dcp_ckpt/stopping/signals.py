@@ -10,7 +10,9 @@ import os
 import signal
 import threading
 import time
+import weakref
 from collections.abc import Callable, Sequence
+from functools import partial
 from types import FrameType
 from typing import Any
 
@@ -22,6 +24,7 @@ log = logging.getLogger(__name__)
 
 _SAME_SIGNAL_SECONDS = 1.0
 """A scheduler signals every process of a job, and the launcher passes its own on: that is one signal."""
+_HANDLER_SECONDS = 1.0
 
 
 class SignalWatch(Closing):
@@ -34,31 +37,133 @@ class SignalWatch(Closing):
 
     def __init__(self, signals: Sequence[str], ask: Callable[[str], None]) -> None:
         self._ask = ask
-        self._first: float | None = None
+        self._first: tuple[float, int] | None = None
         self._before: dict[signal.Signals, Any] = {}
+        self._alarm: _SecondSignal | None = None
         if threading.current_thread() is not threading.main_thread():
             log.warning("should_stop() is not called on the main thread: signals are not watched for")
             return
-        for name in signals:
-            number = signal.Signals[name]
+        numbers = [signal.Signals[name] for name in signals]
+        self._alarm = _SecondSignal(numbers)
+        for number in numbers:
             self._before[number] = signal.signal(number, self._handle)
+        _follow_forks(weakref.ref(self))
 
-    def close(self) -> None:
-        """Put back what handled the signals before. Idempotent."""
+    def close(self, *, is_heard: bool = True) -> None:
+        """Put back what handled the signals before. Idempotent.
+
+        Args:
+            is_heard: whether the training stopped for the first signal; else it is raised again.
+        """
+        self._put_back()
+        if self._alarm is not None:
+            self._alarm.close()
+        first, self._first = self._first, None
+        if first is not None and not is_heard:
+            signal.raise_signal(first[1])
+
+    def mask(self, how: int) -> None:
+        """Hold back the watched signals (`SIG_BLOCK`) or let them through on this thread."""
+        signal.pthread_sigmask(how, self._before)
+
+    def leave_child(self) -> None:
+        """Called in a process forked from this one: its signals are its own business."""
+        watched = list(self._before)
+        self._put_back()
+        if self._alarm is not None:
+            self._alarm.forget()
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, watched)
+
+    def _put_back(self) -> None:
         for number, handler in self._before.items():
-            # None stands for one that was not installed from Python, and cannot be put back from it.
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+            # Whoever has installed another one since then keeps it.
+            if signal.getsignal(number) == self._handle:
+                # None stands for one that was not installed from Python, and cannot be put back from it.
+                signal.signal(number, signal.SIG_DFL if handler is None else handler)
         self._before.clear()
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         # Between two bytecodes of the main thread, whatever that holds: nothing here may take a lock or log.
         now = time.monotonic()
         if self._first is None:
-            self._first = now
+            self._first = now, number
             self._ask(signal.Signals(number).name)
-        elif now - self._first > _SAME_SIGNAL_SECONDS:
-            self.close()
+        elif now - self._first[0] > _SAME_SIGNAL_SECONDS:
+            assert self._alarm is not None
+            self._alarm.is_handled = True
+            self._put_back()
             os.kill(os.getpid(), number)
+
+
+def _follow_forks(watch: weakref.ref[SignalWatch]) -> None:
+    """Keep a child from swallowing its signals, also those that come before it has put the handlers back."""
+
+    def mask(how: int) -> None:
+        if (found := watch()) is not None:
+            found.mask(how)
+
+    def leave() -> None:
+        if (found := watch()) is not None:
+            found.leave_child()
+
+    os.register_at_fork(
+        before=partial(mask, signal.SIG_BLOCK),
+        after_in_parent=partial(mask, signal.SIG_UNBLOCK),
+        after_in_child=leave,
+    )
+
+
+class _SecondSignal(Closing):
+    """Ends the process at a second signal also where the main thread runs no handler: in a collective, say.
+
+    Watches the descriptor to which the interpreter writes each signal at once; another's is left alone.
+    `is_handled` is set where a handler did run.
+    """
+
+    def __init__(self, numbers: Sequence[int]) -> None:
+        self._numbers = frozenset(numbers)
+        self.is_handled = False
+        self._reader, self._writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        os.set_blocking(self._reader, True)
+        self._before = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
+        self._thread: threading.Thread | None = None
+        if self._before != -1:
+            signal.set_wakeup_fd(self._before)
+            return
+        self._thread = threading.Thread(target=self._watch, name="dcp_ckpt-signals", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Idempotent."""
+        if self._writer == -1:
+            return
+        thread, self._thread = self._thread, None
+        if thread is not None:
+            signal.set_wakeup_fd(-1)
+        os.close(self._writer)
+        self._writer = -1
+        if thread is not None:
+            thread.join()
+        os.close(self._reader)
+
+    def forget(self) -> None:
+        """The same in a forked child, which has no thread; its signals must not be counted in the parent."""
+        if self._thread is not None:
+            self._thread = None
+            signal.set_wakeup_fd(-1)
+
+    def _watch(self) -> None:
+        first: float | None = None
+        while data := os.read(self._reader, 1):
+            if data[0] not in self._numbers:
+                continue
+            now = time.monotonic()
+            first = now if first is None else first
+            if now - first > _SAME_SIGNAL_SECONDS:
+                # The handler is better, where it runs: it ends the process by the signal itself.
+                time.sleep(_HANDLER_SECONDS)
+                if not self.is_handled:
+                    os._exit(128 + data[0])
 
 
 def ignore_stop_signals(worker_id: int = 0) -> None:

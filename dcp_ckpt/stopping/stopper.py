@@ -1,7 +1,7 @@
 """Stopping as the checkpointer sees it: who may ask for it, and which call of the loop gets the answer.
 
-Owns the handlers of signals, the clock of the time limit and this rank's part of the agreement, each from the
-first call that needs it. Called on the main thread.
+Owns the handlers of signals, from the first call that needs them, the clock of the time limit and this rank's
+part of the agreement. Called on the main thread.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ class Stopper(Closing):
     """
 
     def __init__(self, channel: Channel, config: CheckpointConfig) -> None:
-        self._channel = channel
         self._config = config
         self._started = time.monotonic()
         self._signals: SignalWatch | None = None
-        self._agreement: StopAgreement | None = None
+        # Now, while all ranks are here: what is settled later needs an answer of each of them at once.
+        self._agreement = StopAgreement(channel, timeout_seconds=config.timeout_seconds)
         self._is_answered = False
 
     @property
     def agreed(self) -> Stop | None:
         """Why all ranks stop, once they have been told so."""
-        return None if self._agreement is None else self._agreement.agreed
+        return self._agreement.agreed
 
     def before_save(self) -> Stop | None:
         """Asked before a save is decided, so that a stop finds its final save. Collective."""
@@ -48,7 +48,6 @@ class Stopper(Closing):
     def should_stop(self) -> bool:
         """The answer of the `before_save` just before, or else a new one. Collective."""
         if self._signals is None:
-            self._agree()
             # Not before: a program that never asks would swallow its signals.
             self._signals = SignalWatch(self._config.stop_signals, self._ask)
         if self._is_answered:
@@ -58,29 +57,21 @@ class Stopper(Closing):
 
     def taken_over(self) -> None:
         """A newer start owns the run. From any thread."""
-        if self._agreement is not None:
-            self._ask(TAKEN_OVER)
+        self._ask(TAKEN_OVER)
 
     def close(self) -> None:
         """Give the signals back and leave the agreement. Idempotent."""
+        self._agreement.close()
         if self._signals is not None:
-            self._signals.close()
-        if self._agreement is not None:
-            self._agreement.close()
+            self._signals.close(is_heard=self.agreed is not None)
 
     def _look(self) -> Stop | None:
-        agreement = self._agree()
         limit = self._config.stop_after_seconds
         is_watching = self._signals is not None
         if is_watching and limit is not None and time.monotonic() - self._started >= limit:
-            self._ask(TIME_LIMIT)
-        return agreement.look()
-
-    def _agree(self) -> StopAgreement:
-        if self._agreement is None:
-            self._agreement = StopAgreement(self._channel, timeout_seconds=self._config.timeout_seconds)
-        return self._agreement
+            # Nobody is about to kill the process: the final save has all the time that a save may take.
+            self._agreement.ask(TIME_LIMIT, grace_seconds=self._config.timeout_seconds)
+        return self._agreement.look()
 
     def _ask(self, reason: str) -> None:
-        assert self._agreement is not None
         self._agreement.ask(reason, grace_seconds=self._config.stop_grace_seconds)

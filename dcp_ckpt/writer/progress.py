@@ -6,6 +6,7 @@ is busy, stopped or dead. Made by the trainer (`dcp_ckpt.save.writer_process`), 
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
 import struct
@@ -82,7 +83,9 @@ class ProgressPage(Closing):
             count, length = _HEAD.unpack_from(self._page)
             data = self._page[_HEAD.size : _HEAD.size + length]
             if count and count % 2 == 0 and _HEAD.unpack_from(self._page) == (count, length):
-                self._last = msgspec.json.decode(data, type=Progress)
+                # A writer that was stopped between the two numbers of the head leaves a wrong length.
+                with contextlib.suppress(msgspec.DecodeError):
+                    self._last = msgspec.json.decode(data, type=Progress)
                 break
         return self._last
 

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from dcp_ckpt import CheckpointConfig, Checkpointer, EverySteps
 from dcp_ckpt.coordination import SoloChannel, connect
 from dcp_ckpt.errors import Fenced
+from dcp_ckpt.stopping import agreement as agreement_module
 from dcp_ckpt.stopping.agreement import StopAgreement
 from tests.distributed import worlds
 
@@ -100,6 +101,27 @@ class Counting:
         return getattr(self._inner, name)
 
 
+def agree_after_a_late_start(late: int) -> int | None:
+    """One rank is silent for longer than a round takes."""
+    channel = connect(None, timeout_seconds=60.0)
+    try:
+        if dist.get_rank() == late:
+            # Longer than the round that the others begin; they are held meanwhile.
+            threading.Event().wait(agreement_module._ANSWER_SECONDS + 1.0)
+        with StopAgreement(channel, timeout_seconds=40.0) as agreement:
+            asks = 1 if dist.get_rank() == 1 - late else None
+            return stop_call(agreement, ask_at=asks, jitter=random.Random(0))
+    finally:
+        channel.close()
+
+
+@pytest.mark.parametrize("late", [0, 1])
+def test_a_rank_that_answers_late_stops_with_the_others(pool, late):
+    first, second = pool.run(agree_after_a_late_start, 2, late)
+    assert first == second
+    assert first is not None
+
+
 def count_messages() -> int:
     channel = connect(None, timeout_seconds=30.0)
     counting = Counting(channel)
@@ -127,6 +149,14 @@ def test_one_process_stops_at_its_next_call():
     agreement.close()
 
 
+def threads_left() -> list[str]:
+    """Those that do not end by themselves; a connection's thread does so soon after it was told."""
+    ours = [thread for thread in threading.enumerate() if thread.name.startswith("dcp_ckpt")]
+    for thread in ours:
+        thread.join(5.0)
+    return sorted(thread.name for thread in ours if thread.is_alive())
+
+
 def train_until_stopped(path: str, signalled: int, policy: bool) -> dict[str, Any]:
     state = {"weight": torch.zeros(64), "step": 0}
     settings: dict[str, Any] = {"save_when": EverySteps(1000)} if policy else {}
@@ -150,7 +180,7 @@ def train_until_stopped(path: str, signalled: int, policy: bool) -> dict[str, An
         "reason": checkpointer.stop_reason,
         "answers": answers,
         "given back": signal.getsignal(signal.SIGTERM) is before,
-        "threads": sorted(t.name for t in threading.enumerate() if t.name.startswith("dcp_ckpt")),
+        "threads": threads_left(),
     }
 
 
@@ -211,6 +241,15 @@ def test_the_final_save_comes_once_and_the_policy_goes_on_after_it(tmp_path):
         assert checkpointer.should_save(2), "the final save"
         assert checkpointer.should_stop()
         assert [step for step in range(3, 31) if checkpointer.should_save(step)] == [10, 20, 30]
+
+
+def test_the_final_decision_about_a_step_stays(tmp_path):
+    """Asked once more for the same step, after an evaluation that was broken off."""
+    config = CheckpointConfig(save_when=EverySteps(10), stop_after_seconds=0.0, grace_seconds=0.0)
+    with Checkpointer(tmp_path, config=config) as checkpointer:
+        assert not checkpointer.should_stop() or checkpointer.should_stop()
+        assert [checkpointer.should_save(2) for _ in range(3)] == [True] * 3
+        assert not checkpointer.should_save(3)
 
 
 def test_who_is_fenced_is_told_to_stop_and_saves_no_more(tmp_path):

@@ -164,6 +164,14 @@ def test_an_evaluation_is_broken_off(tmp_path: Path) -> None:
 
 
 @pytest.mark.crash
+def test_the_final_save_is_made_although_its_evaluation_is_broken_off(tmp_path: Path) -> None:
+    flags = driver(tmp_path, *ENDLESS, "--keep-best", "1", "--max-minutes", "0")
+    with start(tmp_path, *flags) as started:
+        assert started.wait()[0] == 0, started.output.read_text()
+        require_one_final_save(tmp_path, started, "time limit")
+
+
+@pytest.mark.crash
 def test_the_save_in_flight_is_finished_first(tmp_path: Path) -> None:
     book = Book(tmp_path / "book")
     book.prepare()

@@ -66,6 +66,7 @@ class Ledger:
         damaged: by the model.
         pinned: the pin was confirmed and not taken back.
         resumed: by epoch of a trainer: what it resumed from, None before.
+        claimed: epochs that trainers hold or held.
         foreign: files of somebody else, by name.
     """
 
@@ -78,13 +79,18 @@ class Ledger:
     damaged: set[Attempt] = field(default_factory=set)
     pinned: set[Attempt] = field(default_factory=set)
     resumed: dict[int, Attempt | None] = field(default_factory=dict)
+    claimed: set[int] = field(default_factory=set)
     foreign: dict[str, bytes] = field(default_factory=dict)
 
     def key(self) -> Hashable:
         """Equal for equal ledgers."""
-        sets = (self.committed, self.failed, self.removed, self.damaged, self.pinned, self.put_back)
+        told = (self.committed, self.failed, self.removed, self.damaged, self.pinned, self.put_back)
         maps: tuple[Mapping[Any, Any], ...] = (self.removing, self.retracting, self.resumed, self.foreign)
-        return tuple(map(frozenset, sets)), tuple(frozenset(items.items()) for items in maps)
+        return (
+            tuple(map(frozenset, told)),
+            frozenset(self.claimed),
+            tuple(frozenset(items.items()) for items in maps),
+        )
 
     def copy(self) -> Ledger:
         return Ledger(**{name: copy.copy(value) for name, value in vars(self).items()})
@@ -137,7 +143,8 @@ def broken_now(place: Place, ledger: Ledger) -> Iterator[str]:
         problem = _problem_in(place, attempt.directory, manifest)
         if problem and attempt not in excused:
             yield f"{attempt} is visible and not complete: {problem}"
-    if ledger.committed - ledger.damaged and not visible.keys() - ledger.damaged:
+    # Damage of which nobody knows yet is no reason to keep others.
+    if ledger.committed and not visible:
         yield "there was a commit, and there is no checkpoint"
     kept = {key.rpartition("/")[2]: data for key, data in place.objects.items()}
     for name, data in ledger.foreign.items():

@@ -7,9 +7,11 @@ from contextlib import suppress
 
 from dcp_ckpt.errors import CheckpointError
 from dcp_ckpt.format.names import StepDir
+from dcp_ckpt.lifecycle.epochs import require_newest
 from dcp_ckpt.policies import LatestN
 from tests.model.explorer import Scene
-from tests.model.world import Trainer, World
+from tests.model.trainers import Trainer
+from tests.model.world import World
 
 __all__ = ["LONG", "QUICK"]
 
@@ -207,10 +209,11 @@ def prune_and_start(world: World) -> Scene:
     """A person prunes, without insisting, while a training starts, which must not be fenced by that."""
     old = trained(world, 100)
     old.die(with_writers=True)
+    new = Trainer(world, "new")
     return Scene(
         world,
         {
-            "new": Trainer(world, "new").start,
+            "new": in_turn(new.start, lambda: require_newest(new.process.storage, new.claim.epoch)),
             "prune": told(lambda: world.command_prune("prune", LatestN(1))),
         },
     )

@@ -73,3 +73,78 @@ def test_a_data_loading_process_lets_the_signals_pass() -> None:
     assert (ended.returncode, ended.stdout) == (0, "alive\n")
     assert time.monotonic() - started < 20
     assert ignore_stop_signals.__module__ == "dcp_ckpt.stopping.signals"
+
+
+BUSY = """
+import hashlib, os, signal, sys, threading, time
+from dcp_ckpt.stopping.signals import SignalWatch
+threading.Thread(target=sys.stdin.read, daemon=True).start()
+with SignalWatch(["SIGTERM"], print):
+    print("busy", flush=True)
+    # One call into C: no handler of Python's runs before it ends.
+    hashlib.pbkdf2_hmac("sha256", b"x", b"y", 200_000_000)
+"""
+
+
+def test_a_second_signal_ends_a_process_that_runs_no_handler() -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", BUSY], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "busy\n"
+            process.send_signal(signal.SIGTERM)
+            with pytest.raises(subprocess.TimeoutExpired):
+                process.wait(1.2)
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(20) == 143
+        finally:
+            process.kill()
+
+
+FORKED = """
+import os, signal, time
+from dcp_ckpt.stopping.signals import SignalWatch
+asked = []
+with SignalWatch(["SIGTERM"], asked.append):
+    child = os.fork()
+    if child == 0:
+        time.sleep(30)
+        os._exit(0)
+    os.kill(child, signal.SIGTERM)
+    _, status = os.waitpid(child, 0)
+    print(os.waitstatus_to_exitcode(status), asked)
+    time.sleep(1.1)
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(1.5)
+    print(asked)
+"""
+
+
+def test_a_forked_child_ends_by_its_own_signal_and_counts_for_nothing() -> None:
+    ended = subprocess.run([sys.executable, "-c", FORKED], capture_output=True, text=True, timeout=20)
+    assert (ended.stdout, ended.returncode) == ("-15 []\n['SIGTERM']\n", 0), ended.stderr
+
+
+def test_a_signal_that_nobody_heard_is_raised_again() -> None:
+    heard: list[int] = []
+    before = signal.signal(signal.SIGUSR1, lambda number, frame: heard.append(number))
+    try:
+        for is_heard in (True, False):
+            watch = SignalWatch(["SIGUSR1"], lambda name: None)
+            os.kill(os.getpid(), signal.SIGUSR1)
+            watch.close(is_heard=is_heard)
+            assert heard == ([] if is_heard else [signal.SIGUSR1])
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+
+
+def test_a_handler_that_was_installed_later_stays() -> None:
+    before = signal.getsignal(signal.SIGUSR1)
+    try:
+        watch = SignalWatch(["SIGUSR1"], print)
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+        watch.close()
+        assert signal.getsignal(signal.SIGUSR1) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGUSR1, before)
