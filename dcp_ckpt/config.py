@@ -109,7 +109,10 @@ class CheckpointConfig:
         allowed = sorted(number.name for number in signal.Signals if number not in _NOT_HANDLED)
         for name in self.stop_signals:
             if name not in allowed:
-                raise ConfigError(f"stop_signals must be names such as 'SIGTERM', not {name!r}")
+                raise ConfigError(
+                    f"stop_signals must be names of signals that can be handled, such as 'SIGTERM', "
+                    f"not {self.stop_signals!r}"
+                )
 
     def _refuse_unbuilt(self) -> None:
         # Accepting a setting without effect would be a promise that nobody keeps.

@@ -78,10 +78,16 @@ def stopped(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[StoreChannel, int
             process.kill()
 
 
+def stop(pid: int) -> None:
+    """Stop a child of this process; none of its threads runs any more when this returns."""
+    os.kill(pid, signal.SIGSTOP)
+    os.waitid(os.P_PID, pid, os.WSTOPPED | os.WNOWAIT)
+
+
 def test_no_call_of_a_channel_waits_longer_than_it_says(stopped: tuple[StoreChannel, int]) -> None:
     channel, pid = stopped
     clone = channel.clone()
-    os.kill(pid, signal.SIGSTOP)
+    stop(pid)
     waited: list[float] = []
 
     def wait_in_a_thread() -> None:
@@ -107,7 +113,7 @@ def test_no_call_of_a_channel_waits_longer_than_it_says(stopped: tuple[StoreChan
 
 def test_a_store_that_goes_on_is_heard_again(stopped: tuple[StoreChannel, int]) -> None:
     channel, pid = stopped
-    os.kill(pid, signal.SIGSTOP)
+    stop(pid)
     with pytest.raises(CoordinationError):
         channel.present(["there"])
     os.kill(pid, signal.SIGCONT)
