@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from dcp_ckpt.runs import open_run
     from dcp_ckpt.save.handle import CheckpointInfo, SaveHandle
     from dcp_ckpt.state.data import ElasticSampler
+    from dcp_ckpt.state.mesh_roles import MeshRoles
     from dcp_ckpt.state.train_state import TrainState
     from dcp_ckpt.stopping.signals import ignore_stop_signals
 
@@ -54,6 +55,7 @@ _HOMES = {
     "LatestN": "policies",
     "LoadPlan": "ops.plan",
     "LoadReport": "load.report",
+    "MeshRoles": "state.mesh_roles",
     "Run": "lifecycle.runs",
     "SaveHandle": "save.handle",
     "TrainState": "state.train_state",
@@ -86,6 +88,7 @@ __all__ = [
     "LatestN",
     "LoadPlan",
     "LoadReport",
+    "MeshRoles",
     "Run",
     "SaveHandle",
     "TrainState",

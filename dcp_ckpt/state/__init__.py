@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dcp_ckpt.state.component import Captured, Component, Path, Problem, StoredState, StoredTensor, Targets
 from dcp_ckpt.state.data import ElasticSampler
+from dcp_ckpt.state.mesh_roles import MeshRoles
 from dcp_ckpt.state.model import ModelComponent
 from dcp_ckpt.state.optimizer import OptimizerComponent
 from dcp_ckpt.state.rng import RngComponent
@@ -15,6 +16,7 @@ __all__ = [
     "Component",
     "DictComponent",
     "ElasticSampler",
+    "MeshRoles",
     "ModelComponent",
     "OptimizerComponent",
     "Path",

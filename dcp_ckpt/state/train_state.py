@@ -16,6 +16,7 @@ from torch import nn
 
 from dcp_ckpt.errors import ConfigError
 from dcp_ckpt.state.component import Component, Path
+from dcp_ckpt.state.mesh_roles import MeshRoles
 from dcp_ckpt.state.model import ModelComponent
 from dcp_ckpt.state.optimizer import OptimizerComponent
 from dcp_ckpt.state.rng import RngComponent
@@ -42,6 +43,8 @@ class TrainState:
         extra: replicated state by name: values, tensors, objects with `state_dict()`, nested.
         per_rank: values of this rank only; restored on a world of the same size.
         rng: keep the global random number generators of this rank.
+        mesh_roles: which ranks share their data and which their part of the model, where that is not "none"
+            and "all": tensor, context and pipeline parallelism.
     """
 
     model: nn.Module | Sequence[nn.Module] | Mapping[str, nn.Module]
@@ -54,6 +57,7 @@ class TrainState:
     extra: dict[str, Any] | None = None
     per_rank: dict[str, Any] | None = None
     rng: bool = True
+    mesh_roles: MeshRoles | None = None
     _models: dict[Path, ModelComponent] = field(default_factory=dict, init=False, repr=False)
 
     def components(self) -> list[Component]:
