@@ -90,8 +90,13 @@ class StoreChannel:
         # On the thread of the new connection: this one may be waiting.
         calls = BoundedCalls("dcp_ckpt-store")
         clone: Callable[[Store], Store] = operator.methodcaller("clone")
+        try:
+            store = self._ask(clone, calls=calls)
+        except BaseException:
+            calls.close()
+            raise
         return StoreChannel(
-            self._ask(clone, calls=calls),
+            store,
             self.rank,
             self.world_size,
             ranks_on_host=self.ranks_on_host,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import time
 import uuid
 from collections.abc import Iterator
 
@@ -18,6 +20,23 @@ settings.load_profile("dcp_ckpt")
 S3_BUCKET = "checkpoints"
 # They would send a client elsewhere, or give it other credentials.
 FOREIGN_AWS_VARIABLES = ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL_S3", "AWS_REGION")
+
+
+THREAD_END_SECONDS = 10.0
+
+
+@pytest.fixture(autouse=True)
+def no_thread_is_left() -> Iterator[None]:
+    """Every thread of this package that a test starts has an owner, who ends it before the test does."""
+    before = {*threading.enumerate()}
+    yield
+    deadline = time.monotonic() + THREAD_END_SECONDS
+    started = [thread for thread in threading.enumerate() if thread not in before]
+    ours = [thread for thread in started if thread.name.startswith("dcp_ckpt")]
+    for thread in ours:
+        thread.join(max(deadline - time.monotonic(), 0.0))
+    left = [thread.name for thread in ours if thread.is_alive()]
+    assert not left, f"threads that nobody ended: {', '.join(left)}"
 
 
 @pytest.fixture(scope="session")

@@ -276,5 +276,5 @@ class Storage(Protocol):
         ...
 
     def close(self) -> None:
-        """Release connections. Idempotent."""
+        """Release connections; leases that are held still are renewed no more. Idempotent."""
         ...

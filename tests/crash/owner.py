@@ -9,7 +9,7 @@ from __future__ import annotations
 import mmap
 import time
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -93,6 +93,7 @@ class Owner(Closing):
         self._lease: Lease | None = None
         self._num_saves = 0
         self._protected: dict[StepDir, str] = {}
+        self._threads = ExitStack()
         self.resumed = 0
         try:
             self._start()
@@ -121,10 +122,14 @@ class Owner(Closing):
         self._janitor = Janitor(
             self._storage, self._known, epoch=self.claim.epoch, keep=self._keep, grace_seconds=0.0
         )
-        self._channels = [_channel(rank, store) for store in (HashStore(),) for rank in range(RANKS)]
+        store = HashStore()
+        self._channels = [
+            self._threads.enter_context(closing(_channel(rank, store))) for rank in range(RANKS)
+        ]
         self._coordinator = Coordinator(
             self._storage, self._channels[0], epoch=self.claim.epoch, max_described_chunks=None
         )
+        self._threads.callback(self._coordinator.close)
         if catalogue.latest is not None:
             entry = catalogue.latest
             self.resumed = entry.step
@@ -207,11 +212,13 @@ class Owner(Closing):
 
     def die(self) -> None:
         """End like a process that is killed: the lease ends, nothing else is done. Idempotent."""
+        self._threads.close()
         if self._lease is not None:
             self._lease.let_run_out()
 
     def close(self) -> None:
         """End in order. Idempotent."""
+        self._threads.close()
         self._janitor.close()
         if self._lease is not None:
             with suppress(CheckpointError):

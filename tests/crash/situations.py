@@ -117,7 +117,11 @@ def _recover(storage: Storage, owner: Owner | None, tell: Tell) -> None:
 
 def _first_save(storage: Storage, owner: Owner | None, tell: Tell) -> Owner:
     owner = Owner(storage, tell=tell)
-    owner.save(1)
+    try:
+        owner.save(1)
+    except BaseException:
+        owner.die()
+        raise
     return owner
 
 

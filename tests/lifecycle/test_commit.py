@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import time
+from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -87,9 +89,9 @@ def conclude(
     channel = channel or SoloChannel()
     for summary in summaries(root, ranks)[:reporting]:
         channel.put(KEYS.report(summary.rank), to_message(Report(summary=summary)))
-    coordinator = Coordinator(storage, channel, epoch=1)
     deadline = time.monotonic() + (0.2 if reporting is not None else 20.0)
-    return coordinator.conclude(KEYS, step=7, directory=DIRECTORY, attempt=ATTEMPT, deadline=deadline)
+    with closing(Coordinator(storage, channel, epoch=1)) as coordinator:
+        return coordinator.conclude(KEYS, step=7, directory=DIRECTORY, attempt=ATTEMPT, deadline=deadline)
 
 
 # publish_manifest
@@ -210,27 +212,29 @@ def test_a_failure_that_cannot_be_made_durable_is_unknown(tmp_path):
     assert files(tmp_path) == before
 
 
-def two_ranks() -> StoreChannel:
+@pytest.fixture
+def two_ranks() -> Iterator[StoreChannel]:
     """Rank 0's channel in a world of two."""
     store = TCPStore("127.0.0.1", 0, None, True, timedelta(seconds=20), wait_for_workers=False)
-    return StoreChannel(store, 0, 2, ranks_on_host=2, close_seconds=0.1)
+    with closing(StoreChannel(store, 0, 2, ranks_on_host=2, close_seconds=0.1)) as channel:
+        yield channel
 
 
-def test_a_silent_rank_whose_writer_finished_is_committed(tmp_path):
+def test_a_silent_rank_whose_writer_finished_is_committed(tmp_path, two_ranks):
     storage = open_storage(tmp_path)
     write_attempt(storage, ranks=2)
-    assert conclude(storage, tmp_path, channel=two_ranks(), ranks=2, reporting=1).outcome == "committed"
+    assert conclude(storage, tmp_path, channel=two_ranks, ranks=2, reporting=1).outcome == "committed"
     assert read_catalogue(storage).latest is not None
 
 
-def test_what_was_reported_as_failed_is_never_completed(tmp_path):
+def test_what_was_reported_as_failed_is_never_completed(tmp_path, two_ranks):
     """Rank 1's writer publishes its fragment after the verdict."""
     storage = open_storage(tmp_path)
     write_attempt(storage, ranks=2)
     late = tmp_path / str(DIRECTORY) / fragment_name(1, ATTEMPT)
     data = late.read_bytes()
     late.unlink()
-    verdict = conclude(storage, tmp_path, channel=two_ranks(), ranks=1, reporting=1)
+    verdict = conclude(storage, tmp_path, channel=two_ranks, ranks=1, reporting=1)
     late.write_bytes(data)
     assert verdict.outcome == "failed"
     assert verdict.error is not None

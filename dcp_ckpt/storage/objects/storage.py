@@ -14,6 +14,7 @@ import threading
 from collections.abc import Callable, Coroutine, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Self, TypeVar
+from weakref import WeakSet
 
 from dcp_ckpt.errors import StorageError, StorageExists, StorageUnsuitable
 from dcp_ckpt.storage.base import ByteRange, ObjectInfo, StorageCapabilities
@@ -60,6 +61,7 @@ class ObjectStorage:
         self._lease_times = lease_times
         self._probe_lock = threading.Lock()
         self._probed = False
+        self._leases: WeakSet[ObjectLease] = WeakSet()
 
     @property
     def url(self) -> str:
@@ -159,13 +161,17 @@ class ObjectStorage:
         return None
 
     def hold_lease(self, key: str) -> ObjectLease:
-        return ObjectLease(self._brief, check_key(key), renew_seconds=self._lease_times.renew_seconds)
+        lease = ObjectLease(self._brief, check_key(key), renew_seconds=self._lease_times.renew_seconds)
+        self._leases.add(lease)
+        return lease
 
     def lease_is_held(self, key: str) -> bool:
         expire_seconds = self._lease_times.expire_seconds
         return self._run(is_fresh(self._client, check_key(key), expire_seconds=expire_seconds))
 
     def close(self) -> None:
+        for lease in list(self._leases):
+            lease.let_run_out()  # one that is held still could not be renewed any more
         self._client.close()
 
     async def _fetch_all(
