@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from dcp_ckpt.load.report import LoadReport
     from dcp_ckpt.ops.checkpoint import Checkpoint, open_checkpoint
     from dcp_ckpt.ops.copy import CopyReport, copy_checkpoint
+    from dcp_ckpt.ops.export import ExportReport, export
     from dcp_ckpt.ops.plan import LoadPlan, plan_load
     from dcp_ckpt.ops.verify import VerifyReport, verify
     from dcp_ckpt.policies import (
@@ -52,6 +53,7 @@ _HOMES = {
     "EveryNSteps": "policies",
     "EverySeconds": "policies",
     "EverySteps": "policies",
+    "ExportReport": "ops.export",
     "LatestN": "policies",
     "LoadPlan": "ops.plan",
     "LoadReport": "load.report",
@@ -61,6 +63,7 @@ _HOMES = {
     "TrainState": "state.train_state",
     "VerifyReport": "ops.verify",
     "copy_checkpoint": "ops.copy",
+    "export": "ops.export",
     "ignore_stop_signals": "stopping.signals",
     "list_runs": "lifecycle.runs",
     "load_checkpoint": "load.by_path",
@@ -85,6 +88,7 @@ __all__ = [
     "EveryNSteps",
     "EverySeconds",
     "EverySteps",
+    "ExportReport",
     "LatestN",
     "LoadPlan",
     "LoadReport",
@@ -94,6 +98,7 @@ __all__ = [
     "TrainState",
     "VerifyReport",
     "copy_checkpoint",
+    "export",
     "ignore_stop_signals",
     "list_runs",
     "load_checkpoint",

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-
 import click
 
 from dcp_ckpt.cli.output import checkpoint_command, human_bytes, print_json
+from dcp_ckpt.cli.progress import progress_bar
 from dcp_ckpt.ops.copy import CopyReport, copy_checkpoint
 
 __all__ = ["copy_command"]
@@ -30,7 +27,7 @@ def copy_command(ref: str, destination: str, as_json: bool) -> None:
     dcp-ckpt copy runs/run-001@1000 /backup/before-the-change
     dcp-ckpt copy s3://bucket/run-001@latest .
     """
-    with _progress_bar() as progress:
+    with progress_bar("copy") as progress:
         report = copy_checkpoint(ref, destination, progress=progress)
     if as_json:
         print_json(report)
@@ -46,19 +43,3 @@ def _print_report(report: CopyReport) -> None:
     )
     for note in report.notes:
         click.echo(f"note: {note}")
-
-
-@contextmanager
-def _progress_bar() -> Iterator[Callable[[int, int], None] | None]:
-    """A bar on a terminal, beside whatever goes to stdout; nothing in a pipe."""
-    if not sys.stderr.isatty():
-        yield None
-        return
-    # Only a terminal needs it, and it costs more to import than a command takes.
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
-
-    columns = (BarColumn(), DownloadColumn(binary_units=True), TransferSpeedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("copy", total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)

@@ -16,6 +16,7 @@ __all__ = ["cli", "main"]
 
 _COMMANDS = {
     "copy": ("copy", "Copy a checkpoint to another place, checking every byte."),
+    "export": ("export", "Write a checkpoint as safetensors, a torch file or a stock DCP directory."),
     "inspect": ("inspect", "Show the tensors, values and origin of a checkpoint."),
     "list": ("runs", "List the checkpoints of a run."),
     "pin": ("pins", "Keep a checkpoint, whatever retention says."),
@@ -48,7 +49,7 @@ class _LazyGroup(click.Group):
 @click.group(name="dcp-ckpt", cls=_LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="dcp-ckpt")
 def cli() -> None:
-    """Look at, check, copy, thin out and repair checkpoints.
+    """Look at, check, copy, export, thin out and repair checkpoints.
 
     A REF is RUN@latest, RUN@best, RUN@STEP or a checkpoint directory.
 

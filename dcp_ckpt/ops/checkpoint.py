@@ -27,6 +27,8 @@ from dcp_ckpt.format.fragment import (
 from dcp_ckpt.format.manifest import Manifest, decode_listed_fragment, decode_manifest
 from dcp_ckpt.format.names import MANIFEST, data_file_name, fragment_name
 from dcp_ckpt.format.values import decode_value
+from dcp_ckpt.load.source import Source
+from dcp_ckpt.load.stored import StoredCheckpoint
 from dcp_ckpt.ops.blocks import read_verified
 from dcp_ckpt.ops.refs import resolve_ref
 from dcp_ckpt.storage import open_storage
@@ -99,6 +101,24 @@ class Checkpoint(Closing):
     @property
     def manifest(self) -> Manifest:
         return self._manifest
+
+    @property
+    def step(self) -> int | None:
+        """The step it was saved at; None where nobody knows."""
+        return self.manifest.step
+
+    @property
+    def unreadable(self) -> Mapping[str, str]:
+        """The values that cannot be read, with the reason: none of checkpoints of ours."""
+        return {}
+
+    def source(self) -> Source:
+        """Its tables as a load sees them, for reading many tensors at a time. Reads the indexing fragments.
+
+        Raises:
+            CorruptCheckpoint: a fragment is missing or damaged.
+        """
+        return StoredCheckpoint(self._storage, self.directory, self.manifest)
 
     def keys(self) -> list[str]:
         """The names of all tensors and replicated values, sorted."""

@@ -80,6 +80,10 @@ class StockCheckpoint(Checkpoint):
         """The step that the name of its directory states, if it states one."""
         return self._source.step
 
+    def source(self) -> StockSource:
+        """Its tables as a load sees them."""
+        return self._source
+
     @property
     def num_files(self) -> int:
         """How many data files there are."""

@@ -185,6 +185,25 @@ class LocalStorage:
             sync_directory(os.path.dirname(new_path))
             sync_directory(os.path.dirname(path))
 
+    def rename_file(self, key: str, new_key: str, *, replace: bool) -> None:
+        """Move a file within its directory, atomically and durably. Beyond `Storage`: no object store can.
+
+        Args:
+            replace: whatever has the new name; without it, that is an error.
+
+        Raises:
+            StorageExists: the new name is taken.
+        """
+        path, new_path = self._path(key), self._path(new_key)
+        with translated("rename the file", new_path):
+            if replace:
+                os.replace(path, new_path)
+            else:
+                self._publisher.publish(path, new_path)
+                with suppress(FileNotFoundError):
+                    os.unlink(path)
+            sync_directory(os.path.dirname(new_path))
+
     def abort_uploads(self, prefix: str, is_abandoned: Callable[[str], bool]) -> builtins.list[str]:
         """None: an unfinished file has a name of its own, and is listed."""
         check_prefix(prefix)

@@ -1,0 +1,67 @@
+"""What an open checkpoint holds, as far as it can be exported.
+
+Reads tables and values, no tensors. Called by `ops.export`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from dcp_ckpt.format.fragment import TensorEntry, ValueEntry
+from dcp_ckpt.format.stock_metadata import FlatPath
+from dcp_ckpt.load.source import Source
+from dcp_ckpt.ops.checkpoint import Checkpoint
+from dcp_ckpt.ops.exporting.plan import Contents
+
+__all__ = ["read_contents"]
+
+
+def read_contents(
+    checkpoint: Checkpoint, source: Source, *, with_values: bool
+) -> tuple[Contents, dict[str, Any]]:
+    """What all ranks had in common; values of single ranks are not exported.
+
+    Args:
+        source: the tables of `checkpoint`.
+        with_values: read the values, too; without, only their names.
+
+    Returns:
+        The contents, and by name the values as Python objects.
+
+    Raises:
+        CorruptCheckpoint: tables or a value are damaged.
+    """
+    names = [name for name in source.names() if name not in source.tensors]
+    values, unreadable = _values(checkpoint, names) if with_values else ({}, {})
+    contents = Contents(
+        tensors=source.tensors,
+        values=tuple(values) if with_values else tuple(names),
+        paths=_paths(checkpoint, source),
+        unreadable=unreadable,
+    )
+    return contents, values
+
+
+def _paths(checkpoint: Checkpoint, source: Source) -> Mapping[str, FlatPath]:
+    if source.flat_paths is not None:
+        return source.flat_paths
+    entries: dict[str, TensorEntry | ValueEntry] = {**source.tensors, **checkpoint.values}
+    return {name: tuple(entry.path) for name, entry in entries.items()}
+
+
+def _values(checkpoint: Checkpoint, names: Iterable[str]) -> tuple[dict[str, Any], dict[str, str]]:
+    """The values, and for those that cannot stand alone the reason."""
+    from dcp_ckpt.state.tree import referenced_names  # of the layer that knows torch
+
+    values: dict[str, Any] = {}
+    unreadable = dict(checkpoint.unreadable)
+    for name in names:
+        if name in unreadable:
+            continue
+        value = checkpoint.read_value(name)
+        if referenced_names(value):
+            unreadable[name] = "it refers to tensors, which have their own names in a DCP directory"
+        else:
+            values[name] = value
+    return values, unreadable
