@@ -89,8 +89,8 @@ def _print_report(report: ExportReport) -> None:
     step = "" if report.step is None else f" of step {report.step}"
     values = f" and {report.num_values} values" if report.num_values else ""
     click.echo(
-        f"exported {report.num_tensors} tensors{values}{step} to {report.path}: {len(report.files)} files, "
-        f"{human_bytes(report.num_bytes)}"
+        f"exported {report.num_tensors} tensors{values}{step} to {report.path}: {len(report.files)} "
+        f"file{'s' * (len(report.files) > 1)}, {human_bytes(report.num_bytes)}"
     )
     if report.prefix:
         click.echo(f"names: without {report.prefix!r}")

@@ -112,6 +112,11 @@ class Checkpoint(Closing):
         """The values that cannot be read, with the reason: none of checkpoints of ours."""
         return {}
 
+    @property
+    def per_rank_names(self) -> list[str]:
+        """The names of values of which each rank has its own, as far as rank 0 has them."""
+        return sorted(self.fragment(0).per_rank)
+
     def source(self) -> Source:
         """Its tables as a load sees them, for reading many tensors at a time. Reads the indexing fragments.
 

@@ -80,6 +80,11 @@ class StockCheckpoint(Checkpoint):
         """The step that the name of its directory states, if it states one."""
         return self._source.step
 
+    @property
+    def per_rank_names(self) -> list[str]:
+        """None: a stock checkpoint does not say what was of one rank only."""
+        return []
+
     def source(self) -> StockSource:
         """Its tables as a load sees them."""
         return self._source

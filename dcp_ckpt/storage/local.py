@@ -185,24 +185,32 @@ class LocalStorage:
             sync_directory(os.path.dirname(new_path))
             sync_directory(os.path.dirname(path))
 
-    def rename_file(self, key: str, new_key: str, *, replace: bool) -> None:
-        """Move a file within its directory, atomically and durably. Beyond `Storage`: no object store can.
+    def rename_files(
+        self, names: Iterable[tuple[str, str]], *, replace: bool, renamed: builtins.list[str]
+    ) -> None:
+        """Move files within their directories, one after the other, each atomically and durably.
+
+        Beyond `Storage`, since no object store can.
 
         Args:
-            replace: whatever has the new name; without it, that is an error.
+            names: old and new keys.
+            replace: whatever has a new name; without it, that is an error.
+            renamed: gets the new keys that were given, also when this fails halfway.
 
         Raises:
-            StorageExists: the new name is taken.
+            StorageExists: a new name is taken.
         """
-        path, new_path = self._path(key), self._path(new_key)
-        with translated("rename the file", new_path):
-            if replace:
-                os.replace(path, new_path)
-            else:
-                self._publisher.publish(path, new_path)
+        for key, new_key in names:
+            path, new_path = self._path(key), self._path(new_key)
+            with translated("rename the file", new_path):
+                if replace:
+                    os.replace(path, new_path)
+                else:
+                    self._publisher.publish(path, new_path)
+                renamed.append(new_key)
                 with suppress(FileNotFoundError):
                     os.unlink(path)
-            sync_directory(os.path.dirname(new_path))
+                sync_directory(os.path.dirname(new_path))
 
     def abort_uploads(self, prefix: str, is_abandoned: Callable[[str], bool]) -> builtins.list[str]:
         """None: an unfinished file has a name of its own, and is listed."""

@@ -118,9 +118,8 @@ class _LocalOutput(Output):
         # Of several files the last one names the others: an old one must never name new files.
         last = self._finished[-1:] if self._replace and len(self._finished) > 1 else []
         self._local.delete([*last, *outdated])
-        for name in self._finished:
-            self._local.rename_file(self._key(name), name, replace=self._replace)
-            self._published.append(name)
+        names = [(self._key(name), name) for name in self._finished]
+        self._local.rename_files(names, replace=self._replace, renamed=self._published)
 
     def discard(self) -> None:
         with suppress(StorageError):

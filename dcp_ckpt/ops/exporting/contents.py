@@ -20,7 +20,7 @@ __all__ = ["read_contents"]
 def read_contents(
     checkpoint: Checkpoint, source: Source, *, with_values: bool
 ) -> tuple[Contents, dict[str, Any]]:
-    """What all ranks had in common; values of single ranks are not exported.
+    """What all ranks had in common; of values of single ranks only the names.
 
     Args:
         source: the tables of `checkpoint`.
@@ -33,12 +33,12 @@ def read_contents(
         CorruptCheckpoint: tables or a value are damaged.
     """
     names = [name for name in source.names() if name not in source.tensors]
-    values, unreadable = _values(checkpoint, names) if with_values else ({}, {})
+    values, left_out = _values(checkpoint, names) if with_values else ({}, {})
     contents = Contents(
         tensors=source.tensors,
         values=tuple(values) if with_values else tuple(names),
         paths=_paths(checkpoint, source),
-        unreadable=unreadable,
+        left_out=left_out,
     )
     return contents, values
 
@@ -55,13 +55,13 @@ def _values(checkpoint: Checkpoint, names: Iterable[str]) -> tuple[dict[str, Any
     from dcp_ckpt.state.tree import referenced_names  # of the layer that knows torch
 
     values: dict[str, Any] = {}
-    unreadable = dict(checkpoint.unreadable)
+    left_out = dict(checkpoint.unreadable)
     for name in names:
-        if name in unreadable:
+        if name in left_out:
             continue
         value = checkpoint.read_value(name)
         if referenced_names(value):
-            unreadable[name] = "it refers to tensors, which have their own names in a DCP directory"
+            left_out[name] = "not a value that stands alone: tensors are inside of it"
         else:
             values[name] = value
-    return values, unreadable
+    return values, left_out | dict.fromkeys(checkpoint.per_rank_names, "of single ranks")

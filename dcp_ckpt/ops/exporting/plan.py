@@ -29,13 +29,13 @@ class Contents:
     Args:
         paths: of every tensor and value in the nested state.
         values: the names of those that can be exported at all.
-        unreadable: values that cannot, with the reason.
+        left_out: values that cannot, with the reason.
     """
 
     tensors: Mapping[str, TensorEntry]
     values: tuple[str, ...]
     paths: Mapping[str, FlatPath]
-    unreadable: Mapping[str, str]
+    left_out: Mapping[str, str]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,7 +140,7 @@ def plan_export(contents: Contents, request: ExportRequest) -> ExportPlan:
         tensors=tensors,
         values=values,
         prefix=prefix.text,
-        left_out={**selection.left_out, **merging.consumed, **contents.unreadable},
+        left_out={**selection.left_out, **merging.consumed, **contents.left_out},
         notes=tuple(notes),
     )
 
