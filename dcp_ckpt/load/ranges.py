@@ -89,7 +89,10 @@ def pieces_of(tensor: str, dtype: str, wanted: Box, chunks: Sequence[tuple[int, 
 
 
 def _cut(tensor: str, item_bytes: int, wanted: Box, rank: int, chunk: ChunkEntry, common: Box) -> list[Piece]:
-    """Cut one chunk's part into pieces: one where all its bytes are wanted, else bounded groups of rows."""
+    """Cut one chunk's part into bounded groups of rows.
+
+    One that cannot go straight into its target (a part of each row, a GPU, another dtype) is held whole.
+    """
     sizes = chunk.sizes
     if not sizes:
         return [
@@ -101,8 +104,7 @@ def _cut(tensor: str, item_bytes: int, wanted: Box, rank: int, chunk: ChunkEntry
     inside = [c - o for c, o in zip(common.offsets, chunk.offsets, strict=True)]
     target = [c - o for c, o in zip(common.offsets, wanted.offsets, strict=True)]
     row_bytes = item_bytes * math.prod(sizes[1:])
-    all_wanted = list(common.sizes[1:]) == sizes[1:]
-    group = common.sizes[0] if all_wanted else max(1, _LANDING_BYTES // max(row_bytes, 1))
+    group = max(1, _LANDING_BYTES // max(row_bytes, 1))
     pieces = []
     for first in range(0, common.sizes[0], group):
         count = min(group, common.sizes[0] - first)

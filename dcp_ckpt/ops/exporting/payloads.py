@@ -23,17 +23,17 @@ if TYPE_CHECKING:
 
 __all__ = ["Payloads"]
 
-_BATCH_BYTES = 64 << 20
+_BATCH_BYTES = 32 << 20
 """Small tensors are read together: they share blocks, and an object store answers many requests at a time."""
 
-_WINDOW_BYTES = 16 << 20
+_WINDOW_BYTES = 4 << 20
 _READERS = 4
 
 
 class Payloads:
     """The tensors of one checkpoint. Used by one thread.
 
-    Memory: the largest exported tensor with its adapters, or 64 MiB of small ones; the window; a few blocks.
+    Memory: the largest exported tensor with its adapters, or 32 MiB of small ones; some windows and blocks.
 
     Args:
         source: the tables of the checkpoint.
@@ -59,6 +59,8 @@ class Payloads:
             held = self._fill(batch)
             for tensor in batch:
                 yield self._windows(tensor, held)
+            # Before the next ones are read: two of the largest tensor may not fit.
+            held.clear()
 
     def _batches(self, tensors: Sequence[ExportTensor]) -> Iterator[list[ExportTensor]]:
         batch: list[ExportTensor] = []
