@@ -98,7 +98,7 @@ def _print_report(report: ExportReport) -> None:
         click.echo(f"fused: {report.num_fused} adapters")
     for dtypes, count in report.converted.items():
         click.echo(f"converted: {count} from {dtypes}")
-    for reason, count in sorted(report.left_out.items()):
+    for reason, count in report.left_out.items():
         click.echo(f"left out: {count} {reason}")
     for note in filter(None, (*report.notes, report.unverified)):
         click.echo(f"note: {note}")

@@ -99,6 +99,11 @@ class Checkpoint(Closing):
         return self._storage
 
     @property
+    def url(self) -> str:
+        """The path or URL of its directory."""
+        return f"{self._storage.url.rstrip('/')}/{self.directory}"
+
+    @property
     def manifest(self) -> Manifest:
         return self._manifest
 

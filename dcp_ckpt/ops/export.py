@@ -133,7 +133,7 @@ def export(
         plan = plan_export(contents, request)
         files = _files(plan, values, request, place)
         with open_output(open_storage(place.root), replace=force) as output:
-            outdated = outdated_files(output.storage, place, files, force=force)
+            outdated = outdated_files(output.storage, place, files, source=checkpoint.url, force=force)
             require_room(output.storage, files)
             payloads = Payloads(source, plan.tensors)
             _write(output, files, payloads, progress)
@@ -227,7 +227,7 @@ def _report(
         prefix=plan.prefix,
         converted={f"{stored} to {to}": count for (stored, to), count in plan.converted.items()},
         num_fused=plan.num_fused,
-        left_out=Counter(plan.left_out.values()),
+        left_out=dict(sorted(Counter(plan.left_out.values()).items())),
         unverified=checkpoint.unverified,
         notes=(*plan.notes, *overflows),
     )

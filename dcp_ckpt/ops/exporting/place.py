@@ -56,20 +56,23 @@ def place_of(out: str | os.PathLike[str], format: ExportFormat) -> ExportPlace:
 
 
 def outdated_files(
-    storage: Storage, place: ExportPlace, files: Sequence[PlannedFile], *, force: bool
+    storage: Storage, place: ExportPlace, files: Sequence[PlannedFile], *, source: str, force: bool
 ) -> list[str]:
     """What is there of an earlier export and must go, since it would be taken for a part of the new one.
 
     Args:
         storage: at `place.root`.
         files: the new ones.
+        source: path or URL of the checkpoint that is exported.
         force: replace what is there.
 
     Raises:
-        ConfigError: a checkpoint is there, which is no place for other files.
+        ConfigError: a checkpoint is there, which is no place for other files, or the one that is exported.
         StorageExists: something is there, and nothing may be replaced.
     """
     names = storage.list_names("")
+    if storage.url.rstrip("/") == source:
+        raise ConfigError(f"{source} is the checkpoint that is exported: choose another place")
     if MANIFEST in names:
         raise ConfigError(
             f"{storage.url} is a checkpoint, where retention and other readers expect no other files: choose "
