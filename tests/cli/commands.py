@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import pty
+import subprocess
+import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +30,29 @@ def as_json(*arguments: str | Path, code: int = 0) -> Any:
     assert result.exit_code == code, result.output
     assert result.stdout.count("\n") == 1
     return json.loads(result.stdout)
+
+
+def on_terminal(*arguments: str | Path) -> tuple[str, str]:
+    """Run `dcp-ckpt` with stderr on a terminal: what it prints on stdout, and what the terminal shows."""
+    reader, terminal = pty.openpty()
+    try:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "dcp_ckpt", *map(str, arguments)],
+            stdout=subprocess.PIPE,
+            stderr=terminal,
+            env={**os.environ, "COLUMNS": "200", "TERM": "xterm"},
+        )
+        os.close(terminal)
+        shown = b""
+        # A terminal that nobody reads holds up whoever writes to it.
+        with suppress(OSError):  # EIO: its last writer is gone
+            while data := os.read(reader, 1 << 16):
+                shown += data
+        stdout, _ = process.communicate(timeout=60)
+    finally:
+        os.close(reader)
+    assert process.returncode == 0
+    return stdout.decode(), shown.decode()
 
 
 def small_run(base: Path) -> Path:

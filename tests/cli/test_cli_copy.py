@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import pty
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from tests.cli.commands import as_json, invoke, small_run
+from tests.cli.commands import as_json, invoke, on_terminal, small_run
 
 
 @pytest.fixture
@@ -65,19 +61,6 @@ def test_exit_codes(run: Path, tmp_path: Path) -> None:
 
 
 def test_a_terminal_gets_a_bar_and_stdout_stays_clean(run: Path, tmp_path: Path) -> None:
-    reader, terminal = pty.openpty()
-    try:
-        done = subprocess.run(
-            [sys.executable, "-m", "dcp_ckpt", "copy", f"{run}@20", str(tmp_path / "backup"), "--json"],
-            stdout=subprocess.PIPE,
-            stderr=terminal,
-            env={**os.environ, "COLUMNS": "200", "TERM": "xterm"},
-            timeout=60,
-            check=True,
-        )
-        shown = os.read(reader, 1 << 16).decode()
-    finally:
-        os.close(terminal)
-        os.close(reader)
-    assert done.stdout.startswith(b'{"copied_bytes":12288,')
+    stdout, shown = on_terminal("copy", f"{run}@20", tmp_path / "backup", "--json")
+    assert stdout.startswith('{"copied_bytes":12288,')
     assert "KiB" in shown
