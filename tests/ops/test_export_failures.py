@@ -12,9 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-from torch.distributed.checkpoint.state_dict_loader import load as stock_load
 
-from dcp_ckpt import export
+from dcp_ckpt import export, open_checkpoint
 from dcp_ckpt.errors import CheckpointError, CorruptCheckpoint, StorageError, StorageExists, StorageFull
 from dcp_ckpt.storage.keys import is_temporary
 from dcp_ckpt.storage.local import LocalStorage
@@ -62,15 +61,18 @@ def is_offered(kind: str, directory: Path) -> bool:
     return (directory / last).exists()
 
 
-def assert_right(kind: str, directory: Path) -> None:
+def read(kind: str, directory: Path) -> dict[str, torch.Tensor]:
     if kind == "torch":
-        found = torch.load(directory / "model.pt", weights_only=True)
-    elif kind == "dcp":
-        found = {name: torch.zeros_like(tensor) for name, tensor in MODEL.items()}
-        stock_load({"model": found}, checkpoint_id=directory)
-    else:
-        found = read_safetensors(directory)
-    same_bits(found, MODEL)
+        found: dict[str, torch.Tensor] = torch.load(directory / "model.pt", weights_only=True)
+        return found
+    if kind == "dcp":
+        with open_checkpoint(directory) as checkpoint:
+            return {name.removeprefix("model."): checkpoint.read_tensor(name) for name in checkpoint.tensors}
+    return read_safetensors(directory)
+
+
+def assert_right(kind: str, directory: Path) -> None:
+    same_bits(read(kind, directory), MODEL)
 
 
 class FailAt:
@@ -119,6 +121,30 @@ def test_killed_at_any_moment_it_is_whole_or_no_export(kind: str, ref: str, tmp_
         # A second try is not in the way of what the first one left, and takes its place.
         export_as(kind, ref, out, force=True)
         assert_right(kind, out)
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_killed_while_it_replaces_another_nothing_is_mixed(kind: str, ref: str, tmp_path: Path) -> None:
+    """What is offered is the old export or the new one; a single file is one of the two at any moment."""
+    export_as(kind, ref, tmp_path / "old", dtype="float64")
+    counting = PowerCutAt(0, root=tmp_path / "0")
+    shutil.copytree(tmp_path / "old", tmp_path / "0")
+    with interposed(counting):
+        export_as(kind, ref, tmp_path / "0", force=True)
+    offered = set()
+    for number in range(1, counting.num_moments + 1):
+        out = tmp_path / str(number)
+        shutil.copytree(tmp_path / "old", out)
+        with pytest.raises(PowerCut), interposed(PowerCutAt(number, root=out)):
+            export_as(kind, ref, out, force=True)
+        if not is_offered(kind, out):
+            assert kind in ("shards", "dcp")
+            continue
+        found = read(kind, out)
+        dtype = found["layers.0"].dtype
+        offered.add(dtype)
+        same_bits(found, {name: tensor.to(dtype) for name, tensor in MODEL.items()})
+    assert offered == {torch.float64, torch.float32}
 
 
 @pytest.mark.parametrize("kind", FORMATS)

@@ -19,7 +19,7 @@ STEP = "step-00000010"
 def model() -> dict[str, torch.Tensor]:
     """Several parts of an upload, and small tensors beside them."""
     torch.manual_seed(0)
-    return {"large": torch.randn(3000, 2000)} | {f"small.{n}": torch.randn(10) for n in range(50)}
+    return {"large": torch.randn(2400, 2000)} | {f"small.{n}": torch.randn(10) for n in range(50)}
 
 
 @pytest.fixture(scope="module")
