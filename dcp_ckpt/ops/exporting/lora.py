@@ -98,7 +98,8 @@ def plan_merging(tensors: _Shapes, alpha: float | None) -> Merging:
     if problems:
         raise StateMismatch(f"the adapters cannot be fused: {'; '.join(problems)}")
     names, replaced = _peft_names(tensors) if is_peft else ({}, {})
-    consumed = {name: f"fused into {base}" for base, one in adapters.items() for name in one.tensors}
+    fused = (name for adapter in adapters.values() for name in adapter.tensors)
+    consumed = dict.fromkeys(fused, "fused into their weights")
     return Merging(adapters=adapters, names=names, consumed=consumed | replaced)
 
 
@@ -186,7 +187,7 @@ def _peft_names(tensors: Collection[str]) -> tuple[dict[str, str], dict[str, str
             plain = f"{match['module']}.{match['rest']}"
             original = f"{match['module']}.original_module.{match['rest']}"
             if original in tensors:
-                replaced[original] = f"replaced by {name}"
+                replaced[original] = "replaced by what was trained whole"
         plain = re.sub(r"(^|\.)base_model\.model\.", r"\1", plain, count=1)
         if plain != name:
             names[name] = plain
