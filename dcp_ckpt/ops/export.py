@@ -108,9 +108,9 @@ def export(
         progress: told how far it is; what it raises ends the export.
 
     Raises:
-        CheckpointNotFound: there is no such checkpoint, or it was deleted meanwhile.
+        CheckpointNotFound: there is no such checkpoint.
         StateMismatch: a glob matches nothing, the format cannot hold a dtype, adapters cannot be fused.
-        CorruptCheckpoint: the checkpoint is damaged.
+        CorruptCheckpoint: the checkpoint is damaged, or was deleted meanwhile.
         ConfigError: the arguments contradict each other, or `out` is a checkpoint.
         StorageExists: something is there already.
         StorageFull: there is no room; found before anything is written.
@@ -213,7 +213,7 @@ def _report(
     format: ExportFormat,
 ) -> ExportReport:
     overflows = [
-        f"{name}: {count} finite elements are infinite in the new dtype"
+        f"{name}: finite elements that became infinite in the new dtype: {count}"
         for name, count in payloads.overflowed.items()
     ]
     return ExportReport(

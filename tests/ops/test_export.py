@@ -248,11 +248,11 @@ def test_dtype_converts_floating_tensors_only(tmp_path: Path) -> None:
         "float16 to bfloat16": 1,
         "float64 to bfloat16": 1,
     }
-    assert report.notes == ("double: 1 finite elements are infinite in the new dtype",)
+    assert report.notes == ("double: finite elements that became infinite in the new dtype: 1",)
     narrow = export(ref, tmp_path / "half.pt", format="torch", dtype=torch.float16)
     assert sorted(narrow.notes) == [
-        "double: 1 finite elements are infinite in the new dtype",
-        "wide: 1 finite elements are infinite in the new dtype",
+        "double: finite elements that became infinite in the new dtype: 1",
+        "wide: finite elements that became infinite in the new dtype: 1",
     ]
     assert torch.equal(torch.load(narrow.path, weights_only=True)["wide"], state["wide"].half())
     # What the optimizer holds no longer fits the converted model: it stays behind.
@@ -300,6 +300,8 @@ def test_arguments_that_make_no_sense(dtypes: str, tmp_path: Path) -> None:
             export(dtypes, tmp_path / "out", **arguments)
     with pytest.raises(ConfigError, match="is a directory: name the file"):
         export(dtypes, tmp_path, format="torch")
+    with pytest.raises(ConfigError, match="s3://bucket is a directory"):
+        export(dtypes, "s3://bucket", format="torch")
     with pytest.raises(ConfigError, match=r"need \d+ shards of at most 60, which one file 'x.safetensors'"):
         export(dtypes, tmp_path / "x.safetensors", max_shard_bytes=60, exclude="*complex*")
     with pytest.raises(CheckpointNotFound):

@@ -48,7 +48,7 @@ def place_of(out: str | os.PathLike[str], format: ExportFormat) -> ExportPlace:
     if format == "dcp" or (format == "safetensors" and not text.endswith(".safetensors")):
         return ExportPlace(root=text, name=None, format=format)
     root, slash, name = text.rpartition("/")
-    if not name or os.path.isdir(text):
+    if not name or root.endswith(":/") or os.path.isdir(text):
         raise ConfigError(
             f"{text} is a directory: name the file to export to, as in {text.rstrip('/')}/model.pt"
         )

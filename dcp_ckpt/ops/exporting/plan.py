@@ -102,6 +102,7 @@ class ExportPlan:
 
     @property
     def num_fused(self) -> int:
+        """Weights that an adapter is added to."""
         return sum(tensor.adapter is not None for tensor in self.tensors)
 
 
