@@ -290,6 +290,7 @@ def test_arguments_that_make_no_sense(dtypes: str, tmp_path: Path) -> None:
         ({"format": "torch", "max_shard_bytes": 5}, ConfigError, "safetensors only"),
         ({"max_shard_bytes": 0}, ConfigError, "at least 1"),
         ({"lora_alpha": 8.0}, ConfigError, "fuse_lora only"),
+        ({"fuse_lora": True, "lora_alpha": math.nan}, ConfigError, "finite number"),
         ({"include": "model.off.*"}, StateMismatch, r"include 'model.off.\*' matches nothing"),
         ({"exclude": ["lr", "lrr"]}, StateMismatch, "exclude 'lrr' matches nothing"),
         ({"include": "lr"}, StateMismatch, "no tensor to export"),

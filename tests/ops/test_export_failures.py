@@ -6,6 +6,7 @@ import errno
 import os
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,16 @@ import pytest
 import torch
 
 from dcp_ckpt import export, open_checkpoint
-from dcp_ckpt.errors import CheckpointError, CorruptCheckpoint, StorageError, StorageExists, StorageFull
+from dcp_ckpt.errors import (
+    CheckpointError,
+    CorruptCheckpoint,
+    LoadError,
+    StorageError,
+    StorageExists,
+    StorageFull,
+)
+from dcp_ckpt.ops.exporting.payloads import Payloads
+from dcp_ckpt.ops.exporting.plan import ExportTensor
 from dcp_ckpt.storage.keys import is_temporary
 from dcp_ckpt.storage.local import LocalStorage
 from dcp_ckpt.testing.interposition import PowerCut, PowerCutAt, SystemCall, interposed, watched_calls
@@ -211,6 +221,18 @@ def test_what_the_progress_raises_ends_it(ref: str, tmp_path: Path) -> None:
     report = export(ref, tmp_path / "out", progress=lambda done, total: seen.append((done, total)))
     assert seen == sorted(seen)
     assert seen[-1] == (report.num_bytes, report.num_bytes)
+
+
+def test_a_tensor_that_memory_cannot_hold_is_named(ref: str) -> None:
+    name, shape = "model.layers.0", (1 << 45, 64)
+    with open_checkpoint(ref) as checkpoint:
+        source = checkpoint.source()
+        source.tensors[name] = replace(source.tensors[name], shape=list(shape))  # type: ignore[index]
+        tensor = ExportTensor(
+            name="w", path=("w",), stored=name, stored_dtype="float32", dtype="float32", shape=shape
+        )
+        with pytest.raises(LoadError, match=rf"no memory to read {name}, which has \d+ bytes"):
+            next(Payloads(source, [tensor]).read([tensor]))
 
 
 @pytest.fixture

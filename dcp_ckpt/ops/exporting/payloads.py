@@ -11,7 +11,7 @@ import mmap
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from dcp_ckpt.errors import StateMismatch
+from dcp_ckpt.errors import LoadError, StateMismatch
 from dcp_ckpt.format.boxes import Box
 from dcp_ckpt.format.dtypes import dtype_info
 from dcp_ckpt.load.source import Source
@@ -53,6 +53,7 @@ class Payloads:
 
         Raises:
             CorruptCheckpoint: a file is missing or short, or a digest differs.
+            LoadError: there is no memory for a tensor.
             StateMismatch: the scale of an adapter is not a finite number.
         """
         for batch in self._batches(tensors):
@@ -124,7 +125,12 @@ class _Held:
         num_bytes = math.prod(entry.shape) * dtype.itemsize
         # Mapped, so that it goes back to the system at once; an object store may still send it when the next
         # tensor is read, so it is never used again.
-        self.bytes = memoryview(mmap.mmap(-1, num_bytes) if num_bytes else b"")
+        try:
+            self.bytes = memoryview(mmap.mmap(-1, num_bytes) if num_bytes else b"")
+        except OSError as error:
+            raise LoadError(
+                f"no memory to read {name}, which has {num_bytes} bytes", phase="read", errno=error.errno
+            ) from error
         self.tensor = (
             torch.frombuffer(self.bytes, dtype=torch.uint8).view(dtype).reshape(entry.shape)
             if num_bytes

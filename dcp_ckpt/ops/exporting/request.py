@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -53,6 +54,8 @@ class ExportRequest:
             raise ConfigError(f"max_shard_bytes is {self.max_shard_bytes}; it must be at least 1")
         if self.lora_alpha is not None and not self.fuse_lora:
             raise ConfigError("lora_alpha is for fuse_lora only")
+        if self.lora_alpha is not None and not math.isfinite(self.lora_alpha):
+            raise ConfigError(f"lora_alpha is {self.lora_alpha}; it must be a finite number")
 
     @property
     def models_only(self) -> bool:
