@@ -14,12 +14,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from dcp_ckpt.format.names import EPOCHS
 from dcp_ckpt.storage import open_storage
 from dcp_ckpt.testing.fault_proxy import FaultProxy
 from dcp_ckpt.testing.killpoints import KillPoint
 from dcp_ckpt.testing.proxy_faults import Arrival, Hold
 from dcp_ckpt.testing.s3_operations import S3Operation
 from tests.crash.starts import Start, wait_until
+from tests.eventually import eventually
 
 __all__ = ["HELD_SECONDS", "Gate", "Held", "Moment", "Place"]
 
@@ -134,6 +136,15 @@ class Place:
                 environment=environment,
             )
             yield Held(stack.enter_context(start), gate)
+
+    def wait_for_leases(self) -> None:
+        """Until none is held: on a store, that of a process that was killed takes its time to run out."""
+        with closing(open_storage(self.url)) as storage:
+            names = [name for name in storage.list_names(f"{EPOCHS}/") if name.endswith(".lease")]
+            assert eventually(
+                lambda: not any(storage.lease_is_held(f"{EPOCHS}/{name}") for name in names),
+                timeout_seconds=HELD_SECONDS,
+            )
 
     def unfinished_uploads(self) -> list[str]:
         """Of an object store; they are discarded by asking."""

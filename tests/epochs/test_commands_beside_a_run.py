@@ -106,6 +106,7 @@ def require_trained_from_2(start: Start) -> None:
 def test_a_command_that_loses_the_race_against_a_start_does_not_fence_it(place: Place) -> None:
     """It finds nobody alive, and then a start claims the number that it was about to claim."""
     leave_history(place)
+    place.wait_for_leases()
     with command(place, *RECOVER, hold=claim_of(2, after=False)) as recover:
         recover.wait_held()
         with place.start("owner", "--wait", "0", *SALTED, hold=BEFORE_NEXT_DATA) as owner:
