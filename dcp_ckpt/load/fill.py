@@ -171,7 +171,8 @@ class _Landing:
         self._bytes: torch.Tensor | None = None
         self._is_direct = False
         region = self._region
-        if piece.is_whole and region.is_cpu and region.dtype == dtype and region.is_contiguous():
+        is_plain = region.is_cpu and region.is_contiguous() and not region.is_conj() and not region.is_neg()
+        if piece.is_whole and is_plain and region.dtype == dtype:
             self._bytes = self._region.reshape(-1).view(torch.uint8)
             self._is_direct = True
         self._left = piece.num_bytes

@@ -98,12 +98,15 @@ def restore(
     bytes_read = phase("read", lambda: _fill(fitted, verify=verify, concurrency=concurrency))
     notes = phase("install", lambda: _install(fitted))
     asked = {name for targets in fitted.targets for name in (*targets.tensors, *targets.values)}
+    aliases = fitted.state.aliases
+    filled = {aliases.get(name, name) for name in asked}
+    stored = (*fitted.state.tensors, *fitted.state.values)
     origin = fitted.source.origin
     unasked = () if verify or not fitted.source.has_digests else ("digests: CheckpointConfig(verify=False)",)
     return Restored(
         names=tuple(sorted(asked)),
         notes=(*notes, *origin.notes),
-        skipped=tuple(name for name in (*fitted.state.tensors, *fitted.state.values) if name not in asked),
+        skipped=tuple(name for name in stored if aliases.get(name, name) not in filled),
         bytes_read=bytes_read,
         unverified=(*origin.unverified, *unasked),
         origin=origin,

@@ -22,7 +22,7 @@ from dcp_ckpt.save.layout import SEGMENT_BYTES, round_up
 from dcp_ckpt.save.memory import require_memory
 from dcp_ckpt.save.plan import LayoutKey, SavePlan, layout_key, make_plan
 from dcp_ckpt.save.replicas import replica_digests, sample_of
-from dcp_ckpt.state.component import Captured, Component, Path
+from dcp_ckpt.state.component import Captured, Component, Path, once_each
 from dcp_ckpt.state.placements import local_tensor
 
 __all__ = ["Size", "Staged", "Stager", "capture"]
@@ -37,6 +37,7 @@ class Staged:
         arena: holds the bytes of the data file, once `rest` has run.
         rest: the copies that are left to do.
         file_bytes: size of the data file; 0 when this rank writes none.
+        aliases: the other names of tensors that this rank indexes, as paths.
         values: replicated values with the place of their containers; rank 0 only.
         per_rank: values of this rank.
         equal_values: replicated values by path, encoded.
@@ -47,6 +48,7 @@ class Staged:
     arena: Arena
     rest: LateCopy
     file_bytes: int
+    aliases: dict[str, list[list[str]]]
     values: dict[str, ValueEntry]
     per_rank: dict[str, ValueEntry]
     equal_values: Mapping[Path, Any]
@@ -85,7 +87,7 @@ class _Bound:
 
 
 def capture(components: Sequence[Component]) -> Captured:
-    """What all components hold now, tensors sorted by path.
+    """What all components hold now; tensors sorted by path, each of them once.
 
     Raises:
         StateError: two leaves have the same path, or one cannot be stored.
@@ -104,8 +106,10 @@ def capture(components: Sequence[Component]) -> Captured:
         stock.update(captured.stock)
         optimizers += captured.optimizers
         step_writes |= captured.step_writes
+    tensors, aliases = once_each(tensors)
     return Captured(
         tensors=dict(sorted(tensors.items())),
+        aliases=aliases,
         values=values,
         per_rank=per_rank,
         stock=stock,
@@ -187,6 +191,7 @@ class Stager:
             arena=bound.arena,
             rest=rest,
             file_bytes=file_bytes,
+            aliases=_aliases(bound.plan, captured),
             values=values,
             per_rank=_entries(captured.per_rank),
             equal_values=captured.values if self._world_size > 1 else {},
@@ -304,10 +309,19 @@ def _entries(values: Mapping[Path, Any]) -> dict[str, ValueEntry]:
     return {".".join(path): ValueEntry(path=list(path), value=value) for path, value in values.items()}
 
 
+def _aliases(plan: SavePlan, captured: Captured) -> dict[str, list[list[str]]]:
+    return {
+        entry.name: list(map(list, captured.aliases[tuple(entry.path)]))
+        for entry in plan.tensors
+        if tuple(entry.path) in captured.aliases
+    }
+
+
 def _refuse_shared_names(plan: SavePlan, captured: Captured) -> None:
     taken = set(plan.names)
-    for path in (*captured.values, *captured.per_rank):
+    others = [path for paths in captured.aliases.values() for path in paths]
+    for path in (*others, *captured.values, *captured.per_rank):
         name = ".".join(path)
         if name in taken:
-            raise StateError(f"a value and another entry have the same name {name!r}; rename one of them")
+            raise StateError(f"two entries have the same name {name!r}; rename one of them")
         taken.add(name)

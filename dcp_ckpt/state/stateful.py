@@ -14,14 +14,22 @@ import torch
 from torch import nn
 
 from dcp_ckpt.errors import CheckpointError, LoadError, StateError
-from dcp_ckpt.state.component import Captured, Component, Path, Problem, StoredState, Targets
-from dcp_ckpt.state.model import ModelComponent
+from dcp_ckpt.state.component import (
+    Captured,
+    Component,
+    Path,
+    Problem,
+    StoredState,
+    StoredTensor,
+    Targets,
+)
+from dcp_ckpt.state.model import ModelComponent, parameter_names
 from dcp_ckpt.state.optimizer import OptimizerComponent
+from dcp_ckpt.state.tensors import fill_in_place, shares_elements, writable_like
 from dcp_ckpt.state.tree import (
     StateCollector,
     attach_tensors,
     by_name,
-    fill_in_place,
     is_branch,
     join_path,
     names_under,
@@ -163,11 +171,9 @@ class DictComponent:
         entries = [(path, leaf) for path, _, leaf in _entries(self._mapping, self._prefix)]
         models = {path: self._model(path, leaf) for path, leaf in entries if isinstance(leaf, nn.Module)}
         self._models = models
-        names: dict[int, str] = {}
-        for path, model in models.items():
-            inner = join_path(path[len(self._prefix) :]) + "." if len(models) > 1 else ""
-            for key, name in model.parameter_names().items():
-                names.setdefault(key, inner + name)
+        names = parameter_names(
+            (model, path[len(self._prefix) :] if len(models) > 1 else ()) for path, model in models.items()
+        )
         components: list[Component] = list(models.values())
         for path, leaf in entries:
             if isinstance(leaf, torch.optim.Optimizer):
@@ -194,10 +200,11 @@ def _entries(mapping: dict[str, Any], path: Path) -> Iterator[tuple[Path, dict[s
 
 def _leaf_targets(stored: StoredState, path: Path, leaf: Any) -> Targets:
     name = join_path(path)
+    if type(leaf) is dict and not leaf:
+        below = tree_targets(stored, path, {})
+        return below if below.tensors or below.values else Targets(problems=(_missing(path),))
     if name in stored.tensors:
-        # A live tensor of another shape or dtype is offered as it is: the caller compares and reports.
-        target = leaf if isinstance(leaf, torch.Tensor) else fill_in_place(None, stored.tensors[name])
-        return Targets(tensors={name: target})
+        return Targets(tensors={name: _tensor_target(leaf, stored.tensors[name])})
     if name in stored.values:
         if isinstance(leaf, torch.Tensor):
             problem = Problem(kind="other", key=name, detail="is a value in the checkpoint and a tensor here")
@@ -209,8 +216,14 @@ def _leaf_targets(stored: StoredState, path: Path, leaf: Any) -> Targets:
             if inner in stored.tensors
         }
         return Targets(tensors=tensors, values=frozenset({name}))
-    below = tree_targets(stored, path, {}) if type(leaf) is dict and not leaf else Targets()
-    return below if below.tensors or below.values else Targets(problems=(_missing(path),))
+    return Targets(problems=(_missing(path),))
+
+
+def _tensor_target(leaf: Any, stored: StoredTensor) -> torch.Tensor:
+    if not isinstance(leaf, torch.Tensor):
+        return fill_in_place(None, stored)
+    # One of another shape or dtype is offered as it is: the caller compares and reports.
+    return writable_like(leaf) if shares_elements(leaf) else leaf
 
 
 def _tensors_inside(path: Path, leaf: Any) -> dict[str, torch.Tensor]:

@@ -1,0 +1,123 @@
+"""Which tensors can be stored as they are, and which can be filled in place.
+
+Owns what is asked of a single tensor, whatever component holds it. Knows no path but for messages, and no
+file. Called by the components and by `state.tree`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.distributed.tensor import DTensor
+from torch.nn.parameter import is_lazy
+
+from dcp_ckpt.errors import StateError
+from dcp_ckpt.format.dtypes import DTYPES
+from dcp_ckpt.state.component import StoredTensor
+from dcp_ckpt.state.placements import local_tensor
+
+__all__ = [
+    "check_tensor",
+    "fill_in_place",
+    "fill_shared",
+    "fits",
+    "same_bits",
+    "shares_elements",
+    "writable_like",
+]
+
+_DTYPES = frozenset(getattr(torch, name) for name in DTYPES)
+
+
+def check_tensor(tensor: torch.Tensor, name: str) -> None:
+    """Refuse a tensor whose bytes are not one plain strided payload.
+
+    A subclass that only adds methods or attributes is stored as the plain tensor that it is, too.
+
+    Raises:
+        StateError: sparse, nested, quantized, meta, uninitialised, freed or partial tensors, subclasses that
+            wrap other tensors, and dtypes that the format does not know; the message names the key.
+    """
+    reason = _unsuitable(tensor)
+    if reason:
+        raise StateError(f"{name} cannot be stored: {reason}")
+
+
+def _unsuitable(tensor: torch.Tensor) -> str | None:
+    if is_lazy(tensor):
+        return "it is uninitialised; run one forward before saving"
+    if isinstance(tensor, DTensor):
+        if any(placement.is_partial() for placement in tensor.placements):
+            return "it is a DTensor with a Partial placement; redistribute it to Shard or Replicate"
+        tensor = local_tensor(tensor)
+    # What computes its elements when asked has none in memory that could be copied.
+    if type(tensor).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
+        return f"it is a {type(tensor).__name__}; convert it to a plain tensor"
+    if tensor.layout != torch.strided or tensor.is_nested:
+        return f"it is sparse or nested ({tensor.layout}); call to_dense() or store its parts"
+    if tensor.is_quantized:
+        return "it is quantized; store int_repr(), scale and zero point"
+    if tensor.device.type == "meta":
+        return "it is on the meta device and has no data; materialise it first (to_empty, then load)"
+    if tensor.dtype not in _DTYPES:
+        return f"the format has no dtype {tensor.dtype}"
+    if tensor.untyped_storage().nbytes() < _end_bytes(tensor):
+        return "its storage was freed or made smaller (untyped_storage().resize_()); give it its memory back"
+    return None
+
+
+def _end_bytes(tensor: torch.Tensor) -> int:
+    """Where its last element ends, from the start of its storage."""
+    if not tensor.numel():
+        return 0
+    start = tensor.storage_offset() * tensor.itemsize
+    if tensor.is_contiguous():
+        return int(start + tensor.nbytes)
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return int(start + (last + 1) * tensor.itemsize)
+
+
+def fits(live: torch.Tensor, stored: StoredTensor) -> bool:
+    """Whether `live` can be filled in place: it has the stored dtype and global shape and can be written."""
+    return live.dtype == stored.dtype and tuple(live.shape) == stored.shape and not shares_elements(live)
+
+
+def fill_in_place(live: Any, stored: StoredTensor) -> torch.Tensor:
+    """The tensor to fill: `live` where it fits, else a new one on the CPU."""
+    if isinstance(live, torch.Tensor) and fits(live, stored):
+        return live
+    return torch.empty(stored.shape, dtype=stored.dtype)
+
+
+def shares_elements(tensor: torch.Tensor) -> bool:
+    """Whether several elements are one in memory, as by `expand()`; such a tensor cannot be filled."""
+    local = local_tensor(tensor)
+    return any(size > 1 and stride == 0 for size, stride in zip(local.shape, local.stride(), strict=True))
+
+
+@torch.no_grad()
+def writable_like(tensor: torch.Tensor) -> torch.Tensor:
+    """A new tensor of the same shape, dtype, device and sharding, to be filled in the place of `tensor`."""
+    return torch.empty_like(tensor, memory_format=torch.contiguous_format, requires_grad=False)
+
+
+@torch.no_grad()
+def fill_shared(tensor: torch.Tensor, values: torch.Tensor) -> bool:
+    """Write `values` into a tensor that `shares_elements`; False when no such tensor can hold them."""
+    written, given = local_tensor(tensor), local_tensor(values)
+    for dim, (size, stride) in enumerate(zip(written.shape, written.stride(), strict=True)):
+        if size > 1 and stride == 0:
+            written, given = written.narrow(dim, 0, 1), given.narrow(dim, 0, 1)
+    written.copy_(given)
+    return same_bits(tensor, values)
+
+
+def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether the local parts of two tensors of equal shape and dtype hold the same bytes."""
+    return torch.equal(_bytes(a), _bytes(b))
+
+
+def _bytes(tensor: torch.Tensor) -> torch.Tensor:
+    local = local_tensor(tensor).resolve_conj().resolve_neg()
+    return local.contiguous().reshape(-1).view(torch.uint8)
