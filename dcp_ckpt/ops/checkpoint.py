@@ -131,7 +131,7 @@ class Checkpoint(Closing):
         return StoredCheckpoint(self._storage, self.directory, self.manifest)
 
     def keys(self) -> list[str]:
-        """The names of all tensors and replicated values, sorted."""
+        """The names of all tensors and replicated values, sorted; a tied tensor has that of its first use."""
         return sorted({*self.tensors, *self.values})
 
     @cached_property
@@ -178,6 +178,9 @@ class Checkpoint(Closing):
     def read_tensor(self, key: str) -> torch.Tensor:
         """One whole tensor on the CPU, put together from all its chunks; every block read is checked.
 
+        Args:
+            key: any of its names, where it is tied.
+
         Memory: the tensor and its largest chunk.
 
         Raises:
@@ -191,7 +194,7 @@ class Checkpoint(Closing):
             (rank, chunk)
             for rank in expand_ranks(entry.owners)
             for chunk in self.fragment(rank).chunks
-            if chunk.tensor == key
+            if chunk.tensor == entry.name
         ]
         problems = (problem for _, chunk in chunks if (problem := chunk_problem(entry, chunk)))
         problem = next(problems, None) or tiling_problem(entry.shape, (chunk.box for _, chunk in chunks))
@@ -233,7 +236,7 @@ class Checkpoint(Closing):
     def _find(self, key: str) -> tuple[int, TensorEntry]:
         """The tensor and the rank that indexes it; most are in rank 0's fragment, so it stops early."""
         for rank, name, entry in self._indexed():
-            if name == key:
+            if name == key or key in map(".".join, self.fragment(rank).aliases.get(name, ())):
                 return rank, entry
         raise self._unknown(f"tensor {key!r}", self.tensors)
 
