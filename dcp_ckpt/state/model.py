@@ -6,7 +6,7 @@ the live tensors, a load fills them in place.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
 import torch
 from torch import nn
@@ -14,7 +14,7 @@ from torch import nn
 from dcp_ckpt.errors import LoadError
 from dcp_ckpt.state.component import Captured, Path, Problem, StoredState, Targets
 from dcp_ckpt.state.names import ModuleNames, NamedTensor
-from dcp_ckpt.state.tensors import fill_shared, same_bits, shares_elements, writable_like
+from dcp_ckpt.state.tensors import Fillable, fill_shared, same_bits, shares_elements, writable_like
 from dcp_ckpt.state.tree import StateCollector, join_path, names_under, rebuild, tree_targets
 
 __all__ = ["ModelComponent", "parameter_names"]
@@ -61,23 +61,24 @@ class ModelComponent:
     def targets(self, stored: StoredState) -> Targets:
         """The live tensors under their stored names.
 
-        A tied tensor is found under any of its names. One that is stored several times is read as often,
-        since what was not tied may differ; `install` compares.
+        A tied tensor is found under any of its names. Where several stored tensors belong into one memory
+        here, all but the first are read beside it, since what was not tied may differ; `install` compares.
         """
         tensors: dict[str, torch.Tensor] = {}
         values: set[str] = set()
         problems: list[Problem] = []
         known: set[str] = set()
+        fillable = Fillable(stored)
         for entry in self._names.tensors():
             known.update(self._stored_names(entry))
             found = self._payloads(stored, entry)
             if not found:
                 problems.append(_missing(join_path((*self._prefix, entry.name))))
-            for index, name in enumerate(found):
-                is_live = index == 0 and not shares_elements(entry.tensor)
-                tensors[name] = entry.tensor if is_live else writable_like(entry.tensor)
+            for name in found:
+                is_taken = fillable.take(entry.tensor, name)
+                tensors[name] = entry.tensor if is_taken else writable_like(entry.tensor)
         for names, _ in self._names.extra_states():
-            extras = [tree_targets(stored, (*self._prefix, name), {}) for name in names]
+            extras = [tree_targets(stored, (*self._prefix, name), {}, fillable) for name in names]
             if not any(extra.tensors or extra.values for extra in extras):
                 problems.append(_missing(join_path((*self._prefix, names[0]))))
             for extra in extras:
@@ -106,18 +107,16 @@ class ModelComponent:
         """Hand extra state over; parameters and buffers are filled in place already.
 
         Raises:
-            LoadError: a tensor that is one here, or expanded from fewer elements, was stored with different
-                contents.
+            LoadError: what is one memory here was stored with different contents.
         """
         for entry in self._names.tensors():
-            filled = {
-                name: targets.tensors[name]
-                for name in self._payloads(stored, entry)
-                if name in targets.tensors
-            }
-            if filled:
-                _require_one_content(filled)
-                _fill_expanded(entry.tensor, *next(iter(filled.items())))
+            filled = [name for name in self._payloads(stored, entry) if name in targets.tensors]
+            if filled and shares_elements(entry.tensor):
+                fill_shared(entry.tensor, targets.tensors[filled[0]])
+            for name in filled:
+                target = targets.tensors[name]
+                if target is not entry.tensor and not same_bits(target, entry.tensor):
+                    raise _differs(name, entry)
         for names, module in self._names.extra_states():
             for name in names:
                 path = (*self._prefix, name)
@@ -137,26 +136,13 @@ def parameter_names(models: Iterable[tuple[ModelComponent, Path]]) -> dict[int, 
     return found
 
 
-def _require_one_content(filled: Mapping[str, torch.Tensor]) -> None:
-    """Make sure that what was filled for one live tensor, from one payload each, is the same."""
-    (first, tensor), *others = filled.items()
-    for name, other in others:
-        if not same_bits(tensor, other):
-            raise LoadError(
-                f"{first} and {name} are one tensor in this model (tied), and differ in the checkpoint; load "
-                "it into a model where they are two, and make them equal there",
-                phase="install",
-            )
-
-
-def _fill_expanded(live: torch.Tensor, name: str, filled: torch.Tensor) -> None:
-    """Write what was filled in the place of a tensor whose elements share memory."""
-    if live is not filled and not fill_shared(live, filled):
-        raise LoadError(
-            f"{name} is expanded in this model (several of its elements are one in memory), and those "
-            "elements differ in the checkpoint; make it a buffer with memory of its own, by contiguous()",
-            phase="install",
-        )
+def _differs(key: str, entry: NamedTensor) -> LoadError:
+    others = ", ".join(entry.names) if entry.aliases else "other tensors or with itself (expand)"
+    return LoadError(
+        f"{key} shares its memory with {others} in this model, and the checkpoint has different contents for "
+        "them: load it into a model where they have memory of their own, and make them equal there",
+        phase="install",
+    )
 
 
 def _missing(key: str) -> Problem:

@@ -14,18 +14,10 @@ import torch
 from torch import nn
 
 from dcp_ckpt.errors import CheckpointError, LoadError, StateError
-from dcp_ckpt.state.component import (
-    Captured,
-    Component,
-    Path,
-    Problem,
-    StoredState,
-    StoredTensor,
-    Targets,
-)
+from dcp_ckpt.state.component import Captured, Component, Path, Problem, StoredState, Targets
 from dcp_ckpt.state.model import ModelComponent, parameter_names
 from dcp_ckpt.state.optimizer import OptimizerComponent
-from dcp_ckpt.state.tensors import fill_in_place, shares_elements, writable_like
+from dcp_ckpt.state.tensors import Fillable, fits
 from dcp_ckpt.state.tree import (
     StateCollector,
     attach_tensors,
@@ -68,7 +60,8 @@ class StatefulComponent:
 
     def targets(self, stored: StoredState) -> Targets:
         """Everything that is stored under the prefix; the object itself judges it in `load_state_dict`."""
-        targets = tree_targets(stored, self._prefix, by_name(self.capture().tensors))
+        live = by_name(self.capture().tensors)
+        targets = tree_targets(stored, self._prefix, live, Fillable(stored))
         if targets.tensors or targets.values:
             return targets
         return Targets(problems=(_missing(self._prefix),))
@@ -135,8 +128,9 @@ class DictComponent:
             tensors.update(part.tensors)
             values.update(part.values)
             problems += part.problems
+        fillable = Fillable(stored)
         for path, _, leaf in self._leaves():
-            part = _leaf_targets(stored, path, leaf)
+            part = _leaf_targets(stored, path, leaf, fillable)
             tensors.update(part.tensors)
             values.update(part.values)
             problems += part.problems
@@ -198,32 +192,27 @@ def _entries(mapping: dict[str, Any], path: Path) -> Iterator[tuple[Path, dict[s
             yield (*path, key), mapping, item
 
 
-def _leaf_targets(stored: StoredState, path: Path, leaf: Any) -> Targets:
+def _leaf_targets(stored: StoredState, path: Path, leaf: Any, fillable: Fillable) -> Targets:
     name = join_path(path)
     if type(leaf) is dict and not leaf:
-        below = tree_targets(stored, path, {})
+        below = tree_targets(stored, path, {}, fillable)
         return below if below.tensors or below.values else Targets(problems=(_missing(path),))
     if name in stored.tensors:
-        return Targets(tensors={name: _tensor_target(leaf, stored.tensors[name])})
+        # A live tensor of another shape or dtype is offered as it is: the caller compares and reports.
+        misfit = isinstance(leaf, torch.Tensor) and not fits(leaf, stored.tensors[name])
+        return Targets(tensors={name: leaf if misfit else fillable.choose(leaf, name)})
     if name in stored.values:
         if isinstance(leaf, torch.Tensor):
             problem = Problem(kind="other", key=name, detail="is a value in the checkpoint and a tensor here")
             return Targets(problems=(problem,))
         live = _tensors_inside(path, leaf)
         tensors = {
-            inner: fill_in_place(live.get(inner), stored.tensors[inner])
+            inner: fillable.choose(live.get(inner), inner)
             for inner in referenced_names(stored.values[name])
             if inner in stored.tensors
         }
         return Targets(tensors=tensors, values=frozenset({name}))
     return Targets(problems=(_missing(path),))
-
-
-def _tensor_target(leaf: Any, stored: StoredTensor) -> torch.Tensor:
-    if not isinstance(leaf, torch.Tensor):
-        return fill_in_place(None, stored)
-    # One of another shape or dtype is offered as it is: the caller compares and reports.
-    return writable_like(leaf) if shares_elements(leaf) else leaf
 
 
 def _tensors_inside(path: Path, leaf: Any) -> dict[str, torch.Tensor]:

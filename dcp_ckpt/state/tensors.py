@@ -14,12 +14,12 @@ from torch.nn.parameter import is_lazy
 
 from dcp_ckpt.errors import StateError
 from dcp_ckpt.format.dtypes import DTYPES
-from dcp_ckpt.state.component import StoredTensor
+from dcp_ckpt.state.component import StoredState, StoredTensor
 from dcp_ckpt.state.placements import local_tensor
 
 __all__ = [
+    "Fillable",
     "check_tensor",
-    "fill_in_place",
     "fill_shared",
     "fits",
     "same_bits",
@@ -79,15 +79,46 @@ def _end_bytes(tensor: torch.Tensor) -> int:
 
 
 def fits(live: torch.Tensor, stored: StoredTensor) -> bool:
-    """Whether `live` can be filled in place: it has the stored dtype and global shape and can be written."""
-    return live.dtype == stored.dtype and tuple(live.shape) == stored.shape and not shares_elements(live)
+    """Whether `live` has the stored dtype and global shape."""
+    return live.dtype == stored.dtype and tuple(live.shape) == stored.shape
 
 
-def fill_in_place(live: Any, stored: StoredTensor) -> torch.Tensor:
-    """The tensor to fill: `live` where it fits, else a new one on the CPU."""
-    if isinstance(live, torch.Tensor) and fits(live, stored):
-        return live
-    return torch.empty(stored.shape, dtype=stored.dtype)
+class Fillable:
+    """Says what to fill with each stored tensor: the live one where it can take it, else a new one.
+
+    Live memory is given away once: two stored tensors never go into one place, where one of them would be
+    lost. What was one tensor when it was saved may fill one place, and is one tensor again where it is new.
+    """
+
+    def __init__(self, stored: StoredState) -> None:
+        self._stored = stored
+        self._given: dict[tuple[torch.device, int, int], str] = {}
+        self._new: dict[str, torch.Tensor] = {}
+
+    def take(self, live: torch.Tensor, name: str) -> bool:
+        """Whether `live`, which has its shape and dtype, may be filled with the stored tensor `name`."""
+        local = local_tensor(live)
+        if shares_elements(live):
+            return False
+        payload = self._payload(name)
+        return not local.numel() or self._given.setdefault(_place(local), payload) == payload
+
+    def choose(self, live: Any, name: str) -> torch.Tensor:
+        """`live`, where it is a tensor that fits, or a new one like it; else a new tensor on the CPU."""
+        stored = self._stored.tensors[name]
+        if isinstance(live, torch.Tensor) and fits(live, stored):
+            return live if self.take(live, name) else writable_like(live)
+        payload = self._payload(name)
+        if payload not in self._new:
+            self._new[payload] = torch.empty(stored.shape, dtype=stored.dtype)
+        return self._new[payload]
+
+    def _payload(self, name: str) -> str:
+        return self._stored.aliases.get(name, name)
+
+
+def _place(local: torch.Tensor) -> tuple[torch.device, int, int]:
+    return local.device, local.data_ptr(), local.nbytes
 
 
 def shares_elements(tensor: torch.Tensor) -> bool:
@@ -103,14 +134,13 @@ def writable_like(tensor: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def fill_shared(tensor: torch.Tensor, values: torch.Tensor) -> bool:
-    """Write `values` into a tensor that `shares_elements`; False when no such tensor can hold them."""
+def fill_shared(tensor: torch.Tensor, values: torch.Tensor) -> None:
+    """Write into a tensor that `shares_elements` what it can hold of `values`: the first of each."""
     written, given = local_tensor(tensor), local_tensor(values)
     for dim, (size, stride) in enumerate(zip(written.shape, written.stride(), strict=True)):
         if size > 1 and stride == 0:
             written, given = written.narrow(dim, 0, 1), given.narrow(dim, 0, 1)
     written.copy_(given)
-    return same_bits(tensor, values)
 
 
 def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:

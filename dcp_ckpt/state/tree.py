@@ -17,7 +17,7 @@ import torch
 from dcp_ckpt.errors import CorruptCheckpoint, StateError
 from dcp_ckpt.format.values import MAX_DEPTH, TensorRef, ValueRef, encode_value
 from dcp_ckpt.state.component import Captured, Path, StoredState, Targets
-from dcp_ckpt.state.tensors import check_tensor, fill_in_place
+from dcp_ckpt.state.tensors import Fillable, check_tensor
 
 __all__ = [
     "StateCollector",
@@ -313,17 +313,16 @@ def _referred(name: str, entries: Mapping[str, Any]) -> Any:
     return entries[name]
 
 
-def tree_targets(stored: StoredState, prefix: Path, live: Mapping[str, torch.Tensor]) -> Targets:
+def tree_targets(
+    stored: StoredState, prefix: Path, live: Mapping[str, torch.Tensor], fillable: Fillable
+) -> Targets:
     """Ask for everything that is stored under `prefix`.
 
     Args:
         live: tensors by name that may be filled in place where dtype and global shape fit; others
             are filled into new CPU tensors.
     """
-    tensors = {
-        name: fill_in_place(live.get(name), stored.tensors[name])
-        for name in names_under(stored.tensors, prefix)
-    }
+    tensors = {name: fillable.choose(live.get(name), name) for name in names_under(stored.tensors, prefix)}
     return Targets(tensors=tensors, values=frozenset(names_under(stored.values, prefix)))
 
 

@@ -1,4 +1,4 @@
-"""Whatever wraps a model when it is saved, it loads into any other wrapping: names are those of the plain model."""
+"""Whatever wraps a model when it is saved, it loads into every other wrapping, by the plain model's names."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def train(state: Any, num_steps: int) -> None:
 
 
 def content(state: Any) -> dict[str, str]:
-    """Fingerprints by the names that the plain model has at the same places; no wrapper changes their order."""
+    """Fingerprints by the names that the plain model has at the same places; wrappers keep the order."""
     parameters = dict(zip(NAMES, state.model.parameters(), strict=True))
     buffers = dict(zip(BUFFERS, state.model.buffers(), strict=True))
     found = {name: worlds.fingerprint(tensor) for name, tensor in (parameters | buffers).items()}
