@@ -255,7 +255,9 @@ def _runs_hooks(optimizer: torch.optim.Optimizer) -> bool:
 
 
 def _merged(live: Any, value: Any) -> Any:
-    """`value`, inside of the live tensor where there is one: captured graphs hold on to that object."""
+    """`value`, inside of the live tensors where there are any: captured graphs hold on to these objects."""
+    if type(live) is type(value) is tuple and len(live) == len(value):
+        return tuple(map(_merged, live, value))
     if not isinstance(live, torch.Tensor):
         return value
     with torch.no_grad():
