@@ -37,7 +37,7 @@ class Staged:
         arena: holds the bytes of the data file, once `rest` has run.
         rest: the copies that are left to do.
         file_bytes: size of the data file; 0 when this rank writes none.
-        aliases: the other names of tensors that this rank indexes, as paths.
+        aliases: the other paths of tensors that were found under several.
         values: replicated values with the place of their containers; rank 0 only.
         per_rank: values of this rank.
         equal_values: replicated values by path, encoded.
@@ -48,7 +48,7 @@ class Staged:
     arena: Arena
     rest: LateCopy
     file_bytes: int
-    aliases: dict[str, list[list[str]]]
+    aliases: Mapping[Path, tuple[Path, ...]]
     values: dict[str, ValueEntry]
     per_rank: dict[str, ValueEntry]
     equal_values: Mapping[Path, Any]
@@ -56,7 +56,21 @@ class Staged:
 
     def replicated(self, late_samples: Mapping[str, bytes]) -> dict[str, str]:
         """Name -> digest of all that must be equal on all ranks; `late_samples` are those of `rest`."""
-        return replica_digests(self.equal_values, {**self.samples, **late_samples})
+        samples = {**self.samples, **late_samples}
+        # By all its names, so that a key that only one rank has is found.
+        for path, others in self.aliases.items():
+            if (sample := samples.get(".".join(path))) is not None:
+                samples.update((".".join(other), sample) for other in others)
+        return replica_digests(self.equal_values, samples)
+
+    @property
+    def indexed_aliases(self) -> dict[str, list[list[str]]]:
+        """The other paths of the tensors that this rank indexes, by name."""
+        return {
+            entry.name: list(map(list, self.aliases[tuple(entry.path)]))
+            for entry in self.plan.tensors
+            if tuple(entry.path) in self.aliases
+        }
 
     @property
     def files(self) -> list[FileEntry]:
@@ -191,7 +205,7 @@ class Stager:
             arena=bound.arena,
             rest=rest,
             file_bytes=file_bytes,
-            aliases=_aliases(bound.plan, captured),
+            aliases=captured.aliases,
             values=values,
             per_rank=_entries(captured.per_rank),
             equal_values=captured.values if self._world_size > 1 else {},
@@ -307,14 +321,6 @@ def _most_bytes(plan: SavePlan, containers: Mapping[Path, bytes]) -> int:
 
 def _entries(values: Mapping[Path, Any]) -> dict[str, ValueEntry]:
     return {".".join(path): ValueEntry(path=list(path), value=value) for path, value in values.items()}
-
-
-def _aliases(plan: SavePlan, captured: Captured) -> dict[str, list[list[str]]]:
-    return {
-        entry.name: list(map(list, captured.aliases[tuple(entry.path)]))
-        for entry in plan.tensors
-        if tuple(entry.path) in captured.aliases
-    }
 
 
 def _refuse_shared_names(plan: SavePlan, captured: Captured) -> None:
