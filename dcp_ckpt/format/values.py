@@ -278,7 +278,7 @@ def _decode_array(dtype: Any, data: Any) -> Any:
     import numpy
 
     kind = numpy.dtype(_is(str, dtype))
-    if kind.str != dtype or kind.hasobject:
+    if kind.str != dtype or kind.hasobject or kind.char in _NOT_PORTABLE:
         raise ValueError(f"unknown dtype {dtype!r:.80}")
     return numpy.frombuffer(_decode_bytes(data), kind).copy()
 
