@@ -187,6 +187,7 @@ class OptimizerComponent:
         state_path = (*self._prefix, "state")
         live = {name for members in groups for name in members}
         problems = _group_problems(self._groups_name, saved, groups)
+        problems += _kind_problems(self._groups_name, saved, self._optimizer.param_groups)
         problems += [
             _unexpected(join_path((*state_path, name)), "the optimizer has no such parameter")
             for name in index
@@ -317,6 +318,24 @@ def _group_problems(key: str, saved: Any, groups: Sequence[Mapping[str, Any]]) -
         if stored_only or live_only:
             detail = (
                 f"only in the checkpoint: {_listed(stored_only)}; only in the optimizer: {_listed(live_only)}"
+            )
+            problems.append(Problem(kind="other", key=f"{key}[{index}]", detail=detail))
+    return problems
+
+
+def _kind_problems(key: str, saved: Any, groups: Sequence[Mapping[str, Any]]) -> list[Problem]:
+    """Where each side has settings that the other does not know, two kinds of optimizers met.
+
+    On one side alone there may be more: schedulers leave settings in groups, and versions of torch add some.
+    """
+    problems = []
+    for index, (group, live) in enumerate(zip(saved, groups, strict=False)) if _are_groups(saved) else ():
+        stored_only = sorted(group.keys() - live.keys() - _IMPLEMENTATION)
+        live_only = sorted(live.keys() - group.keys() - _IMPLEMENTATION)
+        if stored_only and live_only:
+            detail = (
+                f"another kind of optimizer: only the checkpoint has {_listed(stored_only)}, only this one "
+                f"has {_listed(live_only)}"
             )
             problems.append(Problem(kind="other", key=f"{key}[{index}]", detail=detail))
     return problems

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from dcp_ckpt import CheckpointConfig, Checkpointer, TrainState, load_checkpoint, open_checkpoint
-from dcp_ckpt.errors import CheckpointError
+from dcp_ckpt.errors import CheckpointError, StateMismatch
 
 BEFORE, AMID, AFTER = range(3)
 """What is saved of each kind: before the first step, with live gradients, and after some steps."""
@@ -218,6 +218,21 @@ def test_all_hyper_parameters_are_there(saved, kind):
         [],
         ["3.weight"],
     ]
+
+
+@pytest.mark.parametrize("stored", ["sgd-momentum", "adam", "rmsprop", "adafactor", "elaborate"])
+def test_another_kind_of_optimizer_is_refused_before_anything_changes(saved, stored):
+    root, _ = saved
+    for kind in ("adamw-foreach", "sgd-fused", "adagrad", "nadam", "asgd"):
+        live = Training(kind)
+        before = live.weights()
+        if {stored, kind} in ({"adam", "adamw-foreach"}, {"sgd-momentum", "sgd-fused"}):
+            load_checkpoint(step_dir(root, stored, AFTER), live.state)
+            live.step(0)
+            continue
+        with pytest.raises(StateMismatch, match="another kind of optimizer: only the checkpoint has"):
+            load_checkpoint(step_dir(root, stored, AFTER), live.state)
+        assert all(map(torch.equal, live.weights(), before))
 
 
 def test_what_no_group_can_hold_is_refused_by_its_place(tmp_path):
