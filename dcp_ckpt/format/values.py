@@ -76,6 +76,10 @@ def _advice(value: Any) -> str:
     """What to save instead of a value that would not come back as it is."""
     if isinstance(value, Enum):
         return "save its name or its value, and look the member up again"
+    if hasattr(value, "state_dict"):
+        return (
+            "give it a key of its own in a dictionary: objects inside of lists and values are not looked into"
+        )
     if hasattr(value, "__dataclass_fields__"):
         return "save dataclasses.asdict() of it, or give it state_dict() and load_state_dict()"
     for plain in (bool, int, float, complex, str, bytes, bytearray, tuple, list, dict, set, frozenset):

@@ -184,7 +184,7 @@ class _Landing:
         stop = min(self._piece.start + self._piece.num_bytes, source_start + source.numel())
         with self._lock:
             if self._bytes is None:
-                self._bytes = torch.empty(self._piece.num_bytes, dtype=torch.uint8)
+                self._bytes = torch.empty(self._piece.num_bytes, dtype=torch.uint8, device="cpu")
         into = self._bytes[start - self._piece.start : stop - self._piece.start]
         into.copy_(source[start - source_start : stop - source_start])
         with self._lock:
@@ -196,5 +196,6 @@ class _Landing:
             rows = elements.view(self._piece.rows)[self._piece.inner]
         else:
             rows = elements.as_strided(self._piece.rows, self._piece.strides)
-        self._region.copy_(rows)
+        with torch.inference_mode(self._region.is_inference()):
+            self._region.copy_(rows)
         self._bytes = None

@@ -66,6 +66,8 @@ class _Fitted:
         return {name: tensor for targets in self.targets for name, tensor in targets.tensors.items()}
 
 
+# Else what is made here could never be written outside of the inference mode that load() was called in.
+@torch.inference_mode(False)
 def restore(
     open_source: Callable[[], Source],
     components: Components,

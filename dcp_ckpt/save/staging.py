@@ -158,6 +158,7 @@ class Stager:
             file_bytes=round_up(plan.layout.tensor_bytes + values, SEGMENT_BYTES),
         )
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def prepare(self, captured: Captured) -> None:
         """Make plan and arena for this state, so that the first `stage` costs what later ones do.
@@ -170,6 +171,7 @@ class Stager:
         """
         self._bind(captured, self._value_containers(captured))
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def stage(self, captured: Captured, *, overlap: bool) -> Staged:
         """Copy the captured state into the arena, which must be free. Blocks for the copy.

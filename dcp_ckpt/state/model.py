@@ -14,7 +14,14 @@ from torch import nn
 from dcp_ckpt.errors import LoadError
 from dcp_ckpt.state.component import Captured, Path, Problem, StoredState, Targets
 from dcp_ckpt.state.names import ModuleNames, NamedTensor
-from dcp_ckpt.state.tensors import Fillable, fill_shared, same_bits, shares_elements, writable_like
+from dcp_ckpt.state.tensors import (
+    Fillable,
+    fill_shared,
+    same_bits,
+    shares_elements,
+    unsuitable,
+    writable_like,
+)
 from dcp_ckpt.state.tree import StateCollector, join_path, names_under, rebuild, tree_targets
 
 __all__ = ["ModelComponent", "parameter_names"]
@@ -74,6 +81,9 @@ class ModelComponent:
             found = self._payloads(stored, entry)
             if not found:
                 problems.append(_missing(join_path((*self._prefix, entry.name))))
+            if reason := unsuitable(entry.tensor):
+                problems.append(_unfillable(join_path((*self._prefix, entry.name)), reason))
+                continue
             for name in found:
                 is_taken = fillable.take(entry.tensor, name)
                 tensors[name] = entry.tensor if is_taken else writable_like(entry.tensor)
@@ -143,6 +153,10 @@ def _differs(key: str, entry: NamedTensor) -> LoadError:
         "them: load it into a model where they have memory of their own, and make them equal there",
         phase="install",
     )
+
+
+def _unfillable(key: str, reason: str) -> Problem:
+    return Problem(kind="other", key=key, detail=f"cannot be filled: {reason}")
 
 
 def _missing(key: str) -> Problem:

@@ -151,7 +151,7 @@ class OptimizerComponent:
             for name in referenced_names(stored.values[self._groups_name]):
                 if name in stored.tensors:
                     entry = stored.tensors[name]
-                    tensors[name] = torch.empty(entry.shape, dtype=entry.dtype)
+                    tensors[name] = torch.empty(entry.shape, dtype=entry.dtype, device="cpu")
         known = {*tensors, *values, *(name for names in index.values() for name in names)}
         problems += [
             _unexpected(name, "the checkpoint has it, the optimizer does not use it")

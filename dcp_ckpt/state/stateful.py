@@ -17,7 +17,7 @@ from dcp_ckpt.errors import CheckpointError, LoadError, StateError
 from dcp_ckpt.state.component import Captured, Component, Path, Problem, StoredState, Targets
 from dcp_ckpt.state.model import ModelComponent, parameter_names
 from dcp_ckpt.state.optimizer import OptimizerComponent
-from dcp_ckpt.state.tensors import Fillable, fits
+from dcp_ckpt.state.tensors import Fillable, fits, unsuitable
 from dcp_ckpt.state.tree import (
     StateCollector,
     attach_tensors,
@@ -198,9 +198,12 @@ def _leaf_targets(stored: StoredState, path: Path, leaf: Any, fillable: Fillable
         below = tree_targets(stored, path, {}, fillable)
         return below if below.tensors or below.values else Targets(problems=(_missing(path),))
     if name in stored.tensors:
-        # A live tensor of another shape or dtype is offered as it is: the caller compares and reports.
-        misfit = isinstance(leaf, torch.Tensor) and not fits(leaf, stored.tensors[name])
-        return Targets(tensors={name: leaf if misfit else fillable.choose(leaf, name)})
+        if not isinstance(leaf, torch.Tensor) or fits(leaf, stored.tensors[name]):
+            return Targets(tensors={name: fillable.choose(leaf, name)})
+        if reason := unsuitable(leaf):
+            return Targets(problems=(Problem(kind="other", key=name, detail=f"cannot be filled: {reason}"),))
+        # One of another shape or dtype is offered as it is: the caller compares and reports.
+        return Targets(tensors={name: leaf})
     if name in stored.values:
         if isinstance(leaf, torch.Tensor):
             problem = Problem(kind="other", key=name, detail="is a value in the checkpoint and a tensor here")

@@ -24,6 +24,7 @@ __all__ = [
     "fits",
     "same_bits",
     "shares_elements",
+    "unsuitable",
     "writable_like",
 ]
 
@@ -39,12 +40,13 @@ def check_tensor(tensor: torch.Tensor, name: str) -> None:
         StateError: sparse, nested, quantized, meta, uninitialised, freed or partial tensors, subclasses that
             wrap other tensors, and dtypes that the format does not know; the message names the key.
     """
-    reason = _unsuitable(tensor)
+    reason = unsuitable(tensor)
     if reason:
         raise StateError(f"{name} cannot be stored: {reason}")
 
 
-def _unsuitable(tensor: torch.Tensor) -> str | None:
+def unsuitable(tensor: torch.Tensor) -> str | None:
+    """Why a tensor can be neither stored nor filled, and what to do; None when it can."""
     if is_lazy(tensor):
         return "it is uninitialised; run one forward before saving"
     if isinstance(tensor, DTensor):
@@ -79,8 +81,9 @@ def _end_bytes(tensor: torch.Tensor) -> int:
 
 
 def fits(live: torch.Tensor, stored: StoredTensor) -> bool:
-    """Whether `live` has the stored dtype and global shape."""
-    return live.dtype == stored.dtype and tuple(live.shape) == stored.shape
+    """Whether `live` has the stored dtype and global shape, and memory to fill."""
+    is_alike = live.dtype == stored.dtype and tuple(live.shape) == stored.shape
+    return is_alike and unsuitable(live) is None
 
 
 class Fillable:
@@ -110,7 +113,7 @@ class Fillable:
             return live if self.take(live, name) else writable_like(live)
         payload = self._payload(name)
         if payload not in self._new:
-            self._new[payload] = torch.empty(stored.shape, dtype=stored.dtype)
+            self._new[payload] = torch.empty(stored.shape, dtype=stored.dtype, device="cpu")
         return self._new[payload]
 
     def _payload(self, name: str) -> str:

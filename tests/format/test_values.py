@@ -99,6 +99,11 @@ class Settings:
     rate: float = 0.1
 
 
+class Stateful:
+    def state_dict(self) -> dict[str, int]:
+        return {}
+
+
 class Seconds(int):
     """A subclass may mean more than its number."""
 
@@ -118,6 +123,7 @@ Point = namedtuple("Point", "x y")  # the kind users have
     ("bad", "advice"),
     [
         (object(), "give the object state_dict"),
+        (Stateful(), "a key of its own in a dictionary"),
         (Level.LOW, "its name or its value"),
         (Name.FIRST, "its name or its value"),
         (Settings(), r"dataclasses\.asdict"),

@@ -14,7 +14,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dcp_ckpt import Checkpointer, TrainState, load_checkpoint, open_checkpoint
-from dcp_ckpt.errors import LoadError, StateError
+from dcp_ckpt.errors import LoadError, StateError, StateMismatch
 from dcp_ckpt.format.dtypes import DTYPES
 
 pytestmark = pytest.mark.filterwarnings("ignore:ComplexHalf")
@@ -34,9 +34,9 @@ class Marked(torch.Tensor):
     """A subclass that is a plain tensor, too."""
 
 
-def in_inference_mode() -> torch.Tensor:
+def in_inference_mode(*shape: int) -> torch.Tensor:
     with torch.inference_mode():
-        return numbers(5).clone()
+        return numbers(*shape).clone()
 
 
 complex_numbers = numbers(3, 4, dtype=torch.complex64)
@@ -49,7 +49,8 @@ KINDS: dict[str, Callable[[], torch.Tensor]] = {
     "every other": lambda: numbers(9, 6)[::2, 1::3],
     "flipped": lambda: numbers(4, 4).flip(0).t(),
     "imaginary": lambda: complex_numbers.clone().conj().imag,
-    "inference": in_inference_mode,
+    "inference": lambda: in_inference_mode(5),
+    "inference, transposed": lambda: in_inference_mode(4, 3).t(),
     "marked": lambda: numbers(4).as_subclass(Marked),
     "negated": lambda: torch._neg_view(numbers(4, 4)),
     "parameter": lambda: nn.Parameter(numbers(3)),
@@ -157,6 +158,46 @@ def test_what_has_no_plain_bytes_fails_the_save_by_name(tmp_path):
             assert "bad.here" in caught.value.message, kind
             assert reason in caught.value.message, kind
         checkpointer.save({"good": torch.ones(2)}, step=99).result(30)
+
+
+def test_what_has_no_memory_is_not_filled_silently(tmp_path):
+    step = save(tmp_path, TrainState(model=nn.Linear(3, 3), extra={"t": torch.ones(5)}, rng=False))
+    with torch.device("meta"):
+        model = nn.Linear(3, 3)
+    for tensor in (torch.ones(5, device="meta"), freed()):
+        with pytest.raises(StateMismatch) as caught:
+            load_checkpoint(step, TrainState(model=model, extra={"t": tensor}, rng=False))
+        assert "model.weight: cannot be filled: it is on the meta device" in caught.value.message
+        assert "extra.t: cannot be filled" in caught.value.message
+
+
+def test_modes_of_the_caller_change_nothing(tmp_path):
+    """In inference mode, and with another default device, what is made here stays writable and on the CPU."""
+
+    def make() -> Any:
+        model = nn.Linear(3, 3)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+        extra: dict[str, Any] = {"list": [], "none": None}
+        return TrainState(model=model, optimizer=optimizer, extra=extra)
+
+    def train(state: Any) -> torch.Tensor:
+        state.model(torch.ones(1, 3)).sum().backward()
+        state.optimizer.step()
+        state.optimizer.zero_grad()
+        return state.model.weight.detach().clone()  # type: ignore[no-any-return]
+
+    source, target = make(), make()
+    source.extra.update(list=[torch.arange(3)], none=torch.arange(2))
+    train(source)
+    with Checkpointer(tmp_path) as checkpointer:
+        with torch.inference_mode(), torch.device("meta"):
+            checkpointer.save(source, step=1).result(30)
+        path = checkpointer.save(source, step=2).result(30).path
+    with torch.inference_mode(), torch.device("meta"):
+        load_checkpoint(path, target)
+    assert torch.equal(target.extra["list"][0].add_(1), torch.arange(1, 4))
+    assert torch.equal(target.extra["none"], torch.arange(2))
+    assert torch.equal(train(target), train(source))
 
 
 class Masked(nn.Module):
