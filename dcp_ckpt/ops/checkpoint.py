@@ -146,6 +146,15 @@ class Checkpoint(Closing):
             found[name] = entry
         return dict(sorted(found.items()))
 
+    @cached_property
+    def aliases(self) -> Mapping[str, tuple[str, ...]]:
+        """The other names of tied tensors, by the name that each is stored under. Reads as `tensors` does."""
+        found: dict[str, tuple[str, ...]] = {}
+        for rank in expand_ranks(self.manifest.index):
+            for name, paths in self.fragment(rank).aliases.items():
+                found[name] = tuple(map(".".join, paths))
+        return found
+
     @property
     def values(self) -> Mapping[str, ValueEntry]:
         """Replicated values by name, encoded. Reads rank 0's fragment."""
@@ -236,7 +245,7 @@ class Checkpoint(Closing):
     def _find(self, key: str) -> tuple[int, TensorEntry]:
         """The tensor and the rank that indexes it; most are in rank 0's fragment, so it stops early."""
         for rank, name, entry in self._indexed():
-            if name == key or key in map(".".join, self.fragment(rank).aliases.get(name, ())):
+            if name == key or key in self.aliases.get(name, ()):
                 return rank, entry
         raise self._unknown(f"tensor {key!r}", self.tensors)
 

@@ -7,11 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
 from torch import nn
 from torch.distributed.checkpoint.state_dict_loader import load as stock_load
 from torch.distributed.checkpoint.state_dict_saver import save as stock_save
 
 from dcp_ckpt import Checkpointer, TrainState, load_checkpoint, open_checkpoint, plan_load, verify
+from dcp_ckpt.cli.main import cli
 from dcp_ckpt.dcp import Reader
 from dcp_ckpt.errors import LoadError, StateMismatch
 
@@ -140,7 +142,10 @@ def test_every_reader_knows_both_names(tmp_path):
         assert checkpoint.keys() == ["model.wte.weight"]
         for name in ("model.wte.weight", "model.head.weight"):
             assert torch.equal(checkpoint.read_tensor(name), model.wte.weight)
+        assert checkpoint.aliases == {"model.wte.weight": ("model.head.weight",)}
         assert plan_load(checkpoint, world_size=2).tensor_bytes == WEIGHT_BYTES
+    shown = CliRunner().invoke(cli, ["inspect", step, "--key", "model.head.*"])
+    assert "model.wte.weight = model.head.weight  float32" in shown.stdout
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
