@@ -17,7 +17,7 @@ from dcp_ckpt.coordination import Channel, agree, raise_first
 from dcp_ckpt.errors import CheckpointError, LoadError, StateError
 from dcp_ckpt.format.boxes import Box
 from dcp_ckpt.format.values import decode_value
-from dcp_ckpt.load.diff import mismatch_error, tensor_problems
+from dcp_ckpt.load.diff import memory_problems, mismatch_error, tensor_problems
 from dcp_ckpt.load.fill import Target, fill
 from dcp_ckpt.load.flattened import regroup
 from dcp_ckpt.load.source import Origin, Source
@@ -129,6 +129,7 @@ def _fit(open_source: Callable[[], Source], make: Components, channel: Channel) 
     for wanted in targets:
         problems += wanted.problems
         problems += tensor_problems(wanted.tensors, state.tensors)
+    problems += memory_problems((wanted.tensors for wanted in targets), state.aliases)
     if problems:
         raise mismatch_error(
             [_with_reason(problem, source.unreadable) for problem in problems],

@@ -22,8 +22,9 @@ from dcp_ckpt.save.layout import SEGMENT_BYTES, round_up
 from dcp_ckpt.save.memory import require_memory
 from dcp_ckpt.save.plan import LayoutKey, SavePlan, layout_key, make_plan
 from dcp_ckpt.save.replicas import replica_digests, sample_of
-from dcp_ckpt.state.component import Captured, Component, Path, once_each
+from dcp_ckpt.state.component import Captured, Component, Path
 from dcp_ckpt.state.placements import local_tensor
+from dcp_ckpt.state.tensors import once_each
 
 __all__ = ["Size", "Staged", "Stager", "capture"]
 

@@ -13,16 +13,7 @@ from typing import Any, Protocol
 
 import torch
 
-__all__ = [
-    "Captured",
-    "Component",
-    "Path",
-    "Problem",
-    "StoredState",
-    "StoredTensor",
-    "Targets",
-    "once_each",
-]
+__all__ = ["Captured", "Component", "Path", "Problem", "StoredState", "StoredTensor", "Targets"]
 
 Path = tuple[str, ...]
 """Where a leaf sits in the state; its name is the path joined with dots."""
@@ -116,22 +107,6 @@ class Targets:
     tensors: Mapping[str, torch.Tensor] = field(default_factory=dict)
     values: frozenset[str] = frozenset()
     problems: tuple[Problem, ...] = ()
-
-
-def once_each(
-    tensors: Mapping[Path, torch.Tensor],
-) -> tuple[dict[Path, torch.Tensor], dict[Path, tuple[Path, ...]]]:
-    """Every tensor under the first of its paths, in order; and the other paths of those that have several.
-
-    Tensors are the same when they are one object: tied weights, a module that several models share.
-    """
-    first: dict[int, Path] = {}
-    aliases: dict[Path, tuple[Path, ...]] = {}
-    for path, tensor in tensors.items():
-        known = first.setdefault(id(tensor), path)
-        if known is not path:
-            aliases[known] = (*aliases.get(known, ()), path)
-    return {path: tensors[path] for path in first.values()}, aliases
 
 
 class Component(Protocol):

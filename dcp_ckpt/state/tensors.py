@@ -6,6 +6,7 @@ file. Called by the components and by `state.tree`.
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Mapping
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch.nn.parameter import is_lazy
 
 from dcp_ckpt.errors import StateError
 from dcp_ckpt.format.dtypes import DTYPES
-from dcp_ckpt.state.component import StoredState, StoredTensor
+from dcp_ckpt.state.component import Path, StoredState, StoredTensor
 from dcp_ckpt.state.placements import local_tensor
 
 __all__ = [
@@ -22,6 +23,8 @@ __all__ = [
     "check_tensor",
     "fill_shared",
     "fits",
+    "memory_of",
+    "once_each",
     "same_bits",
     "shares_elements",
     "unsuitable",
@@ -95,7 +98,7 @@ class Fillable:
 
     def __init__(self, stored: StoredState) -> None:
         self._stored = stored
-        self._given: dict[tuple[torch.device, int, int], str] = {}
+        self._given: dict[Hashable, str] = {}
         self._new: dict[str, torch.Tensor] = {}
 
     def take(self, live: torch.Tensor, name: str) -> bool:
@@ -104,7 +107,7 @@ class Fillable:
         if shares_elements(live):
             return False
         payload = self._payload(name)
-        return not local.numel() or self._given.setdefault(_place(local), payload) == payload
+        return not local.numel() or self._given.setdefault(memory_of(live), payload) == payload
 
     def choose(self, live: Any, name: str) -> torch.Tensor:
         """`live`, where it is a tensor that fits, or a new one like it; else a new tensor on the CPU."""
@@ -120,8 +123,43 @@ class Fillable:
         return self._stored.aliases.get(name, name)
 
 
-def _place(local: torch.Tensor) -> tuple[torch.device, int, int]:
-    return local.device, local.data_ptr(), local.nbytes
+def once_each(
+    tensors: Mapping[Path, torch.Tensor],
+) -> tuple[dict[Path, torch.Tensor], dict[Path, tuple[Path, ...]]]:
+    """Every tensor under the first of its paths, in order; and the other paths of those that have several.
+
+    Tensors are the same when they are one object, as tied weights are, or one view of the same memory.
+    """
+    known: dict[int, list[Path]] = {}
+    first: dict[Path, torch.Tensor] = {}
+    aliases: dict[Path, tuple[Path, ...]] = {}
+    for path, tensor in tensors.items():
+        local = tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+        # All that is empty may have one address.
+        alike = known.setdefault(local.data_ptr() if local.numel() else -id(tensor), [])
+        owner = next((other for other in alike if _is_same(first[other], tensor)), None)
+        if owner is None:
+            alike.append(path)
+            first[path] = tensor
+        else:
+            aliases[owner] = (*aliases.get(owner, ()), path)
+    return first, aliases
+
+
+def _is_same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether tensors at one address are alike in everything else, too."""
+    return a is b or _view(a) == _view(b)
+
+
+def _view(tensor: torch.Tensor) -> tuple[object, ...]:
+    local = local_tensor(tensor)
+    layout = (tensor.device_mesh, tensor.placements) if isinstance(tensor, DTensor) else ()
+    return layout, tensor.shape, local.dtype, local.device, local.stride(), local.is_conj(), local.is_neg()
+
+
+def memory_of(tensor: torch.Tensor) -> Hashable:
+    """Equal for tensors that are the same view of the same memory, if they have elements."""
+    return local_tensor(tensor).data_ptr(), _view(tensor)
 
 
 def shares_elements(tensor: torch.Tensor) -> bool:

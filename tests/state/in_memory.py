@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from dcp_ckpt.format.documents import encode_json
 from dcp_ckpt.format.values import decode_value
 from dcp_ckpt.state import Captured, Component, Path, Problem, StoredState, StoredTensor
-from dcp_ckpt.state.component import once_each
+from dcp_ckpt.state.tensors import once_each
 
 
 @dataclass

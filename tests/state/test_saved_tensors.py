@@ -251,6 +251,31 @@ def test_memory_that_two_parameters_share_takes_equal_contents_only(tmp_path):
         load_checkpoint(step, TrainState(model=live, rng=False))
 
 
+def test_views_of_the_same_memory_are_stored_once(tmp_path):
+    def make(value: float) -> dict[str, Any]:
+        model = nn.Linear(100, 100, bias=False)
+        with torch.no_grad():
+            model.weight.fill_(value)
+        weight = model.weight.detach()
+        return {
+            "model": model, "again": dict(model.state_dict()), "rows": weight[:50], "turned": weight.t(),
+            "number": weight[0, 0], "bits": weight.view(torch.int32), "ends": [weight[100:], weight[:0]],
+        }  # fmt: skip
+
+    source, live = make(3.0), make(0.0)
+    with torch.no_grad():
+        source["model"].weight[2, 5] = 7.0
+    step = save(tmp_path, source)
+    with open_checkpoint(step) as checkpoint:
+        assert checkpoint.aliases == {"model.weight": ("again.weight",)}
+    load_checkpoint(step, live)
+    assert torch.equal(live["model"].weight, source["model"].weight)
+    with torch.no_grad():
+        live["model"].weight.zero_()
+    for name in ("rows", "turned", "number", "bits"):
+        assert not live[name].any(), f"{name} is a view still"
+
+
 def test_one_placeholder_under_several_keys_becomes_several_tensors(tmp_path):
     step = save(tmp_path, {"a": torch.ones(2), "b": torch.zeros(2), "list": [torch.ones(3), torch.zeros(3)]})
     placeholder, entry = torch.full((2,), 5.0), torch.full((3,), 5.0)

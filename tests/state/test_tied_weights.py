@@ -211,6 +211,19 @@ def test_models_that_share_a_module_store_it_once(tmp_path):
     assert target.model["teacher"][0].weight is target.model["critic"][0].weight
 
 
+def test_models_that_share_memory_now_and_did_not_are_refused(tmp_path):
+    def make(trunks: Any) -> Any:
+        models = {name: nn.Sequential(trunks(), nn.Linear(4, 1)) for name in ("teacher", "critic")}
+        return TrainState(model=models, rng=False)
+
+    step = save(tmp_path, make(lambda: nn.Linear(4, 4)))
+    trunk = nn.Linear(4, 4)
+    with pytest.raises(
+        StateMismatch, match=r"model\.critic\.0\.weight: is one memory with model\.teacher\.0"
+    ):
+        load_checkpoint(step, make(lambda: trunk))
+
+
 def test_one_tensor_under_several_keys_fills_all_of_them(tmp_path):
     tensor = torch.randn(4096)
     step = save(tmp_path, {"a": tensor, "b": {"c": tensor}, "list": [tensor, {"d": tensor}]})
