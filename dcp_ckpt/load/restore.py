@@ -66,7 +66,7 @@ class _Fitted:
         return {name: tensor for targets in self.targets for name, tensor in targets.tensors.items()}
 
 
-# Else what is made here could never be written outside of the inference mode that load() was called in.
+# What is made in the inference mode of a caller could not be written outside of it.
 @torch.inference_mode(False)
 def restore(
     open_source: Callable[[], Source],

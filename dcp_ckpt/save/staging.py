@@ -159,6 +159,7 @@ class Stager:
             file_bytes=round_up(plan.layout.tensor_bytes + values, SEGMENT_BYTES),
         )
 
+    # What is made in the inference mode of a caller could not be written outside of it.
     @torch.inference_mode(False)
     @torch.no_grad()
     def prepare(self, captured: Captured) -> None:

@@ -28,7 +28,8 @@ class Captured:
         values: replicated values, already encoded by `dcp_ckpt.format.values.encode_value`.
         per_rank: values of this rank only, encoded.
         stock: replicated values as plain Python objects, for stock DCP readers; same keys as `values`.
-        aliases: the other paths of tensors that were found under several; these are not in `tensors`.
+        aliases: the other paths of tensors that were found under several, which are then not in `tensors`;
+            known once the components are put together.
         optimizers: those whose `step()` can be held until a copy is done.
         step_writes: `id()` of the live tensors that nothing but the `step()` of one of `optimizers` writes,
             of whichever component: they may be copied after `save()` has returned.
