@@ -144,6 +144,9 @@ def test_every_reader_knows_both_names(tmp_path):
             assert torch.equal(checkpoint.read_tensor(name), model.wte.weight)
         assert checkpoint.aliases == {"model.wte.weight": ("model.head.weight",)}
         assert plan_load(checkpoint, world_size=2).tensor_bytes == WEIGHT_BYTES
+    file = tmp_path / "model.pt"
+    assert CliRunner().invoke(cli, ["export", step, str(file), "--format", "torch"]).exit_code == 0
+    Tied(tied=False).load_state_dict(torch.load(file), strict=True)
     shown = CliRunner().invoke(cli, ["inspect", step, "--key", "model.head.*"])
     assert "model.wte.weight = model.head.weight  float32" in shown.stdout
 
