@@ -9,6 +9,7 @@ import subprocess
 import sys
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -104,6 +105,42 @@ def test_subcommands_of_the_readme_exist_and_know_their_flags() -> None:
         assert not unknown, f"dcp-ckpt {words[1]} does not know {unknown}"
 
 
+def python_blocks(page: str) -> list[str]:
+    return [block for language, block in FENCE.findall((ROOT / page).read_text()) if language == "python"]
+
+
+def test_examples_of_state_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch import amp, nn, optim
+
+    from dcp_ckpt import Checkpointer, open_checkpoint
+
+    monkeypatch.chdir(tmp_path)
+    model = nn.Linear(3, 2)
+    optimizer = optim.AdamW(model.parameters())
+    names: dict[str, Any] = {
+        "model": model,
+        "optimizer": optimizer,
+        "scheduler": optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (step + 1)),
+        "scaler": amp.GradScaler("cpu"),
+        "average": optim.swa_utils.AveragedModel(model),
+    }
+    blocks = python_blocks("docs/state.md")
+    assert len(blocks) == 3
+    for block in blocks:
+        exec(compile(block, "docs/state.md", "exec"), names)
+    with open_checkpoint("runs/exp@1") as checkpoint:
+        assert {"model.weight", "extra.ema.module.bias", "extra.best.value", "scaler"} <= set(
+            checkpoint.keys()
+        )
+    assert (names["scheduler"].get_last_lr(), optimizer.param_groups[0]["lr"]) == ([0.001], 1e-4)
+    with Checkpointer("runs/plain") as checkpointer:
+        names["state"]["mean"].add(4.0)
+        checkpointer.save(names["state"], step=1).result(30)
+        names["state"]["mean"].add(8.0)
+        checkpointer.load(names["state"])
+    assert names["state"]["mean"].add(6.0) == 5.0
+
+
 def test_examples_of_stock_dcp_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from torch import nn, ones, optim
 
@@ -113,11 +150,7 @@ def test_examples_of_stock_dcp_run(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     model(ones(1, 3)).sum().backward()
     optimizer.step()
     names = {"model": model, "optimizer": optimizer}
-    blocks = [
-        block
-        for language, block in FENCE.findall((ROOT / "docs/stock-dcp.md").read_text())
-        if language == "python"
-    ]
+    blocks = python_blocks("docs/stock-dcp.md")
     assert len(blocks) == 3
     for block in blocks:
         exec(compile(block, "docs/stock-dcp.md", "exec"), names)

@@ -34,7 +34,7 @@ def inspect_command(ref: str, pattern: str, stats: bool, as_json: bool) -> None:
         tensors = [
             _describe_tensor(checkpoint, name, stats)
             for name in checkpoint.tensors
-            if fnmatchcase(name, pattern)
+            if any(fnmatchcase(known, pattern) for known in (name, *checkpoint.aliases.get(name, ())))
         ]
         values = {
             name: entry.value
@@ -91,6 +91,7 @@ def _describe_tensor(checkpoint: Checkpoint, name: str, stats: bool) -> dict[str
     mesh = checkpoint.mesh(name)
     described: dict[str, Any] = {
         "name": name,
+        "aliases": list(checkpoint.aliases.get(name, ())),
         "dtype": entry.dtype,
         "shape": entry.shape,
         "placements": entry.placements,
@@ -138,7 +139,7 @@ def _print_tensors(tensors: list[dict[str, Any]], stats: bool) -> None:
     columns = ["tensor", "dtype", "shape", "placements", "bytes"]
     rows = [
         [
-            tensor["name"],
+            " = ".join((tensor["name"], *tensor["aliases"])),
             tensor["dtype"],
             "x".join(map(str, tensor["shape"])) or "scalar",
             _placements(tensor),

@@ -28,6 +28,7 @@ def tables_problem(fragment: Fragment) -> str | None:
     return (
         _meshes_problem(fragment.meshes, fragment.world_size)
         or _tensors_problem(fragment)
+        or _aliases_problem(fragment)
         or _chunks_problem(fragment)
         or _containers_problem(fragment)
     )
@@ -86,6 +87,19 @@ def _tensors_problem(fragment: Fragment) -> str | None:
             if problem := _layout_problem(entry, fragment.meshes, fragment.world_size):
                 return f"tensors[{index}].{problem}"
             good.add(layout)
+    return None
+
+
+def _aliases_problem(fragment: Fragment) -> str | None:
+    names = {entry.name for entry in fragment.tensors}
+    taken = {*names, *fragment.values}
+    for name, paths in fragment.aliases.items():
+        if name not in names:
+            return f"aliases[{name!r:.80}]: this fragment describes no such tensor"
+        for alias in map(".".join, paths):
+            if alias in taken:
+                return f"aliases[{name!r:.80}]: {alias!r:.80} is there twice"
+            taken.add(alias)
     return None
 
 

@@ -94,7 +94,10 @@ class ValueEntry:
 
 @dataclass(frozen=True, kw_only=True)
 class Fragment:
-    """Everything that one rank contributes to one attempt."""
+    """Everything that one rank contributes to one attempt.
+
+    `aliases` has the further paths of tensors that this rank indexes, by name: each is stored once.
+    """
 
     run_id: Identity
     epoch: Count
@@ -111,6 +114,7 @@ class Fragment:
     values: dict[str, ValueEntry]
     per_rank: dict[str, ValueEntry]
     replicated: Digest
+    aliases: dict[str, list[list[str]]] = field(default_factory=dict)
     created_at: str | None = None
     metrics: dict[str, Any] = field(default_factory=dict)
     tags: list[str] = field(default_factory=list)

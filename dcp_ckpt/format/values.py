@@ -4,24 +4,26 @@ from __future__ import annotations
 
 import base64
 import math
-import sys
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable
+from enum import Enum
 from typing import Any, TypeVar
 
 from dcp_ckpt.errors import CorruptCheckpoint, StateError
 from dcp_ckpt.format.documents import encode_json
 
-__all__ = ["MAX_DEPTH", "TensorRef", "decode_value", "encode_value"]
+__all__ = ["MAX_DEPTH", "TensorRef", "ValueRef", "decode_value", "encode_value"]
 
 MAX_DEPTH = 200
 _SAFE_INT = 1 << 53
+_NOT_PORTABLE = "gG"
+"""numpy.longdouble and its complex: other numbers on other machines, and bytes between that mean nothing."""
 
 _Kind = TypeVar("_Kind")
 
 
-class TensorRef:
-    """Stands for a tensor inside of a value; the tensor is stored under `name`."""
+class _Ref:
+    """Stands for something that is stored under a name of its own."""
 
     __slots__ = ("name",)
 
@@ -29,10 +31,18 @@ class TensorRef:
         self.name = name
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, TensorRef) and other.name == self.name
+        return type(other) is type(self) and other.name == self.name
 
     def __hash__(self) -> int:
         return hash(self.name)
+
+
+class TensorRef(_Ref):
+    """Stands for a tensor inside of a value; the tensor is stored under `name`."""
+
+
+class ValueRef(_Ref):
+    """Stands for a value in the outline of a dictionary; the value is stored under `name`."""
 
 
 def encode_value(value: Any, *, path: str) -> Any:
@@ -58,9 +68,35 @@ def _encode(value: Any, path: str, depth: int) -> Any:
         return _encode_numpy(value, path)
     raise StateError(
         f"{path} is of type {type(value).__module__}.{type(value).__qualname__}, which cannot be "
-        "stored exactly; save plain Python values, numpy arrays or tensors, or give the object "
-        "state_dict() and load_state_dict()"
+        f"stored exactly; {_advice(value)}"
     )
+
+
+def _advice(value: Any) -> str:
+    """What to save instead of a value that would not come back as it is."""
+    if isinstance(value, Enum):
+        return "save its name or its value, and look the member up again"
+    if hasattr(value, "state_dict"):
+        return (
+            "give it a key of its own in a dictionary: objects inside of lists and values are not looked into"
+        )
+    if hasattr(value, "__dataclass_fields__"):
+        return "save dataclasses.asdict() of it, or give it state_dict() and load_state_dict()"
+    for plain in (bool, int, float, complex, str, bytes, bytearray, tuple, list, dict, set, frozenset):
+        if isinstance(value, plain):
+            return f"save {plain.__name__}(...) of it, since a subclass may hold more"
+    return (
+        "save plain Python values, numpy arrays or tensors, or give the object state_dict() and "
+        "load_state_dict()"
+    )
+
+
+def _encode_str(value: str, path: str, depth: int) -> str:
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise StateError(f"{path} is text that UTF-8 cannot hold: {error}; save its bytes") from error
+    return value
 
 
 def _encode_int(value: int, path: str, depth: int) -> Any:
@@ -94,7 +130,10 @@ def _encode_dict(value: dict[Any, Any], path: str, depth: int) -> Any:
     keys = list(value)
     plain = all(type(key) is str and not key.startswith("$") for key in keys)
     if plain and keys == sorted(keys):
-        return {key: _encode(item, f"{path}[{key!r}]", depth) for key, item in value.items()}
+        return {
+            _encode_str(key, f"{path} key {key!r}", depth): _encode(item, f"{path}[{key!r}]", depth)
+            for key, item in value.items()
+        }
     return {"$dict": _pairs(value, path, depth)}
 
 
@@ -109,19 +148,27 @@ def _base64(data: bytes | bytearray) -> str:
 def _encode_numpy(value: Any, path: str) -> Any:
     import numpy
 
-    if isinstance(value, numpy.ndarray) and not value.dtype.hasobject and not value.dtype.names:
-        little = numpy.ascontiguousarray(value).astype(value.dtype.newbyteorder("<"))
-        return {"$ndarray": [little.dtype.str, list(value.shape), _base64(little.tobytes())]}
-    if isinstance(value, numpy.generic) and not value.dtype.hasobject and not value.dtype.names:
-        scalar = numpy.asarray(value).astype(value.dtype.newbyteorder("<"))
-        return {"$npscalar": [scalar.dtype.str, _base64(scalar.tobytes())]}
-    raise StateError(f"{path} is a numpy {type(value).__name__} that cannot be stored exactly")
+    is_array = type(value) is numpy.ndarray
+    if not is_array and not isinstance(value, numpy.generic):
+        raise StateError(
+            f"{path} is a numpy.{type(value).__name__}, which cannot be stored exactly; save numpy.array() "
+            "of it, or what it was made from"
+        )
+    array = numpy.asarray(value)
+    kind = array.dtype
+    if kind.hasobject or kind.names or kind.char in _NOT_PORTABLE or not kind.itemsize:
+        raise StateError(
+            f"{path} is a numpy {'array' if is_array else 'scalar'} of dtype {kind}, which cannot be stored "
+            "exactly; save lists, one array for each field, or numbers of 64 bits"
+        )
+    data = _base64(array.tobytes())
+    return {"$ndarray": [kind.str, list(array.shape), data]} if is_array else {"$npscalar": [kind.str, data]}
 
 
 _ENCODERS: dict[type, Callable[[Any, str, int], Any]] = {
     type(None): lambda value, path, depth: None,
     bool: lambda value, path, depth: value,
-    str: lambda value, path, depth: value,
+    str: _encode_str,
     int: _encode_int,
     float: _encode_float,
     list: _items,
@@ -137,7 +184,8 @@ _ENCODERS: dict[type, Callable[[Any, str, int], Any]] = {
     OrderedDict: lambda value, path, depth: {"$ordered": _pairs(value, path, depth)},
     Counter: lambda value, path, depth: {"$counter": _pairs(value, path, depth)},
     deque: lambda value, path, depth: {"$deque": [_items(value, path, depth), value.maxlen]},
-    TensorRef: lambda value, path, depth: {"$tensor": value.name},
+    TensorRef: lambda value, path, depth: {"$tensor": _encode_str(value.name, path, depth)},
+    ValueRef: lambda value, path, depth: {"$value": _encode_str(value.name, path, depth)},
 }
 
 
@@ -230,15 +278,13 @@ def _decode_bytes(encoded: Any) -> bytes:
 
 
 def _decode_array(dtype: Any, data: Any) -> Any:
-    """The elements, writable and in this machine's byte order."""
+    """The elements, writable."""
     import numpy
 
     kind = numpy.dtype(_is(str, dtype))
-    if kind.str != dtype or kind.hasobject:
+    if kind.str != dtype or kind.hasobject or kind.char in _NOT_PORTABLE:
         raise ValueError(f"unknown dtype {dtype!r:.80}")
-    array = numpy.frombuffer(_decode_bytes(data), kind)
-    is_native = sys.byteorder != "little" or kind.byteorder not in "<>"
-    return array.copy() if is_native else array.astype(kind.newbyteorder("="))
+    return numpy.frombuffer(_decode_bytes(data), kind).copy()
 
 
 def _decode_ndarray(encoded: Any) -> Any:
@@ -271,4 +317,5 @@ _DECODERS: dict[str, Callable[[Any], Any]] = {
     "$ndarray": _decode_ndarray,
     "$npscalar": _decode_npscalar,
     "$tensor": lambda name: TensorRef(_is(str, name)),
+    "$value": lambda name: ValueRef(_is(str, name)),
 }

@@ -63,7 +63,11 @@ def _stored_boxes(source: StoredCheckpoint | StockSource) -> list[tuple[str, Box
         return [
             (name, chunk.box) for name, tensor in source.metadata.tensors.items() for chunk in tensor.chunks
         ]
-    return [(chunk.tensor, chunk.box) for fragment in source.all_fragments() for chunk in fragment.chunks]
+    names = {name: [name] for name in source.tensors}
+    for alias, name in source.aliases.items():
+        names[name].append(alias)
+    chunks = [chunk for fragment in source.all_fragments() for chunk in fragment.chunks]
+    return [(name, chunk.box) for chunk in chunks for name in names[chunk.tensor]]
 
 
 def read_items(

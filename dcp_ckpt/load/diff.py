@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 
 import torch
 
 from dcp_ckpt.errors import StateMismatch
 from dcp_ckpt.state.component import Problem, StoredTensor
+from dcp_ckpt.state.placements import local_tensor
+from dcp_ckpt.state.tensors import memory_of
 
-__all__ = ["mismatch_error", "tensor_problems"]
+__all__ = ["memory_problems", "mismatch_error", "tensor_problems"]
 
 _SHOWN = 6
 
@@ -29,6 +31,27 @@ def tensor_problems(targets: Mapping[str, torch.Tensor], stored: Mapping[str, St
             problems.append(
                 Problem(kind="dtype", key=name, detail=f"checkpoint {entry.dtype}, state {target.dtype}")
             )
+    return problems
+
+
+def memory_problems(
+    targets: Iterable[Mapping[str, torch.Tensor]], aliases: Mapping[str, str]
+) -> list[Problem]:
+    """Different stored tensors that would be filled into one memory, so that all but one would be lost.
+
+    Args:
+        targets: by stored name, of each component.
+        aliases: name -> the name under which the same tensor is stored.
+    """
+    owners: dict[Hashable, str] = {}
+    problems = []
+    for name, target in (item for tensors in targets for item in tensors.items()):
+        if not local_tensor(target).numel():
+            continue
+        owner = owners.setdefault(memory_of(target), name)
+        if aliases.get(owner, owner) != aliases.get(name, name):
+            detail = f"is one memory with {owner} in this state, and another tensor in the checkpoint"
+            problems.append(Problem(kind="other", key=name, detail=detail))
     return problems
 
 

@@ -171,7 +171,8 @@ class _Landing:
         self._bytes: torch.Tensor | None = None
         self._is_direct = False
         region = self._region
-        if piece.is_whole and region.is_cpu and region.dtype == dtype and region.is_contiguous():
+        is_plain = region.is_cpu and region.is_contiguous() and not region.is_conj() and not region.is_neg()
+        if piece.is_whole and is_plain and region.dtype == dtype:
             self._bytes = self._region.reshape(-1).view(torch.uint8)
             self._is_direct = True
         self._left = piece.num_bytes
@@ -183,7 +184,7 @@ class _Landing:
         stop = min(self._piece.start + self._piece.num_bytes, source_start + source.numel())
         with self._lock:
             if self._bytes is None:
-                self._bytes = torch.empty(self._piece.num_bytes, dtype=torch.uint8)
+                self._bytes = torch.empty(self._piece.num_bytes, dtype=torch.uint8, device="cpu")
         into = self._bytes[start - self._piece.start : stop - self._piece.start]
         into.copy_(source[start - source_start : stop - source_start])
         with self._lock:
@@ -195,5 +196,6 @@ class _Landing:
             rows = elements.view(self._piece.rows)[self._piece.inner]
         else:
             rows = elements.as_strided(self._piece.rows, self._piece.strides)
-        self._region.copy_(rows)
+        with torch.inference_mode(self._region.is_inference()):
+            self._region.copy_(rows)
         self._bytes = None

@@ -17,7 +17,7 @@ from dcp_ckpt.coordination import Channel, agree, raise_first
 from dcp_ckpt.errors import CheckpointError, LoadError, StateError
 from dcp_ckpt.format.boxes import Box
 from dcp_ckpt.format.values import decode_value
-from dcp_ckpt.load.diff import mismatch_error, tensor_problems
+from dcp_ckpt.load.diff import memory_problems, mismatch_error, tensor_problems
 from dcp_ckpt.load.fill import Target, fill
 from dcp_ckpt.load.flattened import regroup
 from dcp_ckpt.load.source import Origin, Source
@@ -66,6 +66,8 @@ class _Fitted:
         return {name: tensor for targets in self.targets for name, tensor in targets.tensors.items()}
 
 
+# What is made in the inference mode of a caller could not be written outside of it.
+@torch.inference_mode(False)
 def restore(
     open_source: Callable[[], Source],
     components: Components,
@@ -98,12 +100,15 @@ def restore(
     bytes_read = phase("read", lambda: _fill(fitted, verify=verify, concurrency=concurrency))
     notes = phase("install", lambda: _install(fitted))
     asked = {name for targets in fitted.targets for name in (*targets.tensors, *targets.values)}
+    aliases = fitted.state.aliases
+    filled = {aliases.get(name, name) for name in asked}
+    stored = (*fitted.state.tensors, *fitted.state.values)
     origin = fitted.source.origin
     unasked = () if verify or not fitted.source.has_digests else ("digests: CheckpointConfig(verify=False)",)
     return Restored(
         names=tuple(sorted(asked)),
         notes=(*notes, *origin.notes),
-        skipped=tuple(name for name in (*fitted.state.tensors, *fitted.state.values) if name not in asked),
+        skipped=tuple(name for name in stored if aliases.get(name, name) not in filled),
         bytes_read=bytes_read,
         unverified=(*origin.unverified, *unasked),
         origin=origin,
@@ -124,6 +129,7 @@ def _fit(open_source: Callable[[], Source], make: Components, channel: Channel) 
     for wanted in targets:
         problems += wanted.problems
         problems += tensor_problems(wanted.tensors, state.tensors)
+    problems += memory_problems((wanted.tensors for wanted in targets), state.aliases)
     if problems:
         raise mismatch_error(
             [_with_reason(problem, source.unreadable) for problem in problems],

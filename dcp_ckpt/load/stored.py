@@ -8,6 +8,7 @@ so a rank that resumes on the same layout reads the indexing fragments and its o
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from dcp_ckpt.errors import CorruptCheckpoint, StorageError, StorageNotFound
@@ -49,6 +50,7 @@ class StoredCheckpoint:
         self._fragments: dict[int, Fragment] = {}
         self._meshes: dict[str, Mesh | None] = {}
         self.tensors: dict[str, TensorEntry] = {}
+        self.aliases: dict[str, str] = {}
         self.values: dict[str, ValueEntry] = {}
         self.unreadable: dict[str, str] = {}
         self._metrics = {name: decode_value(value, path=name) for name, value in manifest.metrics.items()}
@@ -87,6 +89,7 @@ class StoredCheckpoint:
                 )
                 for name, entry in self.tensors.items()
             },
+            aliases=self.aliases,
             values=self._decoded(0, self.values),
             value_paths={name: tuple(entry.path) for name, entry in self.values.items()},
             per_rank=self._decoded(rank, per_rank),
@@ -114,15 +117,18 @@ class StoredCheckpoint:
         needed = sorted({rank for ranks in holders.values() for rank in ranks})
         self._require(needed)
         by_name: dict[str, list[tuple[int, ChunkEntry]]] = {name: [] for name in wanted}
+        names: dict[str, list[str]] = {}
+        for name in wanted:
+            names.setdefault(self.aliases.get(name, name), []).append(name)
         for rank in needed:
             for chunk in self._fragments[rank].chunks:
-                box = wanted.get(chunk.tensor)
-                if box is None:
+                if chunk.tensor not in names:
                     continue
                 if problem := chunk_problem(self.tensors[chunk.tensor], chunk):
                     raise self._damaged(rank, f"{chunk.tensor}: {problem}")
-                if intersect(chunk.box, box):
-                    by_name[chunk.tensor].append((rank, chunk))
+                for name in names[chunk.tensor]:
+                    if intersect(chunk.box, wanted[name]):
+                        by_name[name].append((rank, chunk))
         return by_name
 
     def all_fragments(self) -> list[Fragment]:
@@ -221,10 +227,15 @@ class StoredCheckpoint:
     def _add_index(self, fragment: Fragment) -> None:
         meshes = [Mesh(tuple(entry.shape), expand_ranks(entry.ranks)) for entry in fragment.meshes]
         for entry in fragment.tensors:
-            if entry.name in self.tensors:
-                raise self._damaged(fragment.rank, f"tensor {entry.name} is described by another rank, too")
-            self.tensors[entry.name] = entry
-            self._meshes[entry.name] = None if entry.mesh is None else meshes[entry.mesh]
+            aliases = [replace(entry, path=path) for path in fragment.aliases.get(entry.name, ())]
+            for named in (entry, *aliases):
+                if named.name in self.tensors:
+                    raise self._damaged(
+                        fragment.rank, f"tensor {named.name} is described by another rank, too"
+                    )
+                self.tensors[named.name] = named
+                self._meshes[named.name] = None if entry.mesh is None else meshes[entry.mesh]
+            self.aliases.update((alias.name, entry.name) for alias in aliases)
         self.values.update(fragment.values)
 
     def _damaged(self, rank: int, problem: str) -> CorruptCheckpoint:

@@ -131,7 +131,7 @@ class Checkpoint(Closing):
         return StoredCheckpoint(self._storage, self.directory, self.manifest)
 
     def keys(self) -> list[str]:
-        """The names of all tensors and replicated values, sorted."""
+        """The names of all tensors and replicated values, sorted; a tied tensor has that of its first use."""
         return sorted({*self.tensors, *self.values})
 
     @cached_property
@@ -145,6 +145,15 @@ class Checkpoint(Closing):
                 )
             found[name] = entry
         return dict(sorted(found.items()))
+
+    @cached_property
+    def aliases(self) -> Mapping[str, tuple[str, ...]]:
+        """The other names of tied tensors, by the name that each is stored under. Reads as `tensors` does."""
+        found: dict[str, tuple[str, ...]] = {}
+        for rank in expand_ranks(self.manifest.index):
+            for name, paths in self.fragment(rank).aliases.items():
+                found[name] = tuple(map(".".join, paths))
+        return found
 
     @property
     def values(self) -> Mapping[str, ValueEntry]:
@@ -178,6 +187,9 @@ class Checkpoint(Closing):
     def read_tensor(self, key: str) -> torch.Tensor:
         """One whole tensor on the CPU, put together from all its chunks; every block read is checked.
 
+        Args:
+            key: any of its names, where it is tied.
+
         Memory: the tensor and its largest chunk.
 
         Raises:
@@ -191,7 +203,7 @@ class Checkpoint(Closing):
             (rank, chunk)
             for rank in expand_ranks(entry.owners)
             for chunk in self.fragment(rank).chunks
-            if chunk.tensor == key
+            if chunk.tensor == entry.name
         ]
         problems = (problem for _, chunk in chunks if (problem := chunk_problem(entry, chunk)))
         problem = next(problems, None) or tiling_problem(entry.shape, (chunk.box for _, chunk in chunks))
@@ -233,7 +245,7 @@ class Checkpoint(Closing):
     def _find(self, key: str) -> tuple[int, TensorEntry]:
         """The tensor and the rank that indexes it; most are in rank 0's fragment, so it stops early."""
         for rank, name, entry in self._indexed():
-            if name == key:
+            if name == key or key in self.aliases.get(name, ()):
                 return rank, entry
         raise self._unknown(f"tensor {key!r}", self.tensors)
 

@@ -141,7 +141,7 @@ def plan_load(checkpoint: Checkpoint, world_size: int, mesh: Mapping[str, int] |
         world_size=world_size,
         mesh=dict(mesh),
         tensor_bytes=sum(
-            _num_bytes(entry.dtype, Box.whole(entry.shape)) for entry in stored.tensors.values()
+            _num_bytes(entry.dtype, Box.whole(entry.shape)) for entry in checkpoint.tensors.values()
         ),
         num_partial=sum(layout.num_ranks not in (None, num_saving) for layout in layouts.values()),
         ranks=tuple(ranks),

@@ -117,6 +117,11 @@ class StockCheckpoint(Checkpoint):
     def tensors(self) -> Mapping[str, TensorEntry]:
         return dict(sorted(self._source.tensors.items()))
 
+    @cached_property
+    def aliases(self) -> Mapping[str, tuple[str, ...]]:
+        """None: it stores a tied tensor under each of its names."""
+        return {}
+
     @property
     def values(self) -> Mapping[str, ValueEntry]:
         """The values that typed JSON can hold, encoded."""

@@ -8,7 +8,7 @@ A function of what is committed: idempotent, may be done at any time by anyone, 
 from __future__ import annotations
 
 import pickle
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch.distributed.checkpoint.filesystem import _StorageInfo
@@ -63,6 +63,7 @@ def build_metadata(fragments: Sequence[Fragment]) -> Metadata:
     values: dict[str, BytesStorageMetadata] = {}
     stored: dict[MetadataIndex, _StorageInfo] = {}
     paths: dict[str, tuple[str, ...]] = {}
+    aliases: dict[str, list[str]] = {}
     for fragment in fragments:
         for entry in fragment.tensors:
             tensors[entry.name] = TensorStorageMetadata(
@@ -71,6 +72,9 @@ def build_metadata(fragments: Sequence[Fragment]) -> Metadata:
                 chunks=[],
             )
             paths[entry.name] = tuple(entry.path)
+            for path in fragment.aliases.get(entry.name, ()):
+                aliases.setdefault(entry.name, []).append(".".join(path))
+                paths[".".join(path)] = tuple(path)
         for name, value in fragment.values.items():
             if value.container_offset is not None and value.container_bytes is not None:
                 values[name] = BytesStorageMetadata()
@@ -81,6 +85,7 @@ def build_metadata(fragments: Sequence[Fragment]) -> Metadata:
                 )
     for fragment in fragments:
         _add_chunks(fragment, attempt, tensors, stored)
+    _add_aliases(aliases, tensors, stored)
     return Metadata(state_dict_metadata={**tensors, **values}, planner_data=paths, storage_data=stored)
 
 
@@ -97,3 +102,18 @@ def _add_chunks(
         chunks.append(ChunkStorageMetadata(offsets=offsets, sizes=torch.Size(chunk.sizes)))
         index = MetadataIndex(chunk.tensor, offsets, len(chunks) - 1)
         stored[index] = _StorageInfo(names[chunk.file], chunk.container_offset, chunk.container_bytes)
+
+
+def _add_aliases(
+    aliases: Mapping[str, Sequence[str]],
+    tensors: dict[str, TensorStorageMetadata],
+    stored: dict[MetadataIndex, _StorageInfo],
+) -> None:
+    """The other names of a tensor lead to the same bytes; `state_dict()` has tied weights under each."""
+    for name, others in aliases.items():
+        entry = tensors[name]
+        for other in others:
+            tensors[other] = entry
+            for number, chunk in enumerate(entry.chunks):
+                place = stored[MetadataIndex(name, chunk.offsets, number)]
+                stored[MetadataIndex(other, chunk.offsets, number)] = place

@@ -342,6 +342,7 @@ class Saver:
             tensors=staged.plan.tensors,
             chunks=staged.plan.chunks,
             layout=staged.plan.digest,
+            aliases=staged.indexed_aliases,
             values=staged.values,
             per_rank=staged.per_rank,
             replicated=digest(encode_json(replicated)),

@@ -24,6 +24,7 @@ from dcp_ckpt.save.plan import LayoutKey, SavePlan, layout_key, make_plan
 from dcp_ckpt.save.replicas import replica_digests, sample_of
 from dcp_ckpt.state.component import Captured, Component, Path
 from dcp_ckpt.state.placements import local_tensor
+from dcp_ckpt.state.tensors import once_each
 
 __all__ = ["Size", "Staged", "Stager", "capture"]
 
@@ -37,6 +38,7 @@ class Staged:
         arena: holds the bytes of the data file, once `rest` has run.
         rest: the copies that are left to do.
         file_bytes: size of the data file; 0 when this rank writes none.
+        aliases: the other paths of tensors that were found under several.
         values: replicated values with the place of their containers; rank 0 only.
         per_rank: values of this rank.
         equal_values: replicated values by path, encoded.
@@ -47,6 +49,7 @@ class Staged:
     arena: Arena
     rest: LateCopy
     file_bytes: int
+    aliases: Mapping[Path, tuple[Path, ...]]
     values: dict[str, ValueEntry]
     per_rank: dict[str, ValueEntry]
     equal_values: Mapping[Path, Any]
@@ -54,7 +57,21 @@ class Staged:
 
     def replicated(self, late_samples: Mapping[str, bytes]) -> dict[str, str]:
         """Name -> digest of all that must be equal on all ranks; `late_samples` are those of `rest`."""
-        return replica_digests(self.equal_values, {**self.samples, **late_samples})
+        samples = {**self.samples, **late_samples}
+        # By all its names, so that a key that only one rank has is found.
+        for path, others in self.aliases.items():
+            if (sample := samples.get(".".join(path))) is not None:
+                samples.update((".".join(other), sample) for other in others)
+        return replica_digests(self.equal_values, samples)
+
+    @property
+    def indexed_aliases(self) -> dict[str, list[list[str]]]:
+        """The other paths of the tensors that this rank indexes, by name."""
+        return {
+            entry.name: list(map(list, self.aliases[tuple(entry.path)]))
+            for entry in self.plan.tensors
+            if tuple(entry.path) in self.aliases
+        }
 
     @property
     def files(self) -> list[FileEntry]:
@@ -85,7 +102,7 @@ class _Bound:
 
 
 def capture(components: Sequence[Component]) -> Captured:
-    """What all components hold now, tensors sorted by path.
+    """What all components hold now; tensors sorted by path, each of them once.
 
     Raises:
         StateError: two leaves have the same path, or one cannot be stored.
@@ -104,8 +121,10 @@ def capture(components: Sequence[Component]) -> Captured:
         stock.update(captured.stock)
         optimizers += captured.optimizers
         step_writes |= captured.step_writes
+    tensors, aliases = once_each(tensors)
     return Captured(
         tensors=dict(sorted(tensors.items())),
+        aliases=aliases,
         values=values,
         per_rank=per_rank,
         stock=stock,
@@ -140,6 +159,8 @@ class Stager:
             file_bytes=round_up(plan.layout.tensor_bytes + values, SEGMENT_BYTES),
         )
 
+    # What is made in the inference mode of a caller could not be written outside of it.
+    @torch.inference_mode(False)
     @torch.no_grad()
     def prepare(self, captured: Captured) -> None:
         """Make plan and arena for this state, so that the first `stage` costs what later ones do.
@@ -152,6 +173,7 @@ class Stager:
         """
         self._bind(captured, self._value_containers(captured))
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def stage(self, captured: Captured, *, overlap: bool) -> Staged:
         """Copy the captured state into the arena, which must be free. Blocks for the copy.
@@ -187,6 +209,7 @@ class Stager:
             arena=bound.arena,
             rest=rest,
             file_bytes=file_bytes,
+            aliases=captured.aliases,
             values=values,
             per_rank=_entries(captured.per_rank),
             equal_values=captured.values if self._world_size > 1 else {},
@@ -306,8 +329,9 @@ def _entries(values: Mapping[Path, Any]) -> dict[str, ValueEntry]:
 
 def _refuse_shared_names(plan: SavePlan, captured: Captured) -> None:
     taken = set(plan.names)
-    for path in (*captured.values, *captured.per_rank):
+    others = [path for paths in captured.aliases.values() for path in paths]
+    for path in (*others, *captured.values, *captured.per_rank):
         name = ".".join(path)
         if name in taken:
-            raise StateError(f"a value and another entry have the same name {name!r}; rename one of them")
+            raise StateError(f"two entries have the same name {name!r}; rename one of them")
         taken.add(name)

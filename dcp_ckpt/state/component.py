@@ -28,6 +28,8 @@ class Captured:
         values: replicated values, already encoded by `dcp_ckpt.format.values.encode_value`.
         per_rank: values of this rank only, encoded.
         stock: replicated values as plain Python objects, for stock DCP readers; same keys as `values`.
+        aliases: the other paths of tensors that were found under several, which are then not in `tensors`;
+            known once the components are put together.
         optimizers: those whose `step()` can be held until a copy is done.
         step_writes: `id()` of the live tensors that nothing but the `step()` of one of `optimizers` writes,
             of whichever component: they may be copied after `save()` has returned.
@@ -37,6 +39,7 @@ class Captured:
     values: Mapping[Path, Any] = field(default_factory=dict)
     per_rank: Mapping[Path, Any] = field(default_factory=dict)
     stock: Mapping[Path, Any] = field(default_factory=dict)
+    aliases: Mapping[Path, tuple[Path, ...]] = field(default_factory=dict)
     optimizers: tuple[torch.optim.Optimizer, ...] = ()
     step_writes: frozenset[int] = frozenset()
 
@@ -55,7 +58,8 @@ class StoredState:
     """What a checkpoint holds, before any payload is read.
 
     Args:
-        tensors: by name.
+        tensors: by name; a tensor that was found under several names is here under each of them.
+        aliases: name -> the name under which the same tensor is stored, of those further names.
         values: replicated values by name, decoded (tensors inside are `TensorRef`).
         value_paths: the path of each replicated value.
         per_rank: this rank's values by name, decoded; those of saved rank r when this is rank r of
@@ -78,6 +82,7 @@ class StoredState:
     rank: int
     world_size: int
     seed_material: str
+    aliases: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)

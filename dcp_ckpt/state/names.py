@@ -21,6 +21,7 @@ __all__ = ["ModuleNames", "NamedTensor"]
 
 _WRAPPERS = (
     ("torch.nn.parallel.distributed", "DistributedDataParallel", "module"),
+    ("torch.nn.parallel.data_parallel", "DataParallel", "module"),
     ("torch._dynamo.eval_frame", "OptimizedModule", "_orig_mod"),
     (
         "torch.distributed.algorithms._checkpoint.checkpoint_wrapper",
@@ -46,6 +47,10 @@ class NamedTensor:
     name: str
     aliases: tuple[str, ...]
     tensor: torch.Tensor
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return (self.name, *self.aliases)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,17 +123,18 @@ class ModuleNames:
             for key, tensor in live.items()
         ]
 
-    def parameter_names(self) -> dict[int, str]:
-        """The name of every parameter, by `id()` of the live parameter object."""
-        return {id(entry.tensor): entry.name for entry in self.tensors()}
+    def parameter_names(self) -> dict[int, tuple[str, ...]]:
+        """The names of every parameter, its own first, by `id()` of the live parameter object."""
+        return {id(entry.tensor): entry.names for entry in self.tensors()}
 
-    def extra_states(self) -> list[tuple[str, nn.Module]]:
-        """Modules that override `get_extra_state`, with the name that torch gives that state."""
+    def extra_states(self) -> list[tuple[tuple[str, ...], nn.Module]]:
+        """Modules that override `get_extra_state`, with the names that torch gives that state."""
         self._refresh()
-        found: dict[int, tuple[str, nn.Module]] = {}
+        found: dict[int, tuple[tuple[str, ...], nn.Module]] = {}
         for prefix, visit in self._visits:
             if visit.kind.get_extra_state is not nn.Module.get_extra_state:
-                found.setdefault(id(visit.module), (f"{prefix}_extra_state", visit.module))
+                known, module = found.get(id(visit.module), ((), visit.module))
+                found[id(module)] = (*known, f"{prefix}_extra_state"), module
         return list(found.values())
 
     def _entries(self) -> Iterator[tuple[str, torch.Tensor]]:

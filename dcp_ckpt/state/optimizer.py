@@ -6,7 +6,7 @@ cast. Knows parameter names from its caller; knows nothing of modules, files or 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,10 +14,10 @@ import torch
 
 from dcp_ckpt.errors import StateError
 from dcp_ckpt.state.component import Captured, Path, Problem, StoredState, StoredTensor, Targets
+from dcp_ckpt.state.tensors import fits
 from dcp_ckpt.state.tree import (
     StateCollector,
     attach_tensors,
-    fits,
     join_path,
     names_under,
     path_of,
@@ -39,12 +39,12 @@ class OptimizerComponent:
         prefix: where it is stored: moments under `<prefix>.state.<parameter>.<key>`, all hyper-parameters as
             one value `<prefix>.param_groups`.
         optimizer: any `torch.optim.Optimizer`, before or after its first step, with or without gradients.
-        param_names: `id(parameter)` to its name. A snapshot: build the component anew for each
-            save or load.
+        param_names: `id(parameter)` to its names: its own, and further ones where it is tied, under which a
+            checkpoint may know it. A snapshot: build the component anew for each save or load.
     """
 
     def __init__(
-        self, prefix: Path, optimizer: torch.optim.Optimizer, param_names: Mapping[int, str]
+        self, prefix: Path, optimizer: torch.optim.Optimizer, param_names: Mapping[int, tuple[str, ...]]
     ) -> None:
         self._prefix = prefix
         self._optimizer = optimizer
@@ -103,20 +103,24 @@ class OptimizerComponent:
             else:
                 collector.add_tree(path, value)
 
-    def _named_groups(self) -> list[dict[str, torch.Tensor]]:
-        """The parameters of each group by name, in the optimizer's order."""
+    def _named_groups(self, stored_params: Container[str] = ()) -> list[dict[str, torch.Tensor]]:
+        """The parameters of each group by name, in the optimizer's order.
+
+        Args:
+            stored_params: names that a tied parameter is rather called by.
+        """
         groups: list[dict[str, torch.Tensor]] = []
         for index, group in enumerate(self._optimizer.param_groups):
             members = {}
             for position, parameter in enumerate(group["params"]):
-                name = self._param_names.get(id(parameter))
-                if name is None:
+                names = self._param_names.get(id(parameter))
+                if names is None:
                     raise StateError(
                         f"{join_path(self._prefix)}: parameter {position} of group {index}, of shape "
                         f"{tuple(parameter.shape)}, belongs to no model in this state; pass the model that "
                         "owns it, and make the optimizer after the model is sharded or given new layers"
                     )
-                members[name] = parameter
+                members[next((name for name in names if name in stored_params), names[0])] = parameter
             groups.append(members)
         return groups
 
@@ -128,7 +132,7 @@ class OptimizerComponent:
         beyond the checkpoint is no problem: `install` removes it.
         """
         index = _by_parameter(stored, self._prefix)
-        groups = self._named_groups()
+        groups = self._named_groups({*index, *_params(stored.values.get(self._groups_name))})
         tensors: dict[str, torch.Tensor] = {}
         values: set[str] = set()
         for group, members in zip(self._optimizer.param_groups, groups, strict=True):
@@ -147,7 +151,7 @@ class OptimizerComponent:
             for name in referenced_names(stored.values[self._groups_name]):
                 if name in stored.tensors:
                     entry = stored.tensors[name]
-                    tensors[name] = torch.empty(entry.shape, dtype=entry.dtype)
+                    tensors[name] = torch.empty(entry.shape, dtype=entry.dtype, device="cpu")
         known = {*tensors, *values, *(name for names in index.values() for name in names)}
         problems += [
             _unexpected(name, "the checkpoint has it, the optimizer does not use it")
@@ -183,6 +187,7 @@ class OptimizerComponent:
         state_path = (*self._prefix, "state")
         live = {name for members in groups for name in members}
         problems = _group_problems(self._groups_name, saved, groups)
+        problems += _kind_problems(self._groups_name, saved, self._optimizer.param_groups)
         problems += [
             _unexpected(join_path((*state_path, name)), "the optimizer has no such parameter")
             for name in index
@@ -208,7 +213,7 @@ class OptimizerComponent:
     def install(self, stored: StoredState, targets: Targets) -> list[str]:
         """Put moments and hyper-parameters in place; state that the checkpoint does not have is removed."""
         index = _by_parameter(stored, self._prefix)
-        groups = self._named_groups()
+        groups = self._named_groups({*index, *_params(stored.values.get(self._groups_name))})
         notes = []
         for members in groups:
             for name, parameter in members.items():
@@ -251,7 +256,9 @@ def _runs_hooks(optimizer: torch.optim.Optimizer) -> bool:
 
 
 def _merged(live: Any, value: Any) -> Any:
-    """`value`, inside of the live tensor where there is one: captured graphs hold on to that object."""
+    """`value`, inside of the live tensors where there are any: captured graphs hold on to these objects."""
+    if type(live) is type(value) is tuple and len(live) == len(value):
+        return tuple(map(_merged, live, value))
     if not isinstance(live, torch.Tensor):
         return value
     with torch.no_grad():
@@ -287,11 +294,19 @@ def _partial_keys(keys: Mapping[str, frozenset[str]]) -> dict[str, list[str]]:
     return {name: sorted(lacking[kind]) for name, kind in keys.items() if lacking[kind]}
 
 
-def _group_problems(key: str, saved: Any, groups: Sequence[Mapping[str, Any]]) -> list[Problem]:
-    well_formed = isinstance(saved, list) and all(
+def _params(saved: Any) -> list[str]:
+    """The names of all parameters in stored groups; none where these are not what this module stores."""
+    return [name for group in saved for name in group["params"]] if _are_groups(saved) else []
+
+
+def _are_groups(saved: Any) -> bool:
+    return isinstance(saved, list) and all(
         isinstance(group, dict) and isinstance(group.get("params"), list) for group in saved
     )
-    if not well_formed:
+
+
+def _group_problems(key: str, saved: Any, groups: Sequence[Mapping[str, Any]]) -> list[Problem]:
+    if not _are_groups(saved):
         return [Problem(kind="other", key=key, detail="is not a list of groups with named params")]
     if len(saved) != len(groups):
         detail = f"the checkpoint has {len(saved)} groups, the optimizer has {len(groups)}"
@@ -303,6 +318,24 @@ def _group_problems(key: str, saved: Any, groups: Sequence[Mapping[str, Any]]) -
         if stored_only or live_only:
             detail = (
                 f"only in the checkpoint: {_listed(stored_only)}; only in the optimizer: {_listed(live_only)}"
+            )
+            problems.append(Problem(kind="other", key=f"{key}[{index}]", detail=detail))
+    return problems
+
+
+def _kind_problems(key: str, saved: Any, groups: Sequence[Mapping[str, Any]]) -> list[Problem]:
+    """Where each side has settings that the other does not know, two kinds of optimizers met.
+
+    On one side alone there may be more: schedulers leave settings in groups, and versions of torch add some.
+    """
+    problems = []
+    for index, (group, live) in enumerate(zip(saved, groups, strict=False)) if _are_groups(saved) else ():
+        stored_only = sorted(group.keys() - live.keys() - _IMPLEMENTATION)
+        live_only = sorted(live.keys() - group.keys() - _IMPLEMENTATION)
+        if stored_only and live_only:
+            detail = (
+                f"another kind of optimizer: only the checkpoint has {_listed(stored_only)}, only this one "
+                f"has {_listed(live_only)}"
             )
             problems.append(Problem(kind="other", key=f"{key}[{index}]", detail=detail))
     return problems

@@ -15,13 +15,13 @@ from torch import nn
 
 from dcp_ckpt.errors import CheckpointError, LoadError, StateError
 from dcp_ckpt.state.component import Captured, Component, Path, Problem, StoredState, Targets
-from dcp_ckpt.state.model import ModelComponent
+from dcp_ckpt.state.model import ModelComponent, parameter_names
 from dcp_ckpt.state.optimizer import OptimizerComponent
+from dcp_ckpt.state.tensors import Fillable, fits, unsuitable
 from dcp_ckpt.state.tree import (
     StateCollector,
     attach_tensors,
     by_name,
-    fill_in_place,
     is_branch,
     join_path,
     names_under,
@@ -60,7 +60,8 @@ class StatefulComponent:
 
     def targets(self, stored: StoredState) -> Targets:
         """Everything that is stored under the prefix; the object itself judges it in `load_state_dict`."""
-        targets = tree_targets(stored, self._prefix, by_name(self.capture().tensors))
+        live = by_name(self.capture().tensors)
+        targets = tree_targets(stored, self._prefix, live, Fillable(stored))
         if targets.tensors or targets.values:
             return targets
         return Targets(problems=(_missing(self._prefix),))
@@ -127,8 +128,9 @@ class DictComponent:
             tensors.update(part.tensors)
             values.update(part.values)
             problems += part.problems
+        fillable = Fillable(stored)
         for path, _, leaf in self._leaves():
-            part = _leaf_targets(stored, path, leaf)
+            part = _leaf_targets(stored, path, leaf, fillable)
             tensors.update(part.tensors)
             values.update(part.values)
             problems += part.problems
@@ -163,11 +165,9 @@ class DictComponent:
         entries = [(path, leaf) for path, _, leaf in _entries(self._mapping, self._prefix)]
         models = {path: self._model(path, leaf) for path, leaf in entries if isinstance(leaf, nn.Module)}
         self._models = models
-        names: dict[int, str] = {}
-        for path, model in models.items():
-            inner = join_path(path[len(self._prefix) :]) + "." if len(models) > 1 else ""
-            for key, name in model.parameter_names().items():
-                names.setdefault(key, inner + name)
+        names = parameter_names(
+            (model, path[len(self._prefix) :] if len(models) > 1 else ()) for path, model in models.items()
+        )
         components: list[Component] = list(models.values())
         for path, leaf in entries:
             if isinstance(leaf, torch.optim.Optimizer):
@@ -192,25 +192,30 @@ def _entries(mapping: dict[str, Any], path: Path) -> Iterator[tuple[Path, dict[s
             yield (*path, key), mapping, item
 
 
-def _leaf_targets(stored: StoredState, path: Path, leaf: Any) -> Targets:
+def _leaf_targets(stored: StoredState, path: Path, leaf: Any, fillable: Fillable) -> Targets:
     name = join_path(path)
+    if type(leaf) is dict and not leaf:
+        below = tree_targets(stored, path, {}, fillable)
+        return below if below.tensors or below.values else Targets(problems=(_missing(path),))
     if name in stored.tensors:
-        # A live tensor of another shape or dtype is offered as it is: the caller compares and reports.
-        target = leaf if isinstance(leaf, torch.Tensor) else fill_in_place(None, stored.tensors[name])
-        return Targets(tensors={name: target})
+        if not isinstance(leaf, torch.Tensor) or fits(leaf, stored.tensors[name]):
+            return Targets(tensors={name: fillable.choose(leaf, name)})
+        if reason := unsuitable(leaf):
+            return Targets(problems=(Problem(kind="other", key=name, detail=f"cannot be filled: {reason}"),))
+        # One of another shape or dtype is offered as it is: the caller compares and reports.
+        return Targets(tensors={name: leaf})
     if name in stored.values:
         if isinstance(leaf, torch.Tensor):
             problem = Problem(kind="other", key=name, detail="is a value in the checkpoint and a tensor here")
             return Targets(problems=(problem,))
         live = _tensors_inside(path, leaf)
         tensors = {
-            inner: fill_in_place(live.get(inner), stored.tensors[inner])
+            inner: fillable.choose(live.get(inner), inner)
             for inner in referenced_names(stored.values[name])
             if inner in stored.tensors
         }
         return Targets(tensors=tensors, values=frozenset({name}))
-    below = tree_targets(stored, path, {}) if type(leaf) is dict and not leaf else Targets()
-    return below if below.tensors or below.values else Targets(problems=(_missing(path),))
+    return Targets(problems=(_missing(path),))
 
 
 def _tensors_inside(path: Path, leaf: Any) -> dict[str, torch.Tensor]:

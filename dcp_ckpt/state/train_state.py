@@ -17,7 +17,7 @@ from torch import nn
 from dcp_ckpt.errors import ConfigError
 from dcp_ckpt.state.component import Component, Path
 from dcp_ckpt.state.mesh_roles import MeshRoles
-from dcp_ckpt.state.model import ModelComponent
+from dcp_ckpt.state.model import ModelComponent, parameter_names
 from dcp_ckpt.state.optimizer import OptimizerComponent
 from dcp_ckpt.state.rng import RngComponent
 from dcp_ckpt.state.stateful import DictComponent, PerRankComponent, Stateful, StatefulComponent
@@ -68,7 +68,7 @@ class TrainState:
             StateError: a model whose parameters cannot be named.
         """
         models = self._model_components()
-        names = _parameter_names(models)
+        names = parameter_names((model, model.prefix[1:]) for model in models)
         components: list[Component] = list(models)
         components += [
             OptimizerComponent(path, optimizer, names)
@@ -139,15 +139,6 @@ def _parts(name: str, given: Any, kind: Any) -> list[tuple[Path, Any]]:
         if not isinstance(part, kind):
             raise ConfigError(f"{join_path(path)} is a {type(part).__qualname__}, not a {kind.__name__}")
     return parts
-
-
-def _parameter_names(models: Sequence[ModelComponent]) -> dict[int, str]:
-    """Names of all models' parameters by id; with the model's index or key in front when it has one."""
-    names: dict[int, str] = {}
-    for model in models:
-        for key, name in model.parameter_names().items():
-            names.setdefault(key, join_path((*model.prefix[1:], name)))
-    return names
 
 
 def _refuse_ambiguous(prefixes: Iterable[Path]) -> None:

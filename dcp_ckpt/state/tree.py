@@ -9,24 +9,20 @@ from __future__ import annotations
 
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
-from torch.distributed.tensor import DTensor
-from torch.nn.parameter import is_lazy
 
 from dcp_ckpt.errors import CorruptCheckpoint, StateError
-from dcp_ckpt.format.dtypes import DTYPES
-from dcp_ckpt.format.values import MAX_DEPTH, TensorRef, encode_value
-from dcp_ckpt.state.component import Captured, Path, StoredState, StoredTensor, Targets
+from dcp_ckpt.format.values import MAX_DEPTH, TensorRef, ValueRef, encode_value
+from dcp_ckpt.state.component import Captured, Path, StoredState, Targets
+from dcp_ckpt.state.tensors import Fillable, check_tensor
 
 __all__ = [
     "StateCollector",
     "attach_tensors",
     "by_name",
-    "check_tensor",
-    "fill_in_place",
-    "fits",
     "is_branch",
     "join_path",
     "leaves",
@@ -37,7 +33,6 @@ __all__ = [
     "tree_targets",
 ]
 
-_DTYPES = frozenset(getattr(torch, name) for name in DTYPES)
 _ATOMS = frozenset({type(None), bool, int, float, complex, str, bytes})
 
 
@@ -64,49 +59,6 @@ def path_of(stored: StoredState, name: str) -> Path:
     """The path of a stored tensor or replicated value."""
     tensor = stored.tensors.get(name)
     return tensor.path if tensor is not None else stored.value_paths[name]
-
-
-def fits(live: torch.Tensor, stored: StoredTensor) -> bool:
-    """Whether `live` has the stored dtype and global shape, so that it can be filled in place."""
-    return live.dtype == stored.dtype and tuple(live.shape) == stored.shape
-
-
-def fill_in_place(live: Any, stored: StoredTensor) -> torch.Tensor:
-    """The tensor to fill: `live` where it fits, else a new one on the CPU."""
-    if isinstance(live, torch.Tensor) and fits(live, stored):
-        return live
-    return torch.empty(stored.shape, dtype=stored.dtype)
-
-
-def check_tensor(tensor: torch.Tensor, name: str) -> None:
-    """Refuse a tensor whose bytes are not one plain strided payload.
-
-    Raises:
-        StateError: sparse, nested, quantized, meta, uninitialised or partial tensors, tensor subclasses of
-            other libraries, and dtypes that the format does not know; the message names the key.
-    """
-    reason = _unsuitable(tensor)
-    if reason:
-        raise StateError(f"{name} cannot be stored: {reason}")
-
-
-def _unsuitable(tensor: torch.Tensor) -> str | None:
-    if is_lazy(tensor):
-        return "it is uninitialised; run one forward before saving"
-    if isinstance(tensor, DTensor):
-        if any(placement.is_partial() for placement in tensor.placements):
-            return "it is a DTensor with a Partial placement; redistribute it to Shard or Replicate"
-    elif hasattr(type(tensor), "__tensor_flatten__"):
-        return f"it is a {type(tensor).__name__}; convert it to a plain tensor"
-    if tensor.layout != torch.strided or tensor.is_nested:
-        return f"it is sparse or nested ({tensor.layout}); call to_dense() or store its parts"
-    if tensor.is_quantized:
-        return "it is quantized; store int_repr(), scale and zero point"
-    if tensor.device.type == "meta":
-        return "it is on the meta device and has no data; materialise it first (to_empty, then load)"
-    if tensor.dtype not in _DTYPES:
-        return f"the format has no dtype {tensor.dtype}"
-    return None
 
 
 def is_branch(value: Any) -> bool:
@@ -207,11 +159,17 @@ class StateCollector:
             self.add_leaf(leaf_path, leaf)
 
     def add_object(self, path: Path, state: Any) -> None:
-        """The state of an object: one value when it holds no tensors, else one key per leaf."""
-        if _holds_tensor(state):
-            self.add_tree(path, state)
-        else:
+        """The state of an object: one value when it holds no tensors, else one key per leaf.
+
+        Where the keys alone would lose the order or the kind of a dictionary, a value at `path` tells them.
+        """
+        if not _holds_tensor(state):
             self.add_value(path, state)
+            return
+        self.add_tree(path, state)
+        if is_branch(state) and not _follows_from_keys(state):
+            name = self._claim(path)
+            self._values[path] = encode_value(_outline(state, path), path=name)
 
     def add_captured(self, captured: Captured) -> None:
         """What another component holds.
@@ -231,6 +189,10 @@ class StateCollector:
 
     def _claim(self, path: Path) -> str:
         name = join_path(path)
+        try:
+            name.encode()
+        except UnicodeEncodeError as error:
+            raise StateError(f"the name {name!r} cannot be stored: {error}; rename the entry") from error
         other = self._paths.setdefault(name, path)
         if other is not path:
             raise StateError(
@@ -241,6 +203,22 @@ class StateCollector:
 
 def _show(path: Path) -> str:
     return "".join(f"[{part!r}]" for part in path)
+
+
+def _follows_from_keys(branch: Any) -> bool:
+    """Whether `rebuild` would make the same dictionaries of the leaves alone: plain ones with sorted keys."""
+    if not is_branch(branch):
+        return True
+    keys = list(branch)
+    return type(branch) is dict and keys == sorted(keys) and all(map(_follows_from_keys, branch.values()))
+
+
+def _outline(branch: Any, path: Path) -> Any:
+    """The dictionaries of `branch`, with references to its leaves."""
+    if is_branch(branch):
+        return type(branch)((key, _outline(item, (*path, key))) for key, item in branch.items())
+    name = join_path(path)
+    return TensorRef(name) if isinstance(branch, torch.Tensor) else ValueRef(name)
 
 
 def _detach(value: Any, path: Path, found: dict[Path, torch.Tensor]) -> Any:
@@ -270,7 +248,14 @@ def _detach(value: Any, path: Path, found: dict[Path, torch.Tensor]) -> Any:
         return deque(items, value.maxlen) if kind is deque else kind(items)
     if kind in _SETS and _holds_tensor(value):
         raise StateError(f"{join_path(path)} is a set that holds tensors, which has no order; use a list")
-    return value.copy() if kind in _COPIED or kind.__module__ == "numpy" else value
+    return _copied(value)
+
+
+def _copied(value: Any) -> Any:
+    """A copy of what can change and holds nothing else that can."""
+    kind = type(value)
+    changes = kind in _COPIED or (kind.__module__ == "numpy" and kind.__name__ == "ndarray")
+    return value.copy() if changes else value
 
 
 _MAPPINGS: dict[type, Callable[[], Any]] = {dict: dict, OrderedDict: OrderedDict, Counter: Counter}
@@ -293,43 +278,51 @@ def referenced_names(value: Any) -> list[str]:
     return []
 
 
-def attach_tensors(value: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
+def attach_tensors(
+    value: Any, tensors: Mapping[str, torch.Tensor], values: Mapping[str, Any] = MappingProxyType({})
+) -> Any:
     """A copy of a decoded value with its tensors in place; the stored value stays as it is.
 
+    Args:
+        values: what an outline may refer to.
+
     Raises:
-        CorruptCheckpoint: it refers to a tensor that is not in `tensors`.
+        CorruptCheckpoint: it refers to something that is not in `tensors` or `values`.
     """
     kind = type(value)
     if kind in _ATOMS:
         return value
     if kind is TensorRef:
-        if value.name not in tensors:
-            raise CorruptCheckpoint(
-                f"a value refers to the tensor {value.name}, which the checkpoint does not hold", phase="read"
-            )
-        return tensors[value.name]
+        return _referred(value.name, tensors)
+    if kind is ValueRef:
+        return attach_tensors(_referred(value.name, values), tensors)
     if kind in _MAPPINGS:
         copied = _MAPPINGS[kind]()
         for key, item in value.items():
-            copied[key] = attach_tensors(item, tensors)
+            copied[key] = attach_tensors(item, tensors, values)
         return copied
     if kind in _SEQUENCES:
-        items = [attach_tensors(item, tensors) for item in value]
+        items = [attach_tensors(item, tensors, values) for item in value]
         return deque(items, value.maxlen) if kind is deque else kind(items)
-    return value.copy() if kind in _COPIED or kind.__module__ == "numpy" else value
+    return _copied(value)
 
 
-def tree_targets(stored: StoredState, prefix: Path, live: Mapping[str, torch.Tensor]) -> Targets:
+def _referred(name: str, entries: Mapping[str, Any]) -> Any:
+    if name not in entries:
+        raise CorruptCheckpoint(f"a value refers to {name}, which the checkpoint does not hold", phase="read")
+    return entries[name]
+
+
+def tree_targets(
+    stored: StoredState, prefix: Path, live: Mapping[str, torch.Tensor], fillable: Fillable
+) -> Targets:
     """Ask for everything that is stored under `prefix`.
 
     Args:
         live: tensors by name that may be filled in place where dtype and global shape fit; others
             are filled into new CPU tensors.
     """
-    tensors = {
-        name: fill_in_place(live.get(name), stored.tensors[name])
-        for name in names_under(stored.tensors, prefix)
-    }
+    tensors = {name: fillable.choose(live.get(name), name) for name in names_under(stored.tensors, prefix)}
     return Targets(tensors=tensors, values=frozenset(names_under(stored.values, prefix)))
 
 
@@ -342,7 +335,8 @@ def rebuild(stored: StoredState, targets: Targets, names: Iterable[str], *, dept
         depth: how many leading parts of each path lead to the root that is rebuilt.
 
     Returns:
-        The single value or tensor whose path ends at the root, or nested plain dictionaries with sorted keys.
+        The single value, outline or tensor whose path ends at the root, or nested plain dictionaries with
+        sorted keys.
 
     Raises:
         CorruptCheckpoint: the stored paths contradict each other.
@@ -360,8 +354,13 @@ def rebuild(stored: StoredState, targets: Targets, names: Iterable[str], *, dept
         if name in referenced:
             continue
         is_value = name in stored.values
-        leaf = attach_tensors(stored.values[name], targets.tensors) if is_value else targets.tensors[name]
         path = path_of(stored, name)[depth:]
+        if is_value:
+            # Only an outline refers to other values, and it stands at the root.
+            values = {} if path else stored.values
+            leaf = attach_tensors(stored.values[name], targets.tensors, values)
+        else:
+            leaf = targets.tensors[name]
         if not path:
             return leaf
         branch = root

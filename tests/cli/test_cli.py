@@ -134,6 +134,7 @@ def test_inspect_json_and_key(base: Path) -> None:
     assert document["tensors"] == [
         {
             "name": "model.weight",
+            "aliases": [],
             "dtype": "float32",
             "shape": [6, 4],
             "placements": ["S0"],

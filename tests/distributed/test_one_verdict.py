@@ -34,6 +34,8 @@ def spoil(how: str) -> dict[str, Any]:
             state["shared"] = torch.eye(3).to_sparse()
         elif how == "key":
             state["more"] = torch.zeros(2)
+        elif how == "alias":
+            state["more"] = state["shared"]
         elif how == "shape":
             state["shared"] = torch.arange(99)
         elif how == "type":
@@ -60,6 +62,7 @@ def save_spoiled_then_good(path: str, how: str) -> tuple[Outcome, Outcome, str]:
         ("value", "SaveFailed", ("value", "rank 2", "step 1")),
         ("sparse", "StateError", ("shared", "rank 2", "step 1", "sparse")),
         ("key", "SaveFailed", ("more", "rank 2", "step 1")),
+        ("alias", "SaveFailed", ("more", "rank 2", "step 1")),
         ("shape", "SaveFailed", ("shared", "rank 2", "step 1")),
         ("type", "StateError", ("value", "rank 2", "step 1", "object")),
     ],

@@ -112,6 +112,7 @@ def _kinds() -> dict[str, Kind]:
         kinds[f"fragment {rank}"] = Kind(
             _fields(storage, key), lambda data: decode_fragment(data, path=PATH), signed_fragment
         )
+    kinds["fragment 0"].fields["aliases"] = {"model.bias": [["model", "tied"], ["again"]]}
     for name, document, kind, format in others:
         kinds[name] = Kind(msgspec.to_builtins(document), reader(kind, format))
     return kinds
@@ -203,7 +204,7 @@ def found_at(document: Any, at: Pointer) -> Any:
 
 @KIND
 def test_a_missing_field_is_refused_by_its_name(kind):
-    optional = {"metrics", "tags", "created_at", "byte_order", "detail", "cancels", "id"}
+    optional = {"aliases", "metrics", "tags", "created_at", "byte_order", "detail", "cancels", "id"}
     for name in kind.fields.keys() - optional:
         message = refused(kind, encode_json(removed(kind.fields, (name,))))
         assert name in message
@@ -310,6 +311,9 @@ def test_what_a_fragment_says_of_itself_has_to_fit_together():
     def with_mesh(**changes: Any) -> Fragment:
         return replace(fragment, meshes=[replace(mesh, **changes)])
 
+    def with_aliases(name: str, *paths: list[str]) -> Fragment:
+        return replace(fragment, aliases={name: list(paths)})
+
     for wrong, problem in (
         (tensor(dtype="float99"), r"tensors\[0\].shape: dtype 'float99'"),
         (tensor(shape=[2**40, 2**40]), r"tensors\[0\].shape: .* more bytes than can be counted"),
@@ -326,6 +330,13 @@ def test_what_a_fragment_says_of_itself_has_to_fit_together():
         (tensor(owners=[[1, 2]]), r"tensors\[0\].owners: .* out of range"),
         (tensor(owners=[[0]]), r"\$\.tensors\[0\].owners"),
         (tensor(path=bias.path), r"tensors\[1\].path: 'model.bias' is there twice"),
+        (with_aliases("model.other", ["x"]), r"aliases\['model.other'\]: .* describes no such tensor"),
+        (
+            with_aliases("model.bias", ["model", "weight"]),
+            r"aliases\['model.bias'\]: 'model.weight' is there",
+        ),
+        (with_aliases("model.bias", ["optim", "lr"]), r"aliases\['model.bias'\]: 'optim.lr' is there twice"),
+        (with_aliases("model.bias", ["x"], ["x"]), r"aliases\['model.bias'\]: 'x' is there twice"),
         (with_mesh(ranks=[[0, 1]]), r"meshes\[0\].shape"),
         (with_mesh(ranks=[[0, 1], [0, 1]]), r"meshes\[0\].ranks: a rank is repeated"),
         (with_mesh(ranks=[[0, 2**62]] * 3), r"meshes\[0\].ranks"),
@@ -388,6 +399,7 @@ def test_a_few_bytes_that_state_much_take_little_memory():
         {"$ndarray": [["<f4"], [1], "AAAAAA=="]}, {"$ndarray": ["<f4", [True], "AAAAAA=="]},
         {"$ndarray": ["|V999999999999", [1], ""]}, {"$npscalar": ["<f4", "AAAAAAAAAAA="]},
         {"$npscalar": ["<f4", "AAAA AA="]}, {"$tensor": 5}, {"$tensor": ["x"]}, {"#": 1, "$int": "5"},
+        {"$value": 5}, {"$ndarray": ["<f16", [1], "AAAAAAAAAAAAAAAAAAAAAA=="]},
         {"a": 1, "$z": 2}, {"$": 1},
     ],
     ids=lambda encoded: repr(encoded)[:60],
@@ -415,7 +427,8 @@ def test_a_value_that_is_nested_endlessly_is_refused():
             | st.dictionaries(
                 st.sampled_from(
                     ["$int", "$float", "$complex", "$bytes", "$bytearray", "$tuple", "$set", "$frozenset",
-                     "$dict", "$ordered", "$counter", "$deque", "$ndarray", "$npscalar", "$tensor", "a"]
+                     "$dict", "$ordered", "$counter", "$deque", "$ndarray", "$npscalar", "$tensor", "$value",
+                     "a"]
                 ),
                 inner,
                 max_size=2,

@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from dcp_ckpt.format.documents import encode_json
 from dcp_ckpt.format.values import decode_value
 from dcp_ckpt.state import Captured, Component, Path, Problem, StoredState, StoredTensor
+from dcp_ckpt.state.tensors import once_each
 
 
 @dataclass
@@ -24,14 +25,16 @@ class InMemory:
     paths: dict[str, Path] = field(default_factory=dict)
     values: dict[str, bytes] = field(default_factory=dict)
     per_rank: dict[str, bytes] = field(default_factory=dict)
+    aliases: dict[str, str] = field(default_factory=dict)
 
     def stored(self, *, rank: int = 0, world_size: int = 1) -> StoredState:
         same_world = world_size == self.world_size
         return StoredState(
             tensors={
                 name: StoredTensor(path=self.paths[name], dtype=tensor.dtype, shape=tuple(tensor.shape))
-                for name, tensor in self.payloads.items()
+                for name, tensor in self._named().items()
             },
+            aliases=self.aliases,
             values={name: _decode(data) for name, data in self.values.items()},
             value_paths={name: self.paths[name] for name in self.values},
             per_rank={name: _decode(data) for name, data in self.per_rank.items()} if same_world else {},
@@ -41,6 +44,9 @@ class InMemory:
             world_size=world_size,
             seed_material="run/7",
         )
+
+    def _named(self) -> dict[str, torch.Tensor]:
+        return self.payloads | {alias: self.payloads[name] for alias, name in self.aliases.items()}
 
     @property
     def names(self) -> set[str]:
@@ -56,7 +62,11 @@ def save(components: Iterable[Component], *, world_size: int = 1) -> InMemory:
     saved = InMemory(world_size=world_size)
     for component in components:
         captured: Captured = component.capture()
-        for path, tensor in captured.tensors.items():
+        tensors, aliases = once_each(captured.tensors)
+        saved.aliases.update(
+            (".".join(alias), ".".join(path)) for path, others in aliases.items() for alias in others
+        )
+        for path, tensor in tensors.items():
             whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
             saved.payloads[".".join(path)] = whole.detach().clone()
         for path, value in captured.values.items():
@@ -85,7 +95,7 @@ def load(
     assert [problem for _, targets in wanted for problem in targets.problems] == []
     for _, targets in wanted:
         for name, target in targets.tensors.items():
-            payload = saved.payloads[name]
+            payload = saved.payloads[saved.aliases.get(name, name)]
             assert (target.dtype, tuple(target.shape)) == (payload.dtype, tuple(payload.shape)), name
             with torch.no_grad():
                 if isinstance(target, DTensor):

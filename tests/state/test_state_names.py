@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.optim.swa_utils import AveragedModel
 
 from dcp_ckpt.errors import StateError
 from dcp_ckpt.state.names import ModuleNames
@@ -96,9 +97,24 @@ def test_changes_of_the_tree_and_of_tensors_are_seen():
 
 
 @pytest.mark.filterwarnings("ignore")  # torch deprecates FSDP1
-def test_fsdp1_is_refused_with_advice(process_group):
+@pytest.mark.parametrize("use_orig_params", [True, False], ids=["original", "flat"])
+def test_fsdp1_is_refused_with_advice_wherever_it_is(process_group, use_orig_params):
     from torch.distributed.fsdp import FullyShardedDataParallel
 
-    net = FullyShardedDataParallel(nn.Linear(2, 2), device_id=torch.device("cpu"))
-    with pytest.raises(StateError, match="fully_shard"):
-        names(net)
+    part = FullyShardedDataParallel(
+        nn.Linear(2, 2), device_id=torch.device("cpu"), use_orig_params=use_orig_params
+    )
+    for net, where in (
+        (part, r"\(root\)"),
+        (nn.Sequential(nn.Tanh(), checkpoint_wrapper(part)), "module 1 "),
+    ):
+        with pytest.raises(StateError, match=rf"{where}.*fully_shard"):
+            names(net)
+
+
+def test_data_parallel_vanishes_and_an_average_keeps_its_module():
+    net = Net()
+    assert names(nn.DataParallel(net)) == names(net)
+    for wrapped in (net, nn.DataParallel(net), checkpoint_wrapper(net)):
+        average = AveragedModel(wrapped)
+        assert set(names(average)) == {"n_averaged", *(f"module.{name}" for name in names(net))}

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import collections
-import math
+from collections import OrderedDict
 from typing import Any
 
 import pytest
@@ -11,6 +11,7 @@ from dcp_ckpt.errors import CorruptCheckpoint, StateError
 from dcp_ckpt.state.component import Path, StoredState, StoredTensor, Targets
 from dcp_ckpt.state.stateful import StatefulComponent
 from dcp_ckpt.state.tree import StateCollector, attach_tensors, rebuild
+from tests.format.exact_values import same
 from tests.state import in_memory
 
 
@@ -64,37 +65,20 @@ def test_tensors_in_containers_are_stored_as_tensors():
         {},
         {"empty": {}, "a": {"empty": {}}},
         {"t": torch.arange(3), "empty": {}, "n": None},
+        {"z": {"y": torch.ones(1), "x": {"w": [torch.ones(1)], "empty": {}}}, "a": OrderedDict(b=1, a=2)},
+        OrderedDict(z=torch.ones(1), a=OrderedDict(y=torch.zeros(1), b={"c": 1})),
         {"list": [1, (2, {3: "x"})], "x": -0.0, "big": 1 << 80, "b": b"\x00"},
         {"milestones": collections.Counter({3: 1, 9: 2}), "d": collections.deque([1, 2], maxlen=4)},
         {"t": torch.ones(2), "d": collections.deque([torch.ones(1)], maxlen=4)},
-        collections.OrderedDict(b=1, a=2),
+        OrderedDict(b=1, a=2),
     ],
-    ids=["empty", "empty-inside", "tensor", "values", "collections", "deque", "ordered"],
-)
+    ids=[
+        "empty", "empty-inside", "tensor", "unsorted", "ordered-tensors", "values", "collections", "deque",
+        "ordered",
+    ],
+)  # fmt: skip
 def test_round_trip_is_exact(state):
-    result = round_trip(state)
-    assert type(result) is type(state)
-    assert_same(result, state)
-
-
-def assert_same(left: Any, right: Any) -> None:
-    assert type(left) is type(right)
-    if isinstance(left, torch.Tensor):
-        assert left.dtype == right.dtype
-        assert torch.equal(left, right)
-    elif isinstance(left, dict):
-        assert set(left) == set(right)
-        for key in left:
-            assert_same(left[key], right[key])
-    elif isinstance(left, (list, tuple, collections.deque)):
-        assert len(left) == len(right)
-        assert getattr(left, "maxlen", None) == getattr(right, "maxlen", None)
-        for a, b in zip(left, right, strict=True):
-            assert_same(a, b)
-    else:
-        assert left == right
-        if isinstance(left, float):
-            assert math.copysign(1, left) == math.copysign(1, right)
+    assert same(round_trip(state), state)
 
 
 def test_an_object_without_tensors_is_one_value():
@@ -170,6 +154,15 @@ def test_a_value_that_refers_to_a_missing_tensor_is_corrupt():
     saved = in_memory.save([StatefulComponent(("s",), Box({"l": [torch.ones(1)]}))])
     del saved.payloads["s.l.0"]
     with pytest.raises(CorruptCheckpoint, match=r"s\.l\.0"):
+        in_memory.load(saved, [StatefulComponent(("s",), Box())])
+
+
+@pytest.mark.parametrize("name", ["s", "absent"], ids=["itself", "nothing"])
+def test_an_outline_that_refers_to_no_leaf_is_corrupt(name):
+    saved = in_memory.save([StatefulComponent(("s",), Box({"b": 1, "a": torch.ones(1)}))])
+    assert b'{"$value":"s.b"}' in saved.values["s"]
+    saved.values["s"] = saved.values["s"].replace(b'"s.b"', f'"{name}"'.encode())
+    with pytest.raises(CorruptCheckpoint, match="refers to"):
         in_memory.load(saved, [StatefulComponent(("s",), Box())])
 
 
