@@ -117,7 +117,7 @@ class StockCheckpoint(Checkpoint):
     def tensors(self) -> Mapping[str, TensorEntry]:
         return dict(sorted(self._source.tensors.items()))
 
-    @property
+    @cached_property
     def values(self) -> Mapping[str, ValueEntry]:
         """The values that typed JSON can hold, encoded."""
         found: dict[str, ValueEntry] = {}

@@ -11,7 +11,7 @@ from torch import nn
 
 from dcp_ckpt.state.component import Captured, Path, Problem, StoredState, Targets
 from dcp_ckpt.state.names import ModuleNames
-from dcp_ckpt.state.tree import StateCollector, join_path, names_under, rebuild, tree_targets
+from dcp_ckpt.state.tree import StateCollector, join_path, rebuild, stored_under, tree_targets
 
 __all__ = ["ModelComponent"]
 
@@ -75,7 +75,7 @@ class ModelComponent:
         known.update(tensors, values)
         problems += [
             Problem(kind="unexpected", key=name, detail="the checkpoint has it, the model does not")
-            for name in names_under((*stored.tensors, *stored.values), self._prefix)
+            for name in stored_under(stored, self._prefix)
             if name not in known
         ]
         return Targets(tensors=tensors, values=frozenset(values), problems=tuple(problems))
@@ -84,7 +84,7 @@ class ModelComponent:
         """Hand extra state over; parameters and buffers are filled in place already."""
         for name, module in self._names.extra_states():
             path = (*self._prefix, name)
-            names = names_under((*targets.values, *targets.tensors), path)
+            names = stored_under(stored, path, (*targets.values, *targets.tensors))
             if names:
                 module.set_extra_state(rebuild(stored, targets, names, depth=len(path)))
         return []
