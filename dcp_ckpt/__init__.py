@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from dcp_ckpt.save.handle import CheckpointInfo, SaveHandle
     from dcp_ckpt.state.data import ElasticSampler
     from dcp_ckpt.state.mesh_roles import MeshRoles
+    from dcp_ckpt.state.model_parts import ModelParts
     from dcp_ckpt.state.train_state import TrainState
     from dcp_ckpt.stopping.signals import ignore_stop_signals
 
@@ -58,6 +59,7 @@ _HOMES = {
     "LoadPlan": "ops.plan",
     "LoadReport": "load.report",
     "MeshRoles": "state.mesh_roles",
+    "ModelParts": "state.model_parts",
     "Run": "lifecycle.runs",
     "SaveHandle": "save.handle",
     "TrainState": "state.train_state",
@@ -93,6 +95,7 @@ __all__ = [
     "LoadPlan",
     "LoadReport",
     "MeshRoles",
+    "ModelParts",
     "Run",
     "SaveHandle",
     "TrainState",

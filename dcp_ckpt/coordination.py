@@ -34,6 +34,7 @@ __all__ = [
     "gather",
     "raise_first",
     "rank_in",
+    "reduce",
 ]
 
 _Result = TypeVar("_Result")
@@ -255,9 +256,29 @@ def gather(channel: Channel, tag: str, message: Any, *, timeout_seconds: float) 
     Raises:
         CoordinationError: names the ranks that did not answer in time; raised on every rank that did.
     """
+    return reduce(channel, tag, message, list, timeout_seconds=timeout_seconds)
+
+
+def reduce(
+    channel: Channel,
+    tag: str,
+    message: Any,
+    combine: Callable[[list[Any]], _Result],
+    *,
+    timeout_seconds: float,
+) -> _Result:
+    """Let rank 0 combine one message of every rank, and tell all of them. Called on all ranks; blocks.
+
+    Args:
+        combine: called on rank 0 only, with the messages in rank order; its result must be JSON.
+
+    Raises:
+        CheckpointError: what `combine` raised, on every rank.
+        CoordinationError: names the ranks that did not answer in time; raised on every rank that did.
+    """
     channel.put(f"{tag}/{channel.rank}", message)
 
-    def collect() -> list[Any]:
+    def collect() -> _Result:
         keys = [f"{tag}/{rank}" for rank in range(channel.world_size)]
         messages = channel.get_many(keys, timeout_seconds=timeout_seconds)
         missing = [rank for rank, found in enumerate(messages) if found is MISSING]
@@ -266,7 +287,7 @@ def gather(channel: Channel, tag: str, message: Any, *, timeout_seconds: float) 
                 f"rank(s) {', '.join(map(str, missing))} did not answer within {timeout_seconds:.0f} s",
                 phase=tag,
             )
-        return messages
+        return combine(messages)
 
     return broadcast(channel, f"{tag}/all", collect, timeout_seconds=timeout_seconds + 10.0)
 

@@ -23,6 +23,7 @@ __all__ = [
     "intersect",
     "shard_box",
     "split_rows",
+    "strided_problem",
     "tiling_problem",
 ]
 
@@ -105,12 +106,13 @@ def shard_box(
 ) -> Box:
     """The box of a tensor that the rank at `coordinate` holds; empty boxes are legal.
 
-    Splits are applied in mesh order, strided ones after the others: the same order in which
-    DTensor derives local shapes.
+    Splits are applied in mesh order; strided ones after the others, the last mesh dimension first. That is
+    what a rank holds when FSDP shards what tensor parallelism has sharded before.
     """
     offsets, sizes = [0] * len(shape), list(shape)
-    order = sorted(range(len(placements)), key=lambda i: placements[i].split_factor > 1)
-    for mesh_dim in order:
+    strided = [i for i, placement in enumerate(placements) if placement.split_factor > 1]
+    others = [i for i, placement in enumerate(placements) if placement.split_factor == 1]
+    for mesh_dim in (*others, *reversed(strided)):
         dim = placements[mesh_dim].dim
         if dim is None:
             continue
@@ -118,6 +120,32 @@ def shard_box(
         offsets[dim] += start
         sizes[dim] = size
     return Box(tuple(offsets), tuple(sizes))
+
+
+def strided_problem(
+    shape: Sequence[int], mesh_shape: Sequence[int], placements: Sequence[Placement]
+) -> str | None:
+    """Why it cannot be known which part a rank holds under strided placements; None when it can. Pure.
+
+    DTensor knows two readings of an uneven strided split: that of `fully_shard`, which `shard_box` follows,
+    and that of `distribute_tensor`. With two mesh dimensions they give some rank another size, so a tensor
+    of the second kind is found by its local shape. With three they may differ in offsets alone.
+    """
+    for mesh_dim, placement in enumerate(placements):
+        if placement.split_factor == 1:
+            continue
+        same = [other for other, found in enumerate(placements) if found.dim == placement.dim]
+        later = [mesh_shape[other] for other in same if other > mesh_dim]
+        if math.prod(later) != placement.split_factor:
+            return (
+                f"{placement} on mesh dimension {mesh_dim} strides over {placement.split_factor} parts, and "
+                f"the later mesh dimensions make {math.prod(later)}"
+            )
+        assert placement.dim is not None, "only sharded placements are strided"
+        size, num_parts = shape[placement.dim], math.prod(mesh_shape[other] for other in same)
+        if sum(parts > 1 for parts in later) > 1 and size % num_parts:
+            return f"dimension {placement.dim} of size {size} is split {len(same)} times, into unequal parts"
+    return None
 
 
 def intersect(a: Box, b: Box) -> Box | None:

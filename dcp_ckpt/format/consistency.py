@@ -27,6 +27,7 @@ def tables_problem(fragment: Fragment) -> str | None:
     """What contradicts itself in a fragment's meshes, tensors, chunks and containers; the field is named."""
     return (
         _meshes_problem(fragment.meshes, fragment.world_size)
+        or _copies_problem(fragment)
         or _tensors_problem(fragment)
         or _aliases_problem(fragment)
         or _chunks_problem(fragment)
@@ -69,6 +70,15 @@ def _meshes_problem(meshes: Sequence[MeshEntry], world_size: int) -> str | None:
         num_ranks = sum(count for _, count in mesh.ranks)
         if num_ranks == 0 or prod(mesh.shape) != num_ranks:
             return f"meshes[{index}].shape: {mesh.shape} is not that of {num_ranks} ranks"
+    return None
+
+
+def _copies_problem(fragment: Fragment) -> str | None:
+    for index, entry in enumerate(fragment.copies):
+        if problem := ranks_problem(entry.ranks, fragment.world_size):
+            return f"copies[{index}].ranks: {problem}"
+        if fragment.rank not in expand_ranks(entry.ranks):
+            return f"copies[{index}].ranks: without rank {fragment.rank} itself"
     return None
 
 

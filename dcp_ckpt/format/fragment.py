@@ -16,6 +16,7 @@ from dcp_ckpt.format.names import AttemptId
 __all__ = [
     "FRAGMENT_FORMAT",
     "ChunkEntry",
+    "CopiesEntry",
     "FileEntry",
     "Fragment",
     "MeshEntry",
@@ -84,12 +85,26 @@ class ChunkEntry:
 
 @dataclass(frozen=True, kw_only=True)
 class ValueEntry:
-    """One typed value (dcp_ckpt.format.values); the container, if any, is in data file 0 of rank 0."""
+    """One typed value (dcp_ckpt.format.values); the container, if any, is in the rank's data file 0.
+
+    Args:
+        join: of a value that other ranks may store a part of: how the parts are put together
+            (dcp_ckpt.format.joining).
+    """
 
     path: list[str]
     value: Any
     container_offset: Count | None = None
     container_bytes: Count | None = None
+    join: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class CopiesEntry:
+    """The digest of what is equal on some ranks and not there on others."""
+
+    ranks: RankRuns
+    digest: Digest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,6 +130,7 @@ class Fragment:
     per_rank: dict[str, ValueEntry]
     replicated: Digest
     aliases: dict[str, list[list[str]]] = field(default_factory=dict)
+    copies: list[CopiesEntry] = field(default_factory=list)
     created_at: str | None = None
     metrics: dict[str, Any] = field(default_factory=dict)
     tags: list[str] = field(default_factory=list)

@@ -14,7 +14,8 @@ from dcp_ckpt.format.consistency import ranks_problem
 from dcp_ckpt.format.digests import digest
 from dcp_ckpt.format.documents import FORMAT_VERSION, decode_document, decoding, encode_json
 from dcp_ckpt.format.fields import Count, Digest, Identity, RankRuns, Version
-from dcp_ckpt.format.fragment import Fragment, decode_fragment
+from dcp_ckpt.format.fragment import CopiesEntry, Fragment, decode_fragment
+from dcp_ckpt.format.joining import common_digest
 from dcp_ckpt.format.names import MANIFEST, AttemptId
 
 __all__ = [
@@ -49,7 +50,12 @@ class FragmentRef:
 
 @dataclass(frozen=True, kw_only=True)
 class FragmentSummary:
-    """What a commit needs to know of one fragment; small enough to send to the coordinator."""
+    """What a commit needs to know of one fragment; small enough to send to the coordinator.
+
+    Args:
+        joined: name -> digest of what all parts have in common, of the values that ranks store in parts.
+        indexes: whether it describes tensors or holds values.
+    """
 
     run_id: Identity
     epoch: Count
@@ -61,6 +67,8 @@ class FragmentSummary:
     ref: FragmentRef
     layout: Digest
     replicated: Digest
+    copies: list[CopiesEntry]
+    joined: dict[str, Digest]
     created_at: str | None
     metrics: dict[str, Any]
     tags: list[str]
@@ -79,6 +87,12 @@ class FragmentSummary:
             ref=ref,
             layout=fragment.layout,
             replicated=fragment.replicated,
+            copies=fragment.copies,
+            joined={
+                name: common_digest(entry)
+                for name, entry in fragment.values.items()
+                if entry.join is not None
+            },
             created_at=fragment.created_at,
             metrics=fragment.metrics,
             tags=fragment.tags,

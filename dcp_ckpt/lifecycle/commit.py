@@ -8,15 +8,23 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from dcp_ckpt.errors import CommitUnknown, SaveFailed, StorageError, StorageExists, StorageTransient
-from dcp_ckpt.format.boxes import Box, tiling_problem
+from dcp_ckpt.errors import (
+    CommitUnknown,
+    CorruptCheckpoint,
+    SaveFailed,
+    StorageError,
+    StorageExists,
+    StorageTransient,
+)
+from dcp_ckpt.format.boxes import Box, expand_ranks, tiling_problem
 from dcp_ckpt.format.epoch import is_tombstone
 from dcp_ckpt.format.fragment import Fragment, TensorEntry, decode_fragment
+from dcp_ckpt.format.joining import join_values
 from dcp_ckpt.format.manifest import FragmentSummary, Manifest, decode_manifest, encode_manifest
 from dcp_ckpt.format.names import MANIFEST, AttemptId, StepDir, fragment_name
 from dcp_ckpt.storage.base import ByteRange, Storage
 
-__all__ = ["check_layouts", "check_summaries", "publish_manifest", "read_fragments"]
+__all__ = ["check_layouts", "check_summaries", "parts_agree", "publish_manifest", "read_fragments"]
 
 _TRIES = 3
 _CONCURRENT_READS = 8
@@ -37,18 +45,47 @@ def check_summaries(summaries: Sequence[FragmentSummary]) -> str | None:
     differing = [summary.rank for summary in summaries if summary.replicated != first.replicated]
     if differing:
         return f"rank(s) {', '.join(map(str, differing))} hold other replicated state than rank 0"
+    return _copies_problem(summaries)
+
+
+def _copies_problem(summaries: Sequence[FragmentSummary]) -> str | None:
+    """Why some ranks do not hold the same where they should."""
+    held: dict[tuple[tuple[int, ...], ...], dict[int, str]] = {}
+    for summary in summaries:
+        for entry in summary.copies:
+            held.setdefault(tuple(map(tuple, entry.ranks)), {})[summary.rank] = entry.digest
+    for runs, digests in held.items():
+        ranks = expand_ranks(runs)
+        differing = [rank for rank in ranks if digests.get(rank) != digests.get(ranks[0])]
+        if differing:
+            shown = ", ".join(map(str, differing))
+            return f"rank(s) {shown} hold other state of their part of the model than rank {ranks[0]}"
     return None
 
 
-def check_layouts(fragments: Iterable[Fragment]) -> str | None:
-    """Why the chunks of all ranks do not make up the tensors exactly, or None when they do. Pure."""
+def parts_agree(summaries: Iterable[FragmentSummary]) -> bool:
+    """Whether values that several ranks store parts of have in common what they must. Pure."""
+    known: dict[str, str] = {}
+    told = (item for summary in summaries for item in summary.joined.items())
+    return all(known.setdefault(name, found) == found for name, found in told)
+
+
+def check_layouts(fragments: Sequence[Fragment]) -> str | None:
+    """Why the tables of all ranks do not make up tensors and values exactly, or None when they do. Pure."""
     tensors: dict[str, TensorEntry] = {}
+    indexed_by: dict[str, int] = {}
     chunks: dict[str, list[Box]] = {}
     for fragment in fragments:
         for entry in fragment.tensors:
             if entry.name in tensors:
-                return f"{entry.name} is described by two ranks that do not share a mesh"
+                first = indexed_by[entry.name]
+                return (
+                    f"{entry.name} is described by rank {first} and by rank {fragment.rank}, which do not "
+                    "share a mesh; MeshRoles says which ranks hold copies of a tensor, and which parts of a "
+                    "model share one"
+                )
             tensors[entry.name] = entry
+            indexed_by[entry.name] = fragment.rank
         for chunk in fragment.chunks:
             chunks.setdefault(chunk.tensor, []).append(chunk.box)
     for name in chunks:
@@ -57,7 +94,14 @@ def check_layouts(fragments: Iterable[Fragment]) -> str | None:
     for name, entry in tensors.items():
         problem = tiling_problem(entry.shape, chunks.get(name, ()))
         if problem:
-            return f"{name}: {problem}; do all ranks save the same model?"
+            return (
+                f"{name}: {problem}; do all ranks save the same model? Where they hold parts of it, "
+                "MeshRoles(pipeline=...) says so"
+            )
+    try:
+        join_values((fragment.rank, fragment.values) for fragment in fragments)
+    except CorruptCheckpoint as error:
+        return error.message
     return None
 
 

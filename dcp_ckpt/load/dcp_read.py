@@ -28,6 +28,7 @@ from dcp_ckpt.format.values import decode_value
 from dcp_ckpt.load.fill import Request, Target, fill_requests
 from dcp_ckpt.load.stock import StockSource
 from dcp_ckpt.load.stored import StoredCheckpoint
+from dcp_ckpt.state.tree import referenced_names
 
 __all__ = ["describe_source", "read_items"]
 
@@ -51,7 +52,11 @@ def describe_source(source: StoredCheckpoint | StockSource) -> Metadata:
         described |= dict.fromkeys(source.metadata.values, BytesStorageMetadata())
         return Metadata(state_dict_metadata=described, planner_data=dict(source.metadata.paths))
     # A value with tensors inside has no form that a stock planner takes.
-    values = [name for name, entry in source.values.items() if entry.container_offset is not None]
+    values = [
+        name
+        for name, entry in source.values.items()
+        if not referenced_names(decode_value(entry.value, path=name))
+    ]
     described |= dict.fromkeys(values, BytesStorageMetadata())
     paths = {name: tuple(entry.path) for name, entry in source.tensors.items()}
     paths |= {name: tuple(source.values[name].path) for name in values}

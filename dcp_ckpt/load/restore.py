@@ -14,10 +14,11 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from dcp_ckpt.coordination import Channel, agree, raise_first
-from dcp_ckpt.errors import CheckpointError, LoadError, StateError
+from dcp_ckpt.errors import CheckpointError, LoadError, StateError, StateMismatch
 from dcp_ckpt.format.boxes import Box
 from dcp_ckpt.format.values import decode_value
 from dcp_ckpt.load.diff import memory_problems, mismatch_error, tensor_problems
+from dcp_ckpt.load.elsewhere import common_to_all
 from dcp_ckpt.load.fill import Target, fill
 from dcp_ckpt.load.flattened import regroup
 from dcp_ckpt.load.source import Origin, Source
@@ -62,6 +63,11 @@ class _Fitted:
     targets: tuple[Targets, ...]
 
     @property
+    def state_names(self) -> tuple[str, ...]:
+        """All tensors and values that are stored."""
+        return (*self.state.tensors, *self.state.values)
+
+    @property
     def tensors(self) -> dict[str, torch.Tensor]:
         return {name: tensor for targets in self.targets for name, tensor in targets.tensors.items()}
 
@@ -97,18 +103,15 @@ def restore(
         return result
 
     fitted = phase("fit", lambda: _fit(open_source, components, channel))
+    left_over = _left_over(fitted, channel, tag=f"{tag}/elsewhere", timeout_seconds=timeout_seconds)
     bytes_read = phase("read", lambda: _fill(fitted, verify=verify, concurrency=concurrency))
     notes = phase("install", lambda: _install(fitted))
-    asked = {name for targets in fitted.targets for name in (*targets.tensors, *targets.values)}
-    aliases = fitted.state.aliases
-    filled = {aliases.get(name, name) for name in asked}
-    stored = (*fitted.state.tensors, *fitted.state.values)
     origin = fitted.source.origin
     unasked = () if verify or not fitted.source.has_digests else ("digests: CheckpointConfig(verify=False)",)
     return Restored(
-        names=tuple(sorted(asked)),
+        names=tuple(sorted(name for name in fitted.state_names if name not in left_over)),
         notes=(*notes, *origin.notes),
-        skipped=tuple(name for name in stored if aliases.get(name, name) not in filled),
+        skipped=tuple(name for name in fitted.state_names if name in left_over),
         bytes_read=bytes_read,
         unverified=(*origin.unverified, *unasked),
         origin=origin,
@@ -131,15 +134,42 @@ def _fit(open_source: Callable[[], Source], make: Components, channel: Channel) 
         problems += tensor_problems(wanted.tensors, state.tensors)
     problems += memory_problems((wanted.tensors for wanted in targets), state.aliases)
     if problems:
-        raise mismatch_error(
-            [_with_reason(problem, source.unreadable) for problem in problems],
-            source.names(),
-            step=state.step,
-            path=f"{source.storage.url}/{source.directory}",
-        )
+        raise _mismatch(problems, source, state)
     return _Fitted(
         source=source, state=state, stored_names=stored_names, components=components, targets=targets
     )
+
+
+def _mismatch(problems: Sequence[Problem], source: Source, state: StoredState) -> StateMismatch:
+    return mismatch_error(
+        [_with_reason(problem, source.unreadable) for problem in problems],
+        source.names(),
+        step=state.step,
+        path=f"{source.storage.url}/{source.directory}",
+    )
+
+
+def _left_over(fitted: _Fitted, channel: Channel, *, tag: str, timeout_seconds: float) -> frozenset[str]:
+    """The stored names that no rank asks for. Blocks where a rank cannot say that by itself.
+
+    Raises:
+        StateMismatch: some of them, or other things that no rank uses, should be used; on all ranks.
+    """
+    aliases = fitted.state.aliases
+    asked = {
+        aliases.get(name, name)
+        for targets in fitted.targets
+        for name in (*targets.tensors, *targets.values)
+    }
+    unasked = {name for name in fitted.state_names if aliases.get(name, name) not in asked}
+    if all(targets.elsewhere is None for targets in fitted.targets):
+        return frozenset(unasked)
+    elsewhere = {problem.key: problem for targets in fitted.targets for problem in targets.elsewhere or ()}
+    common = common_to_all(channel, tag, {*unasked, *elsewhere}, timeout_seconds=timeout_seconds)
+    problems = [elsewhere[key] for key in sorted(common) if key in elsewhere]
+    if problems:
+        raise _mismatch(problems, fitted.source, fitted.state)
+    return common & unasked
 
 
 def _live_values(components: Sequence[Component]) -> list[tuple[Path, Any]]:

@@ -16,6 +16,7 @@ from dcp_ckpt.format.boxes import Box, Mesh, Placement, expand_ranks, intersect,
 from dcp_ckpt.format.consistency import chunk_problem
 from dcp_ckpt.format.epoch import is_tombstone
 from dcp_ckpt.format.fragment import ChunkEntry, Fragment, TensorEntry, ValueEntry
+from dcp_ckpt.format.joining import join_values
 from dcp_ckpt.format.manifest import Manifest, decode_listed_fragment
 from dcp_ckpt.format.names import MANIFEST, StepDir, data_file_name, fragment_name
 from dcp_ckpt.format.stock_metadata import DCP_SAVE_TAG, FlatPath
@@ -51,13 +52,14 @@ class StoredCheckpoint:
         self._meshes: dict[str, Mesh | None] = {}
         self.tensors: dict[str, TensorEntry] = {}
         self.aliases: dict[str, str] = {}
-        self.values: dict[str, ValueEntry] = {}
         self.unreadable: dict[str, str] = {}
         self._metrics = {name: decode_value(value, path=name) for name, value in manifest.metrics.items()}
         index = expand_ranks(manifest.index)
         self._require(index)
         for rank in index:
             self._add_index(self._fragments[rank])
+        self.values = self._joined(index)
+        self._stored_by = {name: rank for rank in index for name in self._fragments[rank].values}
 
     @property
     def flat_paths(self) -> Mapping[str, FlatPath] | None:
@@ -90,9 +92,9 @@ class StoredCheckpoint:
                 for name, entry in self.tensors.items()
             },
             aliases=self.aliases,
-            values=self._decoded(0, self.values),
+            values=self._decoded(self.values, self._stored_by),
             value_paths={name: tuple(entry.path) for name, entry in self.values.items()},
-            per_rank=self._decoded(rank, per_rank),
+            per_rank=self._decoded(per_rank, dict.fromkeys(per_rank, rank)),
             step=manifest.step,
             saved_world_size=0 if DCP_SAVE_TAG in manifest.tags else manifest.world_size,
             rank=rank,
@@ -236,7 +238,13 @@ class StoredCheckpoint:
                 self.tensors[named.name] = named
                 self._meshes[named.name] = None if entry.mesh is None else meshes[entry.mesh]
             self.aliases.update((alias.name, entry.name) for alias in aliases)
-        self.values.update(fragment.values)
+
+    def _joined(self, ranks: Sequence[int]) -> dict[str, ValueEntry]:
+        try:
+            return join_values((rank, self._fragments[rank].values) for rank in ranks)
+        except CorruptCheckpoint as error:
+            error.path = self.directory
+            raise
 
     def _damaged(self, rank: int, problem: str) -> CorruptCheckpoint:
         """What is wrong with the tables of one rank."""
@@ -245,12 +253,15 @@ class StoredCheckpoint:
             f"the fragment is inconsistent: {problem}", rank=rank, phase="read", path=key
         )
 
-    def _decoded(self, rank: int, entries: Mapping[str, ValueEntry]) -> dict[str, object]:
-        """The values of one rank's fragment; damage names it."""
-        try:
-            return {name: decode_value(entry.value, path=name) for name, entry in entries.items()}
-        except CorruptCheckpoint as error:
-            raise self._damaged(rank, error.message) from error
+    def _decoded(self, entries: Mapping[str, ValueEntry], stored_by: Mapping[str, int]) -> dict[str, object]:
+        """Values by name; damage names the fragment of the rank that stored the value."""
+        found = {}
+        for name, entry in entries.items():
+            try:
+                found[name] = decode_value(entry.value, path=name)
+            except CorruptCheckpoint as error:
+                raise self._damaged(stored_by[name], error.message) from error
+        return found
 
     def names(self) -> Iterable[str]:
         """All stored names: tensors, then replicated values."""

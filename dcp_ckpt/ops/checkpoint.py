@@ -24,6 +24,7 @@ from dcp_ckpt.format.fragment import (
     TensorEntry,
     ValueEntry,
 )
+from dcp_ckpt.format.joining import join_values
 from dcp_ckpt.format.manifest import Manifest, decode_listed_fragment, decode_manifest
 from dcp_ckpt.format.names import MANIFEST, data_file_name, fragment_name
 from dcp_ckpt.format.values import decode_value
@@ -155,10 +156,15 @@ class Checkpoint(Closing):
                 found[name] = tuple(map(".".join, paths))
         return found
 
-    @property
+    @cached_property
     def values(self) -> Mapping[str, ValueEntry]:
-        """Replicated values by name, encoded. Reads rank 0's fragment."""
-        return self.fragment(0).values
+        """Replicated values by name, encoded; put together where ranks store parts. Reads what indexes."""
+        ranks = expand_ranks(self.manifest.index)
+        try:
+            return join_values((rank, self.fragment(rank).values) for rank in ranks)
+        except CorruptCheckpoint as error:
+            error.path = error.path or self.directory
+            raise
 
     def mesh(self, key: str) -> MeshEntry | None:
         """The device mesh of a tensor, or None when every rank held it whole.

@@ -122,7 +122,7 @@ class StockCheckpoint(Checkpoint):
         """None: it stores a tied tensor under each of its names."""
         return {}
 
-    @property
+    @cached_property
     def values(self) -> Mapping[str, ValueEntry]:
         """The values that typed JSON can hold, encoded."""
         found: dict[str, ValueEntry] = {}

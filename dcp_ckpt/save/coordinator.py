@@ -23,7 +23,13 @@ from dcp_ckpt.errors import (
 from dcp_ckpt.format.fragment import FileEntry, Fragment, decode_fragment
 from dcp_ckpt.format.manifest import FragmentSummary, Manifest, build_manifest, summarize
 from dcp_ckpt.format.names import AttemptId, StepDir, data_file_name, fragment_name
-from dcp_ckpt.lifecycle.commit import check_layouts, check_summaries, publish_manifest, read_fragments
+from dcp_ckpt.lifecycle.commit import (
+    check_layouts,
+    check_summaries,
+    parts_agree,
+    publish_manifest,
+    read_fragments,
+)
 from dcp_ckpt.lifecycle.epochs import require_newest
 from dcp_ckpt.lifecycle.retract import retract
 from dcp_ckpt.save.deadlines import CONCLUDE_SECONDS, REPORT_SLACK_SECONDS
@@ -182,9 +188,9 @@ class Coordinator:
     def _layout_problem(
         self, directory: StepDir, attempt: AttemptId, summaries: list[FragmentSummary]
     ) -> str | None:
-        """Check whenever the ranks' layouts change that their chunks make up the tensors."""
+        """Check whenever the ranks' layouts change that their tables make up tensors and values."""
         layouts = tuple(summary.layout for summary in summaries)
-        if layouts == self._checked:
+        if layouts == self._checked and parts_agree(summaries):
             return None
         fragments = self._read_fragments(directory, attempt, summaries)
         problem = check_layouts(fragments)

@@ -12,6 +12,7 @@ import time
 
 from dcp_ckpt.errors import CheckpointError, SaveFailed
 from dcp_ckpt.format.fragment import Fragment
+from dcp_ckpt.save.replicas import ReplicaSet
 
 __all__ = ["Handover"]
 
@@ -38,7 +39,7 @@ class Handover:
         self._fence_seconds = 0.0
         self._error: CheckpointError | None = None
         self._fragment: Fragment | None = None
-        self._replicated: dict[str, str] = {}
+        self._replicas: tuple[ReplicaSet, ...] = ()
 
     @property
     def error(self) -> CheckpointError | None:
@@ -51,9 +52,9 @@ class Handover:
         return self._fragment
 
     @property
-    def replicated(self) -> dict[str, str]:
-        """Name -> digest of what must be equal on all ranks; empty before the end and after a failure."""
-        return self._replicated
+    def replicas(self) -> tuple[ReplicaSet, ...]:
+        """What must be equal on several ranks; empty before the end and after a failure."""
+        return self._replicas
 
     @property
     def fence_seconds(self) -> float:
@@ -79,11 +80,11 @@ class Handover:
             self._condition.notify_all()
             return True
 
-    def finish(self, fragment: Fragment, replicated: dict[str, str]) -> None:
+    def finish(self, fragment: Fragment, replicas: tuple[ReplicaSet, ...]) -> None:
         """The writer has the bytes."""
         with self._condition:
             if not self._ended:
-                self._fragment, self._replicated = fragment, replicated
+                self._fragment, self._replicas = fragment, replicas
                 self._end()
 
     def fail(self, error: CheckpointError) -> None:

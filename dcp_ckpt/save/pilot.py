@@ -16,10 +16,9 @@ from functools import partial
 
 from dcp_ckpt.coordination import Channel, error_fields, error_from_fields
 from dcp_ckpt.errors import CheckpointError, CoordinationError, SaveFailed
-from dcp_ckpt.format.digests import digest
-from dcp_ckpt.format.documents import encode_json
 from dcp_ckpt.format.manifest import FragmentSummary
 from dcp_ckpt.format.names import AttemptId, StepDir
+from dcp_ckpt.save.comparison import Comparison
 from dcp_ckpt.save.coordinator import Coordinator
 from dcp_ckpt.save.deadlines import CONCLUDE_SECONDS, REPORT_SLACK_SECONDS
 from dcp_ckpt.save.handle import CheckpointInfo, SaveHandle
@@ -84,6 +83,7 @@ class Pilot:
         self._after_commit = after_commit
         self._patience_seconds = timeout_seconds + REPORT_SLACK_SECONDS + CONCLUDE_SECONDS
         self._forgotten = 0
+        self._comparison = Comparison(channel)
         self.durable_seconds: float | None = None
         self._flights: queue.SimpleQueue[Flight | None] = queue.SimpleQueue()
         self._closed = False
@@ -118,16 +118,16 @@ class Pilot:
 
     def _fly(self, flight: Flight) -> None:
         flight.handover.wait()
-        if self._channel.rank == 0:
-            replicated = flight.handover.replicated
-            combined = digest(encode_json(replicated))
-            self._channel.put(flight.keys.replicated, {"digest": combined, "names": replicated})
+        self._comparison.tell(flight.keys, flight.handover.replicas, failed=flight.handover.error is not None)
         report = self._report(flight)
         self._channel.put(flight.keys.report(self._channel.rank), to_message(report))
         if self._coordinator is None:
             # Rank 0 decides by its own deadline at the latest, and then has to act on storage. Its death is
             # noticed at once, so the patience here costs nothing.
-            self._resolve(flight, self._await_verdict(flight, flight.deadline + self._patience_seconds))
+            verdict = self._await_verdict(flight, flight.deadline + self._patience_seconds)
+            if verdict.outcome == "committed":
+                self._comparison.forget(before=flight.keys.call)
+            self._resolve(flight, verdict)
             return
         verdict = self._coordinator.conclude(
             flight.keys,
@@ -149,6 +149,7 @@ class Pilot:
         for call in range(self._forgotten + 1, before):
             self._channel.forget(SaveKeys(call).all(self._channel.world_size))
         self._forgotten = before - 1
+        self._comparison.forget(before=before)
 
     def _report(self, flight: Flight) -> Report:
         """What this rank has to say: its fragment is durable, or why it is not."""
@@ -162,7 +163,9 @@ class Pilot:
             if flight.handover.error is not None:
                 raise flight.handover.error
             assert flight.handover.fragment is not None, "handed over, or failed with an error"
-            self._require_same_replicas(flight)
+            self._comparison.require_same(
+                flight.keys, flight.handover.replicas, step=flight.step, deadline=flight.deadline
+            )
             return Report(summary=FragmentSummary.of(flight.handover.fragment, ref))
         except CheckpointError as error:
             error.rank = rank if error.rank is None else error.rank
@@ -174,28 +177,6 @@ class Pilot:
             "the save of step %d does not move: rank %d, attempt %s, %s: %s; nothing for %.0f s",
             flight.step, self._channel.rank, flight.attempt, flight.path, describe(progress), seconds,
         )  # fmt: skip
-
-    def _require_same_replicas(self, flight: Flight) -> None:
-        """Compare what must be equal with rank 0, and name what differs."""
-        if self._channel.rank == 0:
-            return
-        left = flight.deadline - time.monotonic()
-        try:
-            message = self._channel.get(flight.keys.replicated, timeout_seconds=left)
-        except TimeoutError as error:
-            raise CoordinationError("rank 0 did not stage this save in time", phase="write") from error
-        ours, theirs = flight.handover.replicated, message["names"]
-        if message["digest"] == digest(encode_json(ours)):
-            return
-        names = sorted(name for name in {*theirs, *ours} if theirs.get(name) != ours.get(name))
-        shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-        raise SaveFailed(
-            f"state that must be equal on all ranks differs from rank 0's: {shown}; "
-            "if it belongs to each rank, pass it as per_rank",
-            rank=self._channel.rank,
-            step=flight.step,
-            phase="stage",
-        )
 
     def _await_verdict(self, flight: Flight, deadline: float) -> Verdict:
         try:

@@ -54,10 +54,17 @@ class OwnedBox:
 
 @dataclass(frozen=True, kw_only=True)
 class Ownership:
-    """What one rank writes, and for each tensor which ranks may hold chunks of it."""
+    """What one rank writes.
+
+    Args:
+        owned: the boxes.
+        owners: for each tensor, the ranks that may hold chunks of it.
+        groups: for each tensor, the ranks that hold the same box of it as this one.
+    """
 
     owned: tuple[OwnedBox, ...]
     owners: tuple[tuple[int, ...], ...]
+    groups: tuple[tuple[int, ...], ...]
 
 
 def assign_owners(specs: Sequence[TensorSpec], *, rank: int, world_size: int) -> Ownership:
@@ -70,6 +77,7 @@ def assign_owners(specs: Sequence[TensorSpec], *, rank: int, world_size: int) ->
     """
     owned: list[OwnedBox] = []
     owners: list[tuple[int, ...]] = []
+    groups: list[tuple[int, ...]] = []
     loads: dict[tuple[int, ...], dict[int, int]] = {}
     for index, spec in enumerate(specs):
         held, group, candidates = _held_box(spec, rank, world_size)
@@ -84,7 +92,8 @@ def assign_owners(specs: Sequence[TensorSpec], *, rank: int, world_size: int) ->
                     OwnedBox(tensor=index, box=part, local=_relative(part, held), is_part=part != held)
                 )
         owners.append(tuple(sorted(writers)) if candidates == group else candidates)
-    return Ownership(owned=tuple(owned), owners=tuple(owners))
+        groups.append(group)
+    return Ownership(owned=tuple(owned), owners=tuple(owners), groups=tuple(groups))
 
 
 def _held_box(spec: TensorSpec, rank: int, world_size: int) -> tuple[Box, tuple[int, ...], tuple[int, ...]]:

@@ -8,16 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 
 import torch
 
 from dcp_ckpt.errors import StateError
-from dcp_ckpt.format.boxes import Mesh, compress_ranks
+from dcp_ckpt.format.boxes import Mesh, Placement, compress_ranks
 from dcp_ckpt.format.fragment import ChunkEntry, MeshEntry, TensorEntry, layout_digest
 from dcp_ckpt.save.arena import Arena
 from dcp_ckpt.save.describe import describe
 from dcp_ckpt.save.layout import FileLayout, PlacedChunk, plan_file
 from dcp_ckpt.save.placement import Ownership, TensorSpec, assign_owners
+from dcp_ckpt.state.component import Captured, Path
+from dcp_ckpt.state.mesh_roles import Holders
 
 __all__ = ["LayoutKey", "SavePlan", "layout_key", "make_plan"]
 
@@ -33,7 +36,8 @@ class SavePlan:
         sources: for each owned chunk: index of its tensor, and the local part to copy (None: all of it).
         dtypes: for each owned chunk.
         layout: where each owned chunk lies in the file.
-        replicated: indices of the tensors that every rank holds whole.
+        replicas: for the tensors of which this rank compares a sample with others: which ranks hold the same,
+            in order; none for all ranks.
         meshes, tensors, chunks, digest: the fragment's tables and their digest.
     """
 
@@ -41,7 +45,7 @@ class SavePlan:
     sources: tuple[tuple[int, tuple[slice, ...] | None], ...]
     dtypes: tuple[torch.dtype, ...]
     layout: FileLayout
-    replicated: tuple[int, ...]
+    replicas: Mapping[int, tuple[int, ...]]
     meshes: list[MeshEntry]
     tensors: list[TensorEntry]
     chunks: list[ChunkEntry]
@@ -57,7 +61,7 @@ class SavePlan:
         return views
 
 
-def layout_key(tensors: Mapping[tuple[str, ...], torch.Tensor]) -> LayoutKey:
+def layout_key(captured: Captured) -> LayoutKey:
     """Equal for two states exactly when one plan serves both; cheap, computed at every save."""
     return tuple(
         (
@@ -66,13 +70,14 @@ def layout_key(tensors: Mapping[tuple[str, ...], torch.Tensor]) -> LayoutKey:
             tensor.shape,
             getattr(tensor, "placements", None),
             getattr(tensor, "device_mesh", None),
+            captured.holders.get(path),
         )
-        for path, tensor in tensors.items()
+        for path, tensor in captured.tensors.items()
     )
 
 
 def make_plan(
-    tensors: Mapping[tuple[str, ...], torch.Tensor],
+    captured: Captured,
     *,
     rank: int,
     world_size: int,
@@ -81,7 +86,7 @@ def make_plan(
     """Plan the saves of one layout.
 
     Args:
-        tensors: live tensors, sorted by path.
+        captured: live tensors, sorted by path, and their holders.
         rank: this rank within the group that saves.
         world_size: its size.
         global_ranks: the group's ranks as device meshes number them, in group order.
@@ -89,7 +94,9 @@ def make_plan(
     Raises:
         StateError: a tensor cannot be stored, or two have the same name.
     """
-    specs = [_in_group_ranks(spec, global_ranks) for spec in describe(tensors)]
+    described = describe(captured.tensors)
+    spread = _with_copies(described, captured.holders, own=global_ranks[rank], world_size=world_size)
+    specs = [_in_group_ranks(spec, global_ranks) for spec in spread]
     names = tuple(".".join(spec.path) for spec in specs)
     _refuse_collisions(specs, names)
     ownership = assign_owners(specs, rank=rank, world_size=world_size)
@@ -112,7 +119,12 @@ def make_plan(
         sources=tuple((chunk.owned.tensor, _local_slices(chunk)) for chunk in layout.chunks),
         dtypes=tuple(getattr(torch, specs[chunk.owned.tensor].dtype) for chunk in layout.chunks),
         layout=layout,
-        replicated=tuple(i for i, spec in enumerate(specs) if spec.mesh is None),
+        replicas={
+            index: () if specs[index].mesh is None else tuple(sorted(group))
+            for index, group in enumerate(ownership.groups)
+            # DTensor keeps its own replicas equal.
+            if len(group) > 1 and (described[index].mesh is None or spread[index] is not described[index])
+        },
         meshes=meshes,
         tensors=entries,
         chunks=chunks,
@@ -130,6 +142,35 @@ def _local_slices(chunk: PlacedChunk) -> tuple[slice, ...] | None:
     )
 
 
+def _with_copies(
+    specs: Sequence[TensorSpec], holders: Mapping[Path, Holders], *, own: int, world_size: int
+) -> list[TensorSpec]:
+    """The tensors on the meshes of all ranks that hold them or copies of them; ranks are global ones."""
+    known: dict[tuple[Holders, tuple[int, ...]], tuple[tuple[int, ...], ...]] = {}
+    found = []
+    for spec in specs:
+        held_by = holders.get(spec.path)
+        if held_by is None:
+            found.append(spec)
+            continue
+        shape, ranks = ((), (own,)) if spec.mesh is None else (spec.mesh.shape, spec.mesh.ranks)
+        if (held_by, ranks) not in known:
+            known[held_by, ranks] = held_by.copies(ranks)
+        copies = known[held_by, ranks]
+        if len(copies) == (world_size if spec.mesh is None else 1):
+            found.append(spec)
+            continue
+        found.append(
+            replace(
+                spec,
+                mesh=Mesh((len(copies), *shape), tuple(chain.from_iterable(copies))),
+                dim_names=("copies", *spec.dim_names) if len(spec.dim_names) == len(shape) else (),
+                placements=(Placement(), *spec.placements),
+            )
+        )
+    return found
+
+
 def _in_group_ranks(spec: TensorSpec, global_ranks: Sequence[int]) -> TensorSpec:
     """Number the mesh's ranks as the saving group does."""
     if spec.mesh is None:
@@ -140,7 +181,8 @@ def _in_group_ranks(spec: TensorSpec, global_ranks: Sequence[int]) -> TensorSpec
         raise StateError(
             f"{'.'.join(spec.path)} is sharded over rank(s) {outside} outside of the process group that saves"
         )
-    return replace(spec, mesh=Mesh(spec.mesh.shape, tuple(position[rank] for rank in spec.mesh.ranks)))
+    mesh = Mesh(spec.mesh.shape, tuple(position[rank] for rank in spec.mesh.ranks))
+    return replace(spec, mesh=mesh)
 
 
 def _refuse_collisions(specs: Sequence[TensorSpec], names: Sequence[str]) -> None:

@@ -66,19 +66,19 @@ class SaveKeys:
         return f"save/{self.call}/record"
 
     @property
-    def replicated(self) -> str:
-        return f"save/{self.call}/replicated"
-
-    @property
     def verdict(self) -> str:
         return f"save/{self.call}/verdict"
 
     def report(self, rank: int) -> str:
         return f"save/{self.call}/report/{rank}"
 
+    def replicas(self, rank: int) -> str:
+        """What others compare theirs with; of rank 0, and of the ranks that lead a pipeline stage."""
+        return f"save/{self.call}/replicas/{rank}"
+
     def all(self, world_size: int) -> list[str]:
-        """Every key of this call."""
-        return [self.record, self.replicated, self.verdict, *map(self.report, range(world_size))]
+        """Every key of this call that rank 0 frees."""
+        return [self.record, self.verdict, *map(self.report, range(world_size))]
 
 
 def to_message(document: Record | Report | Verdict) -> dict[str, Any]:

@@ -1,12 +1,14 @@
-"""What ranks compare to see that state which must be equal on all of them is: one digest per name.
+"""What ranks compare to see that state which must be equal on some of them is: one digest per name.
 
-Values are compared whole, tensors by their first elements. Called by staging; the pilot compares.
+Values are compared whole, tensors by their first elements. Called by staging; the pilot lets ranks compare.
 """
 
 from __future__ import annotations
 
 import ctypes
 from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -15,10 +17,32 @@ from dcp_ckpt.format.digests import digest
 from dcp_ckpt.format.documents import encode_json
 from dcp_ckpt.state.component import Path
 
-__all__ = ["replica_digests", "sample_of"]
+__all__ = ["ReplicaSet", "replica_sets", "sample_of"]
 
 _SAMPLE_ELEMENTS = 64
 """How much of every unsharded tensor is compared between ranks: enough to see replicas that drifted apart."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReplicaSet:
+    """What is equal on some ranks, as one of them has it.
+
+    Args:
+        ranks: in order; none for all ranks.
+        digests: by name.
+    """
+
+    ranks: tuple[int, ...]
+    digests: Mapping[str, str]
+
+    @property
+    def leader(self) -> int:
+        """With whom the others compare."""
+        return self.ranks[0] if self.ranks else 0
+
+    @cached_property
+    def digest(self) -> str:
+        return digest(encode_json(self.digests))
 
 
 def sample_of(tensor: torch.Tensor) -> bytes:
@@ -30,11 +54,25 @@ def sample_of(tensor: torch.Tensor) -> bytes:
     return encode_json(kind) + data
 
 
-def replica_digests(values: Mapping[Path, Any], samples: Mapping[str, bytes]) -> dict[str, str]:
-    """Name -> digest, of encoded values by path and of samples by name."""
-    digests = {".".join(path): digest(encode_json(value)) for path, value in values.items()}
-    digests.update((name, digest(sample)) for name, sample in samples.items())
-    return digests
+def replica_sets(
+    values: Mapping[Path, Any], samples: Mapping[str, bytes], held_by: Mapping[str, tuple[int, ...]]
+) -> tuple[ReplicaSet, ...]:
+    """What this rank has to compare, by the ranks that hold it: first what all ranks hold.
+
+    Args:
+        values: encoded, by path.
+        samples: of tensors that other ranks hold, too, by name.
+        held_by: name -> ranks, of what not all ranks hold; what one rank holds alone is left out.
+    """
+    found: dict[tuple[int, ...], dict[str, str]] = {(): {}}
+    for path, value in values.items():
+        name = ".".join(path)
+        ranks = held_by.get(name, ())
+        if len(ranks) != 1:
+            found.setdefault(ranks, {})[name] = digest(encode_json(value))
+    for name, sample in samples.items():
+        found.setdefault(held_by.get(name, ()), {})[name] = digest(sample)
+    return tuple(ReplicaSet(ranks=ranks, digests=digests) for ranks, digests in found.items())
 
 
 def _first_elements(tensor: torch.Tensor) -> torch.Tensor:

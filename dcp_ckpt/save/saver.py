@@ -17,10 +17,9 @@ from typing import Any
 from dcp_ckpt.config import CheckpointConfig
 from dcp_ckpt.coordination import Channel, as_checkpoint_error, error_fields, error_from_fields
 from dcp_ckpt.errors import CheckpointError, CoordinationError, Fenced
-from dcp_ckpt.format.digests import digest
-from dcp_ckpt.format.documents import encode_json
+from dcp_ckpt.format.boxes import compress_ranks
 from dcp_ckpt.format.epoch import EpochClaim
-from dcp_ckpt.format.fragment import Fragment
+from dcp_ckpt.format.fragment import CopiesEntry, Fragment
 from dcp_ckpt.format.names import AttemptId, StepDir
 from dcp_ckpt.format.values import encode_value
 from dcp_ckpt.lifecycle.epochs import utc_now
@@ -31,6 +30,7 @@ from dcp_ckpt.save.handle import SaveHandle
 from dcp_ckpt.save.handover import Handover
 from dcp_ckpt.save.pilot import Flight, Pilot
 from dcp_ckpt.save.record import Record, SaveKeys, from_message, to_message
+from dcp_ckpt.save.replicas import ReplicaSet
 from dcp_ckpt.save.space import Space
 from dcp_ckpt.save.staging import Staged, Stager, capture
 from dcp_ckpt.save.step_policy import StepPolicy
@@ -309,8 +309,8 @@ class Saver:
             late_samples = staged.rest.run(flight.handover.go_on)
             if not flight.handover.mark_copied():
                 return
-            replicated = staged.replicated(late_samples)
-            fragment = self._fragment(flight, staged, replicated)
+            replicas = staged.replicas(late_samples)
+            fragment = self._fragment(flight, staged, replicas)
             job = WriteJob(
                 storage_url=self._url,
                 directory=str(flight.directory),
@@ -320,15 +320,16 @@ class Saver:
             )
             self._link.submit(job, staged.arena.descriptor)
             flight.handle.mark_staged()
-            flight.handover.finish(fragment, replicated)
+            flight.handover.finish(fragment, replicas)
         except BaseException as error:
             log.debug("staging of step %d failed", flight.step, exc_info=True)
             flight.handover.fail(as_checkpoint_error(error, rank=self._channel.rank))
             if not isinstance(error, Exception):
                 raise
 
-    def _fragment(self, flight: Flight, staged: Staged, replicated: Mapping[str, str]) -> Fragment:
+    def _fragment(self, flight: Flight, staged: Staged, replicas: Sequence[ReplicaSet]) -> Fragment:
         coordinates = self._channel.rank == 0
+        of_all, *of_some = replicas
         return Fragment(
             run_id=self._claim.run_id,
             epoch=self._claim.epoch,
@@ -345,7 +346,8 @@ class Saver:
             aliases=staged.indexed_aliases,
             values=staged.values,
             per_rank=staged.per_rank,
-            replicated=digest(encode_json(replicated)),
+            replicated=of_all.digest,
+            copies=[CopiesEntry(ranks=compress_ranks(one.ranks), digest=one.digest) for one in of_some],
             created_at=flight.created_at if coordinates else None,
             metrics=_encoded_metrics(flight.metrics) if coordinates else {},
             tags=list(flight.tags) if coordinates else [],

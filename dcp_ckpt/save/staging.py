@@ -7,7 +7,7 @@ is now; what it returns shares memory with it only in the copies that are left f
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -16,13 +16,15 @@ import torch
 from dcp_ckpt.errors import StateError
 from dcp_ckpt.format.containers import SLAB_ALIGNMENT_BYTES, value_container
 from dcp_ckpt.format.fragment import FileEntry, ValueEntry
+from dcp_ckpt.format.joining import EQUAL
 from dcp_ckpt.save.arena import Arena, arena_bytes
 from dcp_ckpt.save.late_copy import LateCopy, LateTensor, can_be_late
 from dcp_ckpt.save.layout import SEGMENT_BYTES, round_up
 from dcp_ckpt.save.memory import require_memory
 from dcp_ckpt.save.plan import LayoutKey, SavePlan, layout_key, make_plan
-from dcp_ckpt.save.replicas import replica_digests, sample_of
+from dcp_ckpt.save.replicas import ReplicaSet, replica_sets, sample_of
 from dcp_ckpt.state.component import Captured, Component, Path
+from dcp_ckpt.state.mesh_roles import Holders
 from dcp_ckpt.state.placements import local_tensor
 from dcp_ckpt.state.tensors import once_each
 
@@ -39,10 +41,11 @@ class Staged:
         rest: the copies that are left to do.
         file_bytes: size of the data file; 0 when this rank writes none.
         aliases: the other paths of tensors that were found under several.
-        values: replicated values with the place of their containers; rank 0 only.
+        values: those that this rank stores, with the place of their containers.
         per_rank: values of this rank.
-        equal_values: replicated values by path, encoded.
-        samples: by name, of the tensors that every rank holds whole; without those in `rest`.
+        equal_values: values by path, encoded, that other ranks have, too.
+        samples: by name, of the tensors that other ranks hold, too; without those in `rest`.
+        held_by: name -> ranks, of the values and samples that not all ranks have.
     """
 
     plan: SavePlan
@@ -54,15 +57,19 @@ class Staged:
     per_rank: dict[str, ValueEntry]
     equal_values: Mapping[Path, Any]
     samples: dict[str, bytes]
+    held_by: Mapping[str, tuple[int, ...]]
 
-    def replicated(self, late_samples: Mapping[str, bytes]) -> dict[str, str]:
-        """Name -> digest of all that must be equal on all ranks; `late_samples` are those of `rest`."""
-        samples = {**self.samples, **late_samples}
+    def replicas(self, late_samples: Mapping[str, bytes]) -> tuple[ReplicaSet, ...]:
+        """All that must be equal on several ranks; `late_samples` are those of `rest`."""
+        samples, held_by = {**self.samples, **late_samples}, dict(self.held_by)
         # By all its names, so that a key that only one rank has is found.
         for path, others in self.aliases.items():
-            if (sample := samples.get(".".join(path))) is not None:
-                samples.update((".".join(other), sample) for other in others)
-        return replica_digests(self.equal_values, samples)
+            name, names = ".".join(path), [".".join(other) for other in others]
+            if name in samples:
+                samples.update(dict.fromkeys(names, samples[name]))
+            if name in held_by:
+                held_by.update(dict.fromkeys(names, held_by[name]))
+        return replica_sets(self.equal_values, samples, held_by)
 
     @property
     def indexed_aliases(self) -> dict[str, list[list[str]]]:
@@ -113,6 +120,8 @@ def capture(components: Sequence[Component]) -> Captured:
     stock: dict[Path, Any] = {}
     optimizers: list[torch.optim.Optimizer] = []
     step_writes: set[int] = set()
+    holders: dict[Path, Holders] = {}
+    joins: dict[Path, str] = {}
     for component in components:
         captured = component.capture()
         tensors.update(captured.tensors)
@@ -121,6 +130,8 @@ def capture(components: Sequence[Component]) -> Captured:
         stock.update(captured.stock)
         optimizers += captured.optimizers
         step_writes |= captured.step_writes
+        holders.update(captured.holders)
+        joins.update(captured.joins)
     tensors, aliases = once_each(tensors)
     return Captured(
         tensors=dict(sorted(tensors.items())),
@@ -130,6 +141,8 @@ def capture(components: Sequence[Component]) -> Captured:
         stock=stock,
         optimizers=tuple(optimizers),
         step_writes=frozenset(step_writes),
+        holders=holders,
+        joins=joins,
     )
 
 
@@ -142,6 +155,8 @@ class Stager:
         self._global_ranks = tuple(global_ranks)
         self._bound: _Bound | None = None
         self._planned: tuple[LayoutKey, SavePlan] | None = None
+        self._positions = {global_rank: position for position, global_rank in enumerate(global_ranks)}
+        self._ranks_of: dict[Holders, tuple[int, ...]] = {}
 
     def measure(self, captured: Captured) -> Size:
         """What `stage` will take for this state. Copies and allocates nothing.
@@ -202,7 +217,7 @@ class Stager:
         if early:
             views, sources = zip(*early, strict=True)
             torch._foreach_copy_(views, sources)
-        sampled = [] if self._world_size == 1 else [i for i in bound.plan.replicated if not is_late[i]]
+        sampled = [] if self._world_size == 1 else [i for i in bound.plan.replicas if not is_late[i]]
         values, file_bytes = self._lay_values(captured, bound, containers)
         return Staged(
             plan=bound.plan,
@@ -214,6 +229,8 @@ class Stager:
             per_rank=_entries(captured.per_rank),
             equal_values=captured.values if self._world_size > 1 else {},
             samples={bound.plan.names[index]: sample_of(locals_[index]) for index in sampled},
+            held_by={bound.plan.names[index]: ranks for index, ranks in bound.plan.replicas.items()}
+            | {".".join(path): ranks for path, ranks in self._value_ranks(captured).items()},
         )
 
     def _rest(
@@ -226,7 +243,7 @@ class Stager:
         parts: dict[int, list[tuple[tuple[slice, ...] | None, torch.Tensor]]] = {}
         for view, (index, part) in zip(bound.views, bound.plan.sources, strict=True):
             parts.setdefault(index, []).append((part, view))
-        sampled = frozenset(bound.plan.replicated if self._world_size > 1 else ())
+        sampled = frozenset(bound.plan.replicas if self._world_size > 1 else ())
         return LateCopy(
             [
                 LateTensor(
@@ -250,10 +267,10 @@ class Stager:
 
     def _plan(self, captured: Captured) -> SavePlan:
         """The plan of this layout; the newest one is kept."""
-        key = layout_key(captured.tensors)
+        key = layout_key(captured)
         if self._planned is None or self._planned[0] != key:
             plan = make_plan(
-                captured.tensors,
+                captured,
                 rank=self._rank,
                 world_size=self._world_size,
                 global_ranks=self._global_ranks,
@@ -285,30 +302,61 @@ class Stager:
         self._bound = _Bound(plan, arena, plan.lay_out(arena))
         return self._bound
 
+    def _value_ranks(self, captured: Captured) -> dict[Path, tuple[int, ...]]:
+        """The ranks that hold each of the values which not all ranks hold, in order."""
+        found = {}
+        for path in captured.values:
+            if (held_by := captured.holders.get(path)) is None:
+                continue
+            if held_by not in self._ranks_of:
+                self._ranks_of[held_by] = self._holding(held_by)
+            if len(self._ranks_of[held_by]) < self._world_size:
+                found[path] = self._ranks_of[held_by]
+        return found
+
+    def _holding(self, held_by: Holders) -> tuple[int, ...]:
+        """The ranks of the saving group that hold what this rank holds whole, in order."""
+        ranks = [rank for (rank,) in held_by.copies((self._global_ranks[self._rank],))]
+        outside = [rank for rank in ranks if rank not in self._positions]
+        if outside:
+            raise StateError(
+                f"the mesh of MeshRoles holds rank(s) {outside} outside of the process group that saves"
+            )
+        return tuple(sorted(self._positions[rank] for rank in ranks))
+
+    def _stored_values(self, captured: Captured) -> dict[Path, ValueEntry]:
+        """The values that this rank stores: the lowest of those that hold them does."""
+        ranks = self._value_ranks(captured)
+        return {
+            path: ValueEntry(
+                path=list(path), value=value, join=captured.joins.get(path, EQUAL) if path in ranks else None
+            )
+            for path, value in captured.values.items()
+            if self._rank == (ranks[path][0] if path in ranks else 0)
+        }
+
     def _value_containers(self, captured: Captured) -> dict[Path, bytes]:
+        """For stock readers, on rank 0: what it stores whole."""
         if self._rank != 0:
             return {}
-        return {path: value_container(value) for path, value in captured.stock.items()}
+        return {
+            path: value_container(captured.stock[path])
+            for path, entry in self._stored_values(captured).items()
+            if path in captured.stock and entry.join in (None, EQUAL)
+        }
 
     def _lay_values(
         self, captured: Captured, bound: _Bound, containers: Mapping[Path, bytes]
     ) -> tuple[dict[str, ValueEntry], int]:
         position = bound.plan.layout.tensor_bytes
-        if self._rank != 0:
-            return {}, position
-        entries = _entries(captured.values)
+        entries = self._stored_values(captured)
         for path, data in containers.items():
             bound.arena.write(position, data)
-            entries[".".join(path)] = ValueEntry(
-                path=list(path),
-                value=captured.values[path],
-                container_offset=position,
-                container_bytes=len(data),
-            )
+            entries[path] = replace(entries[path], container_offset=position, container_bytes=len(data))
             position = round_up(position + len(data), SLAB_ALIGNMENT_BYTES)
         end = round_up(position, SEGMENT_BYTES)
         bound.arena.write(position, bytes(end - position))
-        return entries, end
+        return {".".join(path): entry for path, entry in entries.items()}, end
 
 
 def _value_bytes(containers: Mapping[Path, bytes]) -> int:

@@ -6,7 +6,9 @@ from dcp_ckpt.state.component import Captured, Component, Path, Problem, StoredS
 from dcp_ckpt.state.data import ElasticSampler
 from dcp_ckpt.state.mesh_roles import MeshRoles
 from dcp_ckpt.state.model import ModelComponent
+from dcp_ckpt.state.model_parts import ModelParts
 from dcp_ckpt.state.optimizer import OptimizerComponent
+from dcp_ckpt.state.part import PartComponent
 from dcp_ckpt.state.rng import RngComponent
 from dcp_ckpt.state.stateful import DictComponent, PerRankComponent, Stateful, StatefulComponent
 from dcp_ckpt.state.train_state import TrainState, components_of
@@ -18,7 +20,9 @@ __all__ = [
     "ElasticSampler",
     "MeshRoles",
     "ModelComponent",
+    "ModelParts",
     "OptimizerComponent",
+    "PartComponent",
     "Path",
     "PerRankComponent",
     "Problem",

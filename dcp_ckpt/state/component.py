@@ -13,6 +13,8 @@ from typing import Any, Protocol
 
 import torch
 
+from dcp_ckpt.state.mesh_roles import Holders
+
 __all__ = ["Captured", "Component", "Path", "Problem", "StoredState", "StoredTensor", "Targets"]
 
 Path = tuple[str, ...]
@@ -33,6 +35,10 @@ class Captured:
         optimizers: those whose `step()` can be held until a copy is done.
         step_writes: `id()` of the live tensors that nothing but the `step()` of one of `optimizers` writes,
             of whichever component: they may be copied after `save()` has returned.
+        holders: of the tensors and values that belong to a part of the model; all others are the same on all
+            ranks.
+        joins: of values that may be stored in parts, each by the ranks that have it: how the parts are put
+            together (`dcp_ckpt.format.joining`).
     """
 
     tensors: Mapping[Path, torch.Tensor] = field(default_factory=dict)
@@ -42,6 +48,8 @@ class Captured:
     aliases: Mapping[Path, tuple[Path, ...]] = field(default_factory=dict)
     optimizers: tuple[torch.optim.Optimizer, ...] = ()
     step_writes: frozenset[int] = frozenset()
+    holders: Mapping[Path, Holders] = field(default_factory=dict)
+    joins: Mapping[Path, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,11 +111,14 @@ class Targets:
             Shape and dtype are compared with what is stored by the caller.
         values: names of the stored values that `install` will use.
         problems: what does not fit, other than shape and dtype of `tensors`.
+        elsewhere: what does not fit unless it is another rank's: of a part of the model that is not held
+            here. None where every rank judges for itself.
     """
 
     tensors: Mapping[str, torch.Tensor] = field(default_factory=dict)
     values: frozenset[str] = frozenset()
     problems: tuple[Problem, ...] = ()
+    elsewhere: tuple[Problem, ...] | None = None
 
 
 class Component(Protocol):

@@ -22,7 +22,7 @@ from dcp_ckpt.state.tensors import (
     unsuitable,
     writable_like,
 )
-from dcp_ckpt.state.tree import StateCollector, join_path, names_under, rebuild, tree_targets
+from dcp_ckpt.state.tree import StateCollector, join_path, rebuild, stored_under, tree_targets
 
 __all__ = ["ModelComponent", "parameter_names"]
 
@@ -97,7 +97,7 @@ class ModelComponent:
         known.update(tensors, values)
         problems += [
             Problem(kind="unexpected", key=name, detail="the checkpoint has it, the model does not")
-            for name in names_under((*stored.tensors, *stored.values), self._prefix)
+            for name in stored_under(stored, self._prefix)
             if name not in known
         ]
         return Targets(tensors=tensors, values=frozenset(values), problems=tuple(problems))
@@ -130,7 +130,7 @@ class ModelComponent:
         for names, module in self._names.extra_states():
             for name in names:
                 path = (*self._prefix, name)
-                below = names_under((*targets.values, *targets.tensors), path)
+                below = stored_under(stored, path, (*targets.values, *targets.tensors))
                 if below:
                     module.set_extra_state(rebuild(stored, targets, below, depth=len(path)))
                     break

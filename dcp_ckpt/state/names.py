@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from dcp_ckpt.errors import StateError
+from dcp_ckpt.state.model_parts import ModelParts
 
 __all__ = ["ModuleNames", "NamedTensor"]
 
@@ -113,8 +114,8 @@ class ModuleNames:
             key = id(tensor)
             if owners.setdefault(name, key) != key:
                 raise StateError(
-                    f"two tensors of the model have the name {name!r} once wrappers are left out; "
-                    "rename one of them"
+                    f"two tensors of the model have the name {name!r} once wrappers are left out and parts "
+                    "put together; rename one of them"
                 )
             live[key] = tensor
             names.setdefault(key, []).append(name)
@@ -181,6 +182,8 @@ def _walk(
     visit = _Visit.of(module)
     yield prefix, visit
     hidden = {attribute for kind, attribute in wrappers if isinstance(module, kind)}
+    if isinstance(module, ModelParts):
+        hidden = set(module._modules)
     ancestors = (*ancestors, module)
     for name, child in visit.children:
         if child is None or any(child is ancestor for ancestor in ancestors):

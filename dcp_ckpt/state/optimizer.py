@@ -19,10 +19,10 @@ from dcp_ckpt.state.tree import (
     StateCollector,
     attach_tensors,
     join_path,
-    names_under,
     path_of,
     rebuild,
     referenced_names,
+    stored_under,
 )
 
 __all__ = ["OptimizerComponent"]
@@ -86,10 +86,11 @@ class OptimizerComponent:
             )
         moments = frozenset(map(id, collector.captured().tensors.values()))
         collector.add_value(self._groups_path, groups)
+        captured = replace(collector.captured(), joins={self._groups_path: "params"})
         if not _runs_hooks(self._optimizer):
-            return collector.captured()
+            return captured
         parameters = frozenset(id(p) for group in self._optimizer.param_groups for p in group["params"])
-        return replace(collector.captured(), optimizers=(self._optimizer,), step_writes=moments | parameters)
+        return replace(captured, optimizers=(self._optimizer,), step_writes=moments | parameters)
 
     def _capture_state(self, collector: StateCollector, name: str, state: Mapping[str, Any]) -> None:
         for key, value in state.items():
@@ -155,7 +156,7 @@ class OptimizerComponent:
         known = {*tensors, *values, *(name for names in index.values() for name in names)}
         problems += [
             _unexpected(name, "the checkpoint has it, the optimizer does not use it")
-            for name in names_under((*stored.tensors, *stored.values), self._prefix)
+            for name in stored_under(stored, self._prefix)
             if name not in known
         ]
         return Targets(tensors=tensors, values=frozenset(values), problems=tuple(problems))
@@ -229,7 +230,8 @@ class OptimizerComponent:
                 )
         if self._groups_name in targets.values:
             saved = attach_tensors(stored.values[self._groups_name], targets.tensors)
-            if _group_problems(self._groups_name, saved, groups):
+            # What other ranks' parts of the model have in these groups is no reason.
+            if any(found.kind == "other" for found in _group_problems(self._groups_name, saved, groups)):
                 return [*notes, f"{self._groups_name} was kept: its groups are not those of the checkpoint"]
             notes += self._install_groups(saved)
         return notes
@@ -277,7 +279,7 @@ def _by_parameter(stored: StoredState, prefix: Path) -> dict[str, list[str]]:
     """Stored names of the state of each parameter."""
     state_path, depth = (*prefix, "state"), len(prefix) + 1
     index: dict[str, list[str]] = {}
-    for name in names_under((*stored.tensors, *stored.values), state_path):
+    for name in stored_under(stored, state_path):
         path = path_of(stored, name)
         if path[:depth] == state_path and len(path) > depth + 1:
             index.setdefault(path[depth], []).append(name)
@@ -306,6 +308,7 @@ def _are_groups(saved: Any) -> bool:
 
 
 def _group_problems(key: str, saved: Any, groups: Sequence[Mapping[str, Any]]) -> list[Problem]:
+    """What keeps the stored groups from being these; `unexpected` are parameters that these do not have."""
     if not _are_groups(saved):
         return [Problem(kind="other", key=key, detail="is not a list of groups with named params")]
     if len(saved) != len(groups):
@@ -313,12 +316,15 @@ def _group_problems(key: str, saved: Any, groups: Sequence[Mapping[str, Any]]) -
         return [Problem(kind="other", key=key, detail=detail)]
     problems = []
     for index, (group, members) in enumerate(zip(saved, groups, strict=True)):
-        stored_only = [name for name in group["params"] if name not in members]
-        live_only = [name for name in members if name not in set(group["params"])]
-        if stored_only or live_only:
-            detail = (
-                f"only in the checkpoint: {_listed(stored_only)}; only in the optimizer: {_listed(live_only)}"
-            )
+        stored_names = set(group["params"])
+        problems += [
+            _unexpected(f"{key}[{index}].{name}", "the optimizer does not have this parameter in the group")
+            for name in group["params"]
+            if name not in members
+        ]
+        live_only = [name for name in members if name not in stored_names]
+        if live_only:
+            detail = f"only in the optimizer: {_listed(live_only)}"
             problems.append(Problem(kind="other", key=f"{key}[{index}]", detail=detail))
     return problems
 

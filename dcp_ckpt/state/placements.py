@@ -7,7 +7,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 
 from dcp_ckpt.errors import StateError
-from dcp_ckpt.format.boxes import Box, Mesh, Placement, shard_box
+from dcp_ckpt.format.boxes import Box, Mesh, Placement, shard_box, strided_problem
 
 __all__ = ["local_tensor", "mesh_of", "placements_of"]
 
@@ -23,7 +23,8 @@ def placements_of(tensor: DTensor, name: str) -> tuple[tuple[Placement, ...], Bo
     """The placements of a DTensor in the format's terms, and the box of it that this rank holds.
 
     Raises:
-        StateError: `Partial` or unknown placements, or a local shape that does not follow from them.
+        StateError: `Partial` or unknown placements, ones that can be read in two ways, or a local shape that
+            does not follow from them.
     """
     placements = []
     for placement in tensor.placements:
@@ -40,6 +41,8 @@ def placements_of(tensor: DTensor, name: str) -> tuple[tuple[Placement, ...], Bo
     if coordinate is None:
         raise StateError(f"{name} lives on a mesh that this rank is not part of")
     # Not device_mesh.mesh: that builds a tensor at each call (benchmarks/NOTES.md).
+    if problem := strided_problem(tensor.shape, tensor.device_mesh.shape, placements):
+        raise StateError(f"{name} has strided shards whose order is not known: {problem}; redistribute it")
     expected = shard_box(tensor.shape, tensor.device_mesh.shape, placements, coordinate)
     if expected.sizes != tuple(local_tensor(tensor).shape):
         raise StateError(

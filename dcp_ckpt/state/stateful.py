@@ -27,6 +27,7 @@ from dcp_ckpt.state.tree import (
     names_under,
     rebuild,
     referenced_names,
+    stored_under,
     tree_targets,
 )
 
@@ -67,7 +68,7 @@ class StatefulComponent:
         return Targets(problems=(_missing(self._prefix),))
 
     def install(self, stored: StoredState, targets: Targets) -> list[str]:
-        names = names_under((*targets.values, *targets.tensors), self._prefix)
+        names = stored_under(stored, self._prefix, (*targets.values, *targets.tensors))
         if names:
             state = rebuild(stored, targets, names, depth=len(self._prefix))
             _load_into(self._stateful, state, join_path(self._prefix))
@@ -136,10 +137,10 @@ class DictComponent:
             problems += part.problems
         known = {*tensors, *values, *(problem.key for problem in problems)}
         for component in components:
-            known.update(names_under((*stored.tensors, *stored.values), component.prefix))
+            known.update(stored_under(stored, component.prefix))
         problems += [
             Problem(kind="unexpected", key=name, detail="the checkpoint has it, the live dictionary does not")
-            for name in names_under((*stored.tensors, *stored.values), self._prefix)
+            for name in stored_under(stored, self._prefix)
             if name not in known
         ]
         return Targets(tensors=tensors, values=frozenset(values), problems=tuple(problems))

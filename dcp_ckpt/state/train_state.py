@@ -6,9 +6,9 @@ users meet by name.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from dcp_ckpt.state.component import Component, Path
 from dcp_ckpt.state.mesh_roles import MeshRoles
 from dcp_ckpt.state.model import ModelComponent, parameter_names
 from dcp_ckpt.state.optimizer import OptimizerComponent
+from dcp_ckpt.state.part import PartComponent
 from dcp_ckpt.state.rng import RngComponent
 from dcp_ckpt.state.stateful import DictComponent, PerRankComponent, Stateful, StatefulComponent
 from dcp_ckpt.state.tree import join_path
@@ -34,7 +35,8 @@ class TrainState:
     under `model`, `model.<index>` or `model.<key>`, and likewise for the others.
 
     Args:
-        model: modules, plain or wrapped (DDP, FSDP2, torch.compile, activation checkpointing).
+        model: modules, plain or wrapped (DDP, FSDP2, torch.compile, activation checkpointing). Of a pipelined
+            model this rank's part, with the whole model's names; `ModelParts` where a rank has several.
         optimizer: optimizers over parameters of these models.
         lr_scheduler: anything with `state_dict()` and `load_state_dict()`.
         scaler: a GradScaler or the like.
@@ -64,18 +66,20 @@ class TrainState:
         """The components in load order. Local, cheap, and read anew: call it for each save and load.
 
         Raises:
-            ConfigError: an argument is of the wrong kind, or mapping keys make names ambiguous.
+            ConfigError: an argument is of the wrong kind, or two mapping keys give the same name.
             StateError: a model whose parameters cannot be named.
         """
         models = self._model_components()
         names = parameter_names((model, model.prefix[1:]) for model in models)
-        components: list[Component] = list(models)
+        components: list[Component] = [
+            self._of_part(model, lambda path: join_path(path[1:])) for model in models
+        ]
         components += [
-            OptimizerComponent(path, optimizer, names)
+            self._of_part(OptimizerComponent(path, optimizer, names), _moment_of(path))
             for path, optimizer in _parts("optimizer", self.optimizer, torch.optim.Optimizer)
         ]
         components += [
-            StatefulComponent(path, scheduler)
+            self._of_part(StatefulComponent(path, scheduler), None)
             for path, scheduler in _parts("lr_scheduler", self.lr_scheduler, Stateful)
         ]
         for name, stateful in (("scaler", self.scaler), ("dataloader", self.dataloader)):
@@ -91,8 +95,14 @@ class TrainState:
         # Last: whatever is installed before may draw random numbers.
         if self.rng:
             components.append(RngComponent())
-        _refuse_ambiguous([component.prefix for component in components])
+        _refuse_repeated([component.prefix for component in components])
         return components
+
+    def _of_part(self, component: Component, parameter_of: Callable[[Path], str] | None) -> Component:
+        """The component as one that only some ranks have, where the model is cut into parts."""
+        if self.mesh_roles is None:
+            return component
+        return PartComponent(component, self.mesh_roles, parameter_of)
 
     def _model_components(self) -> list[ModelComponent]:
         """One component per model, kept between calls for the sake of its walk over the modules."""
@@ -141,10 +151,13 @@ def _parts(name: str, given: Any, kind: Any) -> list[tuple[Path, Any]]:
     return parts
 
 
-def _refuse_ambiguous(prefixes: Iterable[Path]) -> None:
-    names = sorted(join_path(path) for path in prefixes)
-    for name, following in pairwise(names):
-        if following == name or following.startswith(name + "."):
-            raise ConfigError(
-                f"{following!r} lies below {name!r}; choose keys that are not part of each other"
-            )
+def _moment_of(prefix: Path) -> Callable[[Path], str]:
+    """From a path in an optimizer's state to the name of its parameter; empty for what belongs to none."""
+    state_path, position = (*prefix, "state"), len(prefix) + 1
+    return lambda path: path[position] if path[:position] == state_path else ""
+
+
+def _refuse_repeated(prefixes: Iterable[Path]) -> None:
+    for path, count in Counter(map(join_path, prefixes)).items():
+        if count > 1:
+            raise ConfigError(f"{path!r} names {count} objects; choose other keys")

@@ -24,12 +24,14 @@ __all__ = [
     "attach_tensors",
     "by_name",
     "is_branch",
+    "is_under",
     "join_path",
     "leaves",
     "names_under",
     "path_of",
     "rebuild",
     "referenced_names",
+    "stored_under",
     "tree_targets",
 ]
 
@@ -53,6 +55,21 @@ def names_under(names: Iterable[str], prefix: Path) -> list[str]:
     root = join_path(prefix)
     below = root + "."
     return [name for name in names if name == root or name.startswith(below)]
+
+
+def is_under(path: Path, prefix: Path) -> bool:
+    """Whether a path is the prefix or lies below it.
+
+    By parts, for one part may hold dots: `optimizer.a.b` is not below `optimizer.a` when its key is "a.b". A
+    path of one part (a flat state has no others) is looked at by its name.
+    """
+    return path[: len(prefix)] == prefix or (len(path) == 1 and path[0].startswith(f"{join_path(prefix)}."))
+
+
+def stored_under(stored: StoredState, prefix: Path, names: Iterable[str] | None = None) -> list[str]:
+    """Those of `names` that lie under the prefix; of all tensors and values where no names are given."""
+    candidates = (*stored.tensors, *stored.values) if names is None else names
+    return [name for name in candidates if is_under(path_of(stored, name), prefix)]
 
 
 def path_of(stored: StoredState, name: str) -> Path:
@@ -322,8 +339,10 @@ def tree_targets(
         live: tensors by name that may be filled in place where dtype and global shape fit; others
             are filled into new CPU tensors.
     """
-    tensors = {name: fillable.choose(live.get(name), name) for name in names_under(stored.tensors, prefix)}
-    return Targets(tensors=tensors, values=frozenset(names_under(stored.values, prefix)))
+    tensors = {
+        name: fillable.choose(live.get(name), name) for name in stored_under(stored, prefix, stored.tensors)
+    }
+    return Targets(tensors=tensors, values=frozenset(stored_under(stored, prefix, stored.values)))
 
 
 def rebuild(stored: StoredState, targets: Targets, names: Iterable[str], *, depth: int) -> Any:

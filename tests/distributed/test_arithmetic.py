@@ -5,6 +5,7 @@ The production functions decide; bytes go through a storage in memory. What one 
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -197,19 +198,29 @@ def load(saved: Simulated, specs: Sequence[TensorSpec], wholes: Sequence[torch.T
 
 
 def random_mesh(rng: random.Random, world: int) -> tuple[int, ...]:
-    divisors = [n for n in range(1, world + 1) if world % n == 0]
-    outer = rng.choice(divisors)
-    return rng.choice([(world,), (outer, world // outer)])
+    """One to three dimensions."""
+
+    def divisor(number: int) -> int:
+        return rng.choice([n for n in range(1, number + 1) if number % n == 0])
+
+    outer = divisor(world)
+    middle = divisor(world // outer)
+    return rng.choice([(world,), (outer, world // outer), (outer, middle, world // outer // middle)])
 
 
 def random_placement(rng: random.Random, num_dims: int, mesh_shape: Sequence[int]) -> str:
-    """Any mix of replicated and sharded; now and then FSDP over TP, which splits the same dimension twice."""
+    """Any mix of replicated and sharded; now and then FSDP over TP, which splits the same dimension again."""
     if not num_dims:
         return rng.choice(["", " ".join("R" for _ in mesh_shape)])
-    if len(mesh_shape) == 2 and rng.random() < 0.2:
-        return f"S0/{mesh_shape[1]} S0" if mesh_shape[1] > 1 else "S0 S0"
     choices = ["R", *(f"S{dim}" for dim in range(num_dims))]
-    return rng.choice(["", " ".join(rng.choice(choices) for _ in mesh_shape)])
+    found = [rng.choice(choices) for _ in mesh_shape]
+    if rng.random() < 0.3:
+        for index in (i for i in reversed(range(len(found))) if found[i] != "R"):
+            later = zip(found[index + 1 :], mesh_shape[index + 1 :], strict=True)
+            factor = math.prod(size for other, size in later if other.partition("/")[0] == found[index])
+            if factor > 1 and rng.random() < 0.8:
+                found[index] += f"/{factor}"
+    return rng.choice(["", " ".join(found)])
 
 
 def random_specs(
@@ -245,7 +256,7 @@ def test_random_layouts_tile_and_every_byte_arrives_on_another_world(first_seed)
 def check_random_worlds(seed: int) -> None:
     rng = random.Random(seed)
     tensors = random_tensors(rng)
-    saved_world, loaded_world = rng.randint(1, 8), rng.randint(1, 8)
+    saved_world, loaded_world = rng.randint(1, 12), rng.randint(1, 12)
     specs = random_specs(rng, tensors, saved_world)
     generator = torch.Generator().manual_seed(seed)
     wholes = [content(spec, generator) for spec in specs]

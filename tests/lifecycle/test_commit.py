@@ -23,11 +23,11 @@ from dcp_ckpt.errors import (
     StorageTransient,
     StorageUnsuitable,
 )
-from dcp_ckpt.format.fragment import decode_fragment
+from dcp_ckpt.format.fragment import CopiesEntry, Fragment, ValueEntry, decode_fragment
 from dcp_ckpt.format.manifest import FragmentSummary, Manifest, build_manifest, summarize
 from dcp_ckpt.format.names import AttemptId, StepDir, fragment_name
 from dcp_ckpt.lifecycle.catalogue import read_catalogue
-from dcp_ckpt.lifecycle.commit import check_layouts, check_summaries, publish_manifest
+from dcp_ckpt.lifecycle.commit import check_layouts, check_summaries, parts_agree, publish_manifest
 from dcp_ckpt.lifecycle.epochs import claim_epoch, require_newest
 from dcp_ckpt.lifecycle.recover import recover_run
 from dcp_ckpt.lifecycle.runs import ensure_run
@@ -298,4 +298,39 @@ def test_layouts_tile_every_tensor_or_the_tensor_is_named(tmp_path):
     assert check_layouts([first, second]) is None
     assert "model." in str(check_layouts([first]))
     assert "which the lowest rank of its mesh does not have" in str(check_layouts([second]))
-    assert "is described by two ranks" in str(check_layouts([first, replace(second, tensors=first.tensors)]))
+    doubled = replace(second, tensors=first.tensors)
+    assert "is described by rank 0 and by rank 1" in str(check_layouts([first, doubled]))
+
+
+def test_ranks_that_hold_one_part_of_a_model_hold_the_same_or_are_named(tmp_path):
+    write_attempt(open_storage(tmp_path), ranks=3)
+    first, second, third = summaries(tmp_path, 3)
+    held = [CopiesEntry(ranks=[[1, 2]], digest="1" * 32)]
+    drifted = [CopiesEntry(ranks=[[1, 2]], digest="2" * 32)]
+    assert check_summaries([first, replace(second, copies=held), replace(third, copies=held)]) is None
+    for other in (drifted, []):
+        problem = check_summaries([first, replace(second, copies=held), replace(third, copies=other)])
+        assert problem == "rank(s) 2 hold other state of their part of the model than rank 1"
+
+
+def test_values_in_parts_make_one_or_the_setting_is_named(tmp_path):
+    write_attempt(open_storage(tmp_path), ranks=2)
+    found = [
+        decode_fragment((tmp_path / str(DIRECTORY) / fragment_name(rank, ATTEMPT)).read_bytes(), path="")
+        for rank in (0, 1)
+    ]
+
+    def with_groups(fragment: Fragment, **settings: Any) -> Fragment:
+        groups = [{"params": [f"layer{fragment.rank}"], **settings}]
+        entry = ValueEntry(path=["optim", "groups"], value=groups, join="params")
+        return replace(fragment, values={**fragment.values, "optim.groups": entry})
+
+    def agree(fragments: list[Fragment]) -> bool:
+        return parts_agree([summarize(fragment, b"") for fragment in fragments])
+
+    equal = [with_groups(fragment, lr=1) for fragment in found]
+    assert agree(equal)
+    assert check_layouts(equal) is None
+    different = [with_groups(fragment, lr=fragment.rank) for fragment in found]
+    assert not agree(different)
+    assert "optim.groups[0].lr differs between rank 0 and rank 1" in str(check_layouts(different))

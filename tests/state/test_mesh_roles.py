@@ -10,7 +10,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from dcp_ckpt import MeshRoles
-from dcp_ckpt.errors import ConfigError
+from dcp_ckpt.errors import ConfigError, StateError
+from dcp_ckpt.state.mesh_roles import Holders
 
 
 @pytest.fixture
@@ -59,3 +60,54 @@ def test_roles_that_cannot_be_are_refused(
 def test_a_rank_outside_of_the_mesh_is_refused(mesh: DeviceMesh) -> None:
     with pytest.raises(ConfigError, match="not part of the mesh"):
         MeshRoles(mesh=DeviceMesh("cpu", [0, 1], mesh_dim_names=("dp",)), data=("dp",))
+
+
+def stage(mesh: DeviceMesh) -> Holders:
+    """That of rank 5: ranks 4 to 7."""
+    return MeshRoles(mesh=mesh, data=("dp",), pipeline=("pp",)).holders()
+
+
+def test_a_plain_tensor_is_held_by_all_ranks_of_its_stage(mesh: DeviceMesh) -> None:
+    assert stage(mesh).copies((5,)) == ((4,), (5,), (6,), (7,))
+    everywhere = MeshRoles(mesh=mesh, data=("dp",)).holders()
+    assert everywhere.copies((5,)) == tuple((rank,) for rank in range(8))
+
+
+@pytest.mark.parametrize(
+    ("ranks", "copies"),
+    [
+        ((4, 5), ((4, 5), (6, 7))),
+        ((5, 7), ((4, 6), (5, 7))),
+        ((7, 5), ((6, 4), (7, 5))),
+        ((4, 5, 6, 7), ((4, 5, 6, 7),)),
+        ((4, 7), ((4, 7),)),
+        ((1, 5), ((1, 5),)),
+        ((5, 8), ((5, 8),)),
+    ],
+    ids=["rows", "columns", "in another order", "all of it", "no slice", "across stages", "beyond the mesh"],
+)
+def test_what_a_part_of_a_stage_shards_the_other_parts_hold_copies_of(
+    mesh: DeviceMesh, ranks: tuple[int, ...], copies: tuple[tuple[int, ...], ...]
+) -> None:
+    found = stage(mesh).copies(ranks)
+    assert found == copies
+    assert all(stage(mesh).copies(copy) == copies for copy in found), "whichever is asked"
+
+
+def test_a_shared_parameter_is_held_by_all_stages_that_have_it(mesh: DeviceMesh) -> None:
+    roles = MeshRoles(mesh=mesh, data=("dp",), pipeline=("pp",), shared={"embed.weight": (1, 0)})
+    assert roles.holders("embed.weight").copies((5, 7)) == ((0, 2), (1, 3), (4, 6), (5, 7))
+    assert roles.holders("other").copies((5, 7)) == ((4, 6), (5, 7))
+    assert roles.holders("other") is roles.holders()
+
+
+def test_a_parameter_that_is_shared_by_other_stages_is_refused(mesh: DeviceMesh) -> None:
+    roles = MeshRoles(mesh=mesh, pipeline=("pp", "dp"), shared={"embed.weight": (0, 3)})
+    with pytest.raises(StateError, match=r"stages 0, 3 have embed\.weight, and stage 2 has it, too"):
+        roles.holders("embed.weight")
+
+
+@pytest.mark.parametrize("stages", [(0,), (0, 0), (0, 2), (-1, 0)])
+def test_stages_that_cannot_share_are_refused(mesh: DeviceMesh, stages: tuple[int, ...]) -> None:
+    with pytest.raises(ConfigError, match="of 2 stage"):
+        MeshRoles(mesh=mesh, pipeline=("pp",), shared={"embed.weight": stages})

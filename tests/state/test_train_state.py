@@ -90,9 +90,9 @@ def test_a_model_container_is_one_model():
         {"model": [nn.Linear(1, 1), "x"]},
         {"model": nn.Linear(1, 1), "lr_scheduler": object()},
         {"model": nn.Linear(1, 1), "scaler": object()},
-        {"model": {"a": nn.Linear(1, 1), "a.b": nn.Linear(1, 1)}},
+        {"model": {"1": nn.Linear(1, 1), 1: nn.Linear(1, 1)}},
     ],
-    ids=["model", "part", "scheduler", "scaler", "ambiguous"],
+    ids=["model", "part", "scheduler", "scaler", "repeated"],
 )
 def test_wrong_arguments_are_refused(arguments):
     with pytest.raises(ConfigError):

@@ -1,0 +1,133 @@
+"""Every parallel layout saves, and loads into any other: the same bits as in one process that never saved."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.distributed.checkpoint.state_dict_loader import load as stock_load
+
+from dcp_ckpt import open_checkpoint, verify
+from dcp_ckpt.dcp import Reader
+from tests.layouts.models import Layout, Model, known, same_bits
+from tests.layouts.programs import STEP, load_all, save_all
+from tests.layouts.training import MOMENTS, UNTOUCHED, VALUES
+
+pytestmark = pytest.mark.distributed
+
+LAYOUTS = (
+    "alone", "ddp1", "fsdp1",
+    "ddp2", "fsdp2", "rep2.fsdp1", "tp2", "pp2", "efsdp1.ep2",
+    "ddp3", "fsdp3", "tp3", "pp3",
+    "ddp4", "fsdp4", "rep2.fsdp2", "tp4", "sp4", "ddp2.tp2", "fsdp2.tp2", "fsdp2.sp2", "rep2.fsdp1.tp2",
+    "efsdp2.ep2", "pp4", "pp2.ddp2", "pp2.fsdp2", "pp2.tp2",
+)  # fmt: skip
+HUBS = ("fsdp3", "pp2.fsdp2")
+NUM_OTHERS = 10
+
+Pair = tuple[str, str]
+
+
+def by_world(layouts: Sequence[str]) -> dict[int, list[str]]:
+    worlds: dict[int, list[str]] = {}
+    for layout in layouts:
+        worlds.setdefault(Layout(layout).world_size, []).append(layout)
+    return worlds
+
+
+def sampled_pairs() -> set[Pair]:
+    """Each layout with itself, with both hubs in both directions, and some more."""
+    pairs = {(layout, layout) for layout in LAYOUTS}
+    for hub, layout in itertools.product(HUBS, LAYOUTS):
+        pairs |= {(hub, layout), (layout, hub)}
+    others = sorted({*itertools.product(LAYOUTS, LAYOUTS)} - pairs)
+    return pairs | {*random.Random(0).sample(others, NUM_OTHERS)}
+
+
+@pytest.fixture(scope="module")
+def saved(pool, tmp_path_factory) -> Path:
+    """The same training state, saved in every layout."""
+    base = tmp_path_factory.mktemp("layouts")
+    for world, layouts in by_world(LAYOUTS).items():
+        pool.run(save_all, world, str(base), layouts, timeout_seconds=100)
+    return Path(base)
+
+
+def require_equal(pool, saved: Path, pairs: set[Pair]) -> None:
+    for world, layouts in by_world(LAYOUTS).items():
+        ours = sorted(pair for pair in pairs if pair[1] in layouts)
+        if not ours:
+            continue
+        for rank, found in enumerate(pool.run(load_all, world, str(saved), ours, timeout_seconds=100)):
+            assert sorted(found) == ours
+            wrong = {pair: names for pair, names in found.items() if names}
+            assert (rank, wrong) == (rank, {})
+
+
+def test_layouts_load_into_each_other(pool, saved):
+    require_equal(pool, saved, sampled_pairs())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("loaded", LAYOUTS)
+def test_every_layout_loads_into_every_other(pool, saved, loaded):
+    require_equal(pool, saved, {(layout, loaded) for layout in LAYOUTS})
+
+
+def whole_tensors() -> dict[str, torch.Tensor]:
+    """What one process holds, by stored name."""
+    model = Model()
+    found = {
+        f"model.{name}": known(name, "parameter", tensor)
+        for name, tensor in (*model.named_parameters(), *model.named_buffers())
+    }
+    for name, parameter in model.named_parameters():
+        if name != UNTOUCHED:
+            found[f"optimizer.state.{name}.step"] = known(name, "step", torch.zeros(()))
+            found |= {f"optimizer.state.{name}.{kind}": known(name, kind, parameter) for kind in MOMENTS}
+    return found
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_what_is_stored_does_not_depend_on_the_layout(saved, layout):
+    step = saved / layout / STEP
+    assert verify(step).ok
+    right = whole_tensors()
+    with open_checkpoint(step) as checkpoint:
+        assert set(checkpoint.tensors) == set(right)
+        for name, tensor in right.items():
+            assert same_bits(checkpoint.read_tensor(name), tensor), name
+        groups = checkpoint.read_value("optimizer.param_groups")
+        assert [group["lr"] for group in groups] == [0.125, 0.125]
+        assert [set(group["params"]) for group in groups] == parameter_groups(Model())
+        assert [len(group["params"]) for group in groups] == [
+            len(group) for group in parameter_groups(Model())
+        ]
+        assert checkpoint.read_value("lr_scheduler")["last_epoch"] == 3
+        assert {name: checkpoint.read_value(f"extra.{name}") for name in VALUES} == VALUES
+
+
+def parameter_groups(model: nn.Module) -> list[set[str]]:
+    matrices = {name for name, parameter in model.named_parameters() if parameter.ndim > 1}
+    return [matrices, {name for name, _ in model.named_parameters()} - matrices]
+
+
+@pytest.mark.parametrize("layout", ["pp3", "pp2.fsdp2", "ddp2.tp2"])
+def test_stock_readers_find_every_tensor(saved, layout):
+    right = whole_tensors()
+    state = {name: torch.zeros_like(tensor) for name, tensor in right.items()}
+    stock_load(state, checkpoint_id=str(saved / layout / STEP), no_dist=True)
+    assert [name for name, tensor in right.items() if not same_bits(state[name], tensor)] == []
+
+
+@pytest.mark.parametrize("layout", ["pp3", "ddp2.tp2"])
+def test_our_reader_gives_stock_dcp_whole_groups_of_a_pipeline(saved, layout):
+    state: dict[str, Any] = {"optimizer.param_groups": 0}
+    stock_load(state, storage_reader=Reader(saved / layout / STEP), no_dist=True)
+    assert [set(group["params"]) for group in state["optimizer.param_groups"]] == parameter_groups(Model())

@@ -1,0 +1,30 @@
+"""Several models and several optimizers in one state, also where parts of a model lack some of them."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+
+from dcp_ckpt import open_checkpoint
+from tests.layouts.models import Layout
+from tests.layouts.programs import STEP, load_all, save_all
+
+pytestmark = pytest.mark.distributed
+
+LAYOUTS = ("alone", "ddp3", "fsdp4", "pp4", "pp2.fsdp2")
+PAIRS = [*itertools.product(("fsdp4", "pp4"), LAYOUTS), ("alone", "pp4"), ("ddp3", "pp2.fsdp2")]
+
+
+@pytest.mark.parametrize("recipe", ["muon", "backward", "gan"])
+def test_every_optimizer_comes_back_on_another_layout(pool, tmp_path, recipe):
+    for layout in sorted({saved for saved, _ in PAIRS}):
+        pool.run(save_all, Layout(layout).world_size, str(tmp_path), [layout], recipe)
+    for loaded in LAYOUTS:
+        pairs = [pair for pair in PAIRS if pair[1] == loaded]
+        for found in pool.run(load_all, Layout(loaded).world_size, str(tmp_path), pairs, recipe):
+            assert {pair: names for pair, names in found.items() if names} == {}
+    checkpoints = [open_checkpoint(tmp_path / layout / STEP) for layout in ("fsdp4", "pp4")]
+    assert checkpoints[0].keys() == checkpoints[1].keys()
+    for checkpoint in checkpoints:
+        checkpoint.close()
