@@ -212,6 +212,7 @@ class Checkpointer:
         if path is None and report is not None:
             resumed = os.path.basename(report.path), report.epoch, report.step
             self._on_rank_0("resumed", lambda: session.resumed_from(*resumed))
+            session.reuse_from(os.path.basename(report.path))
         session.prepare(components, tag=f"{tag}/prepare")
         return report
 

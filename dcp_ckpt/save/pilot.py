@@ -20,6 +20,7 @@ from dcp_ckpt.format.digests import digest
 from dcp_ckpt.format.documents import encode_json
 from dcp_ckpt.format.manifest import FragmentSummary
 from dcp_ckpt.format.names import AttemptId, StepDir
+from dcp_ckpt.save.bases import Bases
 from dcp_ckpt.save.coordinator import Coordinator
 from dcp_ckpt.save.deadlines import CONCLUDE_SECONDS, REPORT_SLACK_SECONDS
 from dcp_ckpt.save.handle import CheckpointInfo, SaveHandle
@@ -65,6 +66,7 @@ class Pilot:
         channel: a connection of its own.
         link: this rank's writer.
         coordinator: on rank 0, else None.
+        bases: learn of what is written and committed; None where nothing is reused.
         after_commit: on rank 0, called after the verdict of a committed save is out.
         timeout_seconds: for how much longer than it should take rank 0's verdict is waited for.
     """
@@ -74,6 +76,7 @@ class Pilot:
         channel: Channel,
         link: WriterLink,
         coordinator: Coordinator | None,
+        bases: Bases | None,
         after_commit: Callable[[Flight], None],
         *,
         timeout_seconds: float,
@@ -81,6 +84,7 @@ class Pilot:
         self._channel = channel
         self._link = link
         self._coordinator = coordinator
+        self._bases = bases
         self._after_commit = after_commit
         self._patience_seconds = timeout_seconds + REPORT_SLACK_SECONDS + CONCLUDE_SECONDS
         self._forgotten = 0
@@ -115,6 +119,9 @@ class Pilot:
                 log.exception("the background thread failed in the save of step %d", flight.step)
                 failure = SaveFailed(f"internal error: {error!r}", rank=self._channel.rank, step=flight.step)
                 self._resolve(flight, Verdict(outcome="unknown", error=error_fields(failure)))
+            finally:
+                if self._bases is not None:
+                    self._bases.ended(flight.attempt)
 
     def _fly(self, flight: Flight) -> None:
         flight.handover.wait()
@@ -124,6 +131,8 @@ class Pilot:
             self._channel.put(flight.keys.replicated, {"digest": combined, "names": replicated})
         report = self._report(flight)
         self._channel.put(flight.keys.report(self._channel.rank), to_message(report))
+        if self._bases is not None and report.summary is not None:
+            self._bases.written(flight.attempt, flight.directory, report.summary.ref)
         if self._coordinator is None:
             # Rank 0 decides by its own deadline at the latest, and then has to act on storage. Its death is
             # noticed at once, so the patience here costs nothing.
@@ -138,6 +147,9 @@ class Pilot:
         )
         self._channel.put(flight.keys.verdict, to_message(verdict))
         self._forget(before=flight.keys.call, verdict=verdict)
+        if self._bases is not None and verdict.outcome == "committed":
+            # Before anything is tidied: from here on no save begins with an older base.
+            self._bases.committed(flight.attempt, flight.directory)
         self._resolve(flight, verdict)
         if verdict.outcome == "committed":
             self._after_commit(flight)
@@ -232,10 +244,11 @@ class Pilot:
             tags=flight.tags,
             world_size=self._channel.world_size,
             created_at=flight.created_at,
+            shared_bytes=verdict.shared_bytes,
         )
         if self._channel.rank == 0:
             log.info(
-                "saved step %d: %d bytes, stall %.3f s, durable after %.3f s, %s",
-                info.step, info.bytes, info.stall_seconds, info.durable_seconds, info.path,
+                "saved step %d: %d bytes (%d of them shared), stall %.3f s, durable after %.3f s, %s",
+                info.step, info.bytes, info.shared_bytes, info.stall_seconds, info.durable_seconds, info.path,
             )  # fmt: skip
         flight.handle.resolve(verdict.outcome, info=info)

@@ -36,6 +36,7 @@ class StorageCapabilities:
         lease_ends_with_holder: a lease ends with its holder, however that ends; else it runs out some
             seconds later, and costs requests while it is held.
         shared: other processes see the same objects.
+        links: an object may have several names (hard links).
     """
 
     exclusive_create: bool
@@ -43,6 +44,7 @@ class StorageCapabilities:
     direct_io: bool
     lease_ends_with_holder: bool
     shared: bool
+    links: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,6 +198,18 @@ class Storage(Protocol):
         Raises:
             StorageExists: the name is taken.
             StorageFull: there is no room for it.
+        """
+        ...
+
+    def link(self, key: str, new_key: str) -> None:
+        """Give an object one more name; it lives until the last one is deleted. No bytes are written.
+
+        The object and the new name are durable on return; of what fails no new name is left.
+
+        Raises:
+            StorageUnsuitable: this cannot be done here, or not with this object: its bytes have to be copied.
+            StorageNotFound: there is no such object, or no directory for the new name.
+            StorageExists: the new name is taken.
         """
         ...
 

@@ -29,7 +29,7 @@ from dcp_ckpt.storage.local_reader import read_file, read_file_ranges
 from dcp_ckpt.storage.local_writer import LocalObjectWriter
 from dcp_ckpt.storage.os_errors import free_bytes, reading, translated
 from dcp_ckpt.storage.paths import path_below
-from dcp_ckpt.storage.publishing import Publisher, temporary_file
+from dcp_ckpt.storage.publishing import LINK_REFUSED, Publisher, link_file, temporary_file
 from dcp_ckpt.storage.ranges import check_ranges
 from dcp_ckpt.storage.system_calls import SystemCalls
 
@@ -87,7 +87,7 @@ class LocalStorage:
             try:
                 self._capabilities = self._try_out()
             except OSError:
-                return _capabilities(exclusive_create=True, direct_io=hasattr(os, "O_DIRECT"))
+                return _capabilities(exclusive_create=True, direct_io=hasattr(os, "O_DIRECT"), links=True)
             return self._capabilities
 
     def read(self, key: str) -> bytes:
@@ -107,12 +107,7 @@ class LocalStorage:
     def size(self, key: str) -> int:
         path = self._path(key)
         with reading(path, root=self._root):
-            status = os.lstat(path)
-            if stat.S_ISLNK(status.st_mode):
-                raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), path)
-            if not stat.S_ISREG(status.st_mode):
-                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
-        return status.st_size
+            return _require_file(path).st_size
 
     def create_exclusive(self, key: str, data: Buffer) -> None:
         path = self._path(key)
@@ -134,6 +129,25 @@ class LocalStorage:
                 path,
                 lambda: LocalObjectWriter(path, size_bytes=size_bytes, direct=direct, calls=self._calls),
             )
+
+    def link(self, key: str, new_key: str) -> None:
+        path, new_path = self._path(key), self._path(new_key)
+        with translated("link the file", new_path):
+            try:
+                _require_file(path)
+                link_file(self._calls, path, new_path)
+            except OSError as error:
+                if error.errno not in LINK_REFUSED:
+                    raise
+                message = f"cannot give {path} another name: {os.strerror(error.errno)}"
+                raise StorageUnsuitable(message, path=new_path, errno=error.errno) from error
+            try:
+                _sync_file(new_path)
+                sync_directory(os.path.dirname(new_path))
+            except BaseException:
+                with suppress(OSError):
+                    os.unlink(new_path)
+                raise
 
     def list(self, prefix: str) -> list[ObjectInfo]:
         check_prefix(prefix)
@@ -312,11 +326,13 @@ class LocalStorage:
             try:
                 self._publisher.publish(first, second)
             except StorageUnsuitable:
-                return _capabilities(exclusive_create=False, direct_io=direct_io)
+                return _capabilities(exclusive_create=False, direct_io=direct_io, links=False)
             finally:
                 with suppress(FileNotFoundError):
                     os.unlink(second)
-        return _capabilities(exclusive_create=bool(self._publisher.atomic), direct_io=direct_io)
+        return _capabilities(
+            exclusive_create=bool(self._publisher.atomic), direct_io=direct_io, links=self._publisher.links
+        )
 
     def _does_direct_io(self, path: str) -> bool:
         fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
@@ -327,6 +343,25 @@ class LocalStorage:
         finally:
             os.close(fd)
         return True
+
+
+def _require_file(path: str) -> os.stat_result:
+    """The status of a regular file; anything else under that name is an error."""
+    status = os.lstat(path)
+    if stat.S_ISLNK(status.st_mode):
+        raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), path)
+    if not stat.S_ISREG(status.st_mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
+    return status
+
+
+def _sync_file(path: str) -> None:
+    """Make a file durable that somebody else wrote: whoever copied it here may not have."""
+    fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
 
 
 def _remove_if_empty(path: str) -> bool:
@@ -343,13 +378,14 @@ def _remove_if_empty(path: str) -> bool:
     return True
 
 
-def _capabilities(*, exclusive_create: bool, direct_io: bool) -> StorageCapabilities:
+def _capabilities(*, exclusive_create: bool, direct_io: bool, links: bool) -> StorageCapabilities:
     return StorageCapabilities(
         exclusive_create=exclusive_create,
         directories=True,
         direct_io=direct_io,
         lease_ends_with_holder=True,
         shared=True,
+        links=links,
     )
 
 

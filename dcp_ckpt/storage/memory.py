@@ -48,6 +48,7 @@ class MemoryStorage:
             direct_io=False,
             lease_ends_with_holder=True,
             shared=False,
+            links=False,
         )
 
     def read(self, key: str) -> bytes:
@@ -119,6 +120,11 @@ class MemoryStorage:
 
     def make_directory(self, key: str) -> None:
         check_key(key)
+
+    def link(self, key: str, new_key: str) -> None:
+        check_key(key)
+        check_key(new_key)
+        raise StorageUnsuitable("an object has one name only here", path=self._where(key))
 
     def delete(self, keys: Iterable[str]) -> None:
         for key in [check_key(key) for key in keys]:

@@ -76,6 +76,10 @@ class FaultyStorage(ForwardingStorage):
             writer = self._inner.open_writer(key, size_bytes=size_bytes, direct=direct)
         return _FaultyWriter(writer, self._faults, key)
 
+    def link(self, key: str, new_key: str) -> None:
+        with self._faults.at("link", new_key):
+            self._inner.link(key, new_key)
+
     def make_directory(self, key: str) -> None:
         with self._faults.at("make_directory", key):
             self._inner.make_directory(key)

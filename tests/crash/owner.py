@@ -40,7 +40,7 @@ from dcp_ckpt.storage.listed import listed_once
 from dcp_ckpt.storage.memory import MemoryStorage
 from dcp_ckpt.testing.tiny import write_tiny_checkpoint
 from dcp_ckpt.writer.engine import check_shared_storage, write_attempt
-from dcp_ckpt.writer.messages import WriteJob
+from dcp_ckpt.writer.messages import FileSource, WriteJob
 
 __all__ = ["Fact", "Owner", "Tell", "tell_nobody"]
 
@@ -324,6 +324,12 @@ def _jobs(
         # Pages of its own, as the arena has: direct writes want aligned memory.
         arena = mmap.mmap(-1, len(data))
         arena[:] = data
-        job = WriteJob(storage_url=url, directory=str(directory), fragment=fragment, direct_io=True)
+        job = WriteJob(
+            storage_url=url,
+            directory=str(directory),
+            fragment=fragment,
+            sources=[FileSource()],
+            direct_io=True,
+        )
         jobs.append((job, memoryview(arena)))
     return jobs

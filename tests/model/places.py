@@ -117,6 +117,7 @@ class ObjectPlace(Place):
             direct_io=False,
             lease_ends_with_holder=False,
             shared=True,
+            links=False,
         )
 
     def creating(self, key: str, data: Buffer) -> Iterator[bool]:
@@ -179,6 +180,7 @@ class FilePlace(Place):
             direct_io=False,
             lease_ends_with_holder=True,
             shared=True,
+            links=True,
         )
 
     def empty_directories(self) -> list[str]:
@@ -239,6 +241,15 @@ class FilePlace(Place):
             self._require_parent(key)
 
         return MemoryObjectWriter(settle, path=self._where(key), key=key, size_bytes=size_bytes)
+
+    def link(self, key: str, new_key: str) -> None:
+        # Names of one file are equal bytes here: nobody writes into a file that has a name.
+        check_key(key)
+        self._check_free(new_key)
+        if key not in self._objects:
+            raise StorageNotFound("there is no such file", path=self._where(key))
+        self._require_parent(new_key)
+        self._objects[new_key] = self._objects[key]
 
     def list_names(self, prefix: str) -> list[str]:
         below = set(super().list_names(prefix))

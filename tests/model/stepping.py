@@ -259,6 +259,9 @@ class SteppedStorage(ForwardingStorage):
         )
         return _SteppedWriter(self, writer, key)
 
+    def link(self, key: str, new_key: str) -> None:
+        self.at(f"link {key} {new_key}", lambda: self._place.link(key, new_key))
+
     def list(self, prefix: str) -> builtins.list[ObjectInfo]:
         return self.at(f"list {prefix}", lambda: self._place.list(prefix))
 

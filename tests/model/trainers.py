@@ -44,7 +44,7 @@ from dcp_ckpt.storage.listed import listed_once
 from dcp_ckpt.storage.memory import MemoryStorage
 from dcp_ckpt.testing.tiny import write_tiny_checkpoint
 from dcp_ckpt.writer.engine import check_shared_storage, write_attempt
-from dcp_ckpt.writer.messages import WriteJob
+from dcp_ckpt.writer.messages import FileSource, WriteJob
 from tests.model.promises import Attempt, attempt_in, problem_of
 from tests.model.stepping import Process
 from tests.model.world import World
@@ -199,7 +199,11 @@ class Trainer:
         storage = self.writers[rank].storage
         fragment, arena = self._job(save, rank)
         job = WriteJob(
-            storage_url=storage.url, directory=str(save.directory), fragment=fragment, direct_io=False
+            storage_url=storage.url,
+            directory=str(save.directory),
+            fragment=fragment,
+            sources=[FileSource()],
+            direct_io=False,
         )
         try:
             check_shared_storage(storage, fragment)

@@ -75,6 +75,7 @@ class ObjectStorage:
             direct_io=False,
             lease_ends_with_holder=False,
             shared=self._client.traits.shared,
+            links=False,
         )
 
     def read(self, key: str) -> bytes:
@@ -114,6 +115,11 @@ class ObjectStorage:
 
     def open_writer(self, key: str, *, size_bytes: int, direct: bool) -> ObjectUpload:
         return ObjectUpload(self._client, self._brief, check_key(key), size_bytes=size_bytes)
+
+    def link(self, key: str, new_key: str) -> None:
+        check_key(key)
+        check_key(new_key)
+        raise StorageUnsuitable("an object has one name only here", path=f"{self._url}/{key}")
 
     def list(self, prefix: str) -> builtins.list[ObjectInfo]:
         check_prefix(prefix)
