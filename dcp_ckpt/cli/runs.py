@@ -63,9 +63,8 @@ def list_command(run: str, as_json: bool) -> None:
         return
     rows = [_row(entry, catalogue) for entry in catalogue.entries]
     if rows:
-        print_table(
-            ("step", "directory", "epoch", "created", "world", "bytes", "metrics", "tags", "marks"), rows
-        )
+        titles = ["step", "directory", "epoch", "created", "world", "bytes", "written", "metrics", "tags"]
+        print_table([*titles, "marks"], rows)
     else:
         click.echo("no checkpoints")
     for rejected in catalogue.rejected:
@@ -85,6 +84,7 @@ def _describe_run(run: Run, catalogue: Catalogue) -> dict[str, Any]:
         "checkpoints": len(catalogue.entries),
         "latest_step": latest.step if latest else None,
         "bytes": sum(entry.manifest.total_bytes for entry in catalogue.entries),
+        "written_bytes": sum(entry.manifest.written_bytes for entry in catalogue.entries),
     }
 
 
@@ -100,6 +100,7 @@ def _describe_catalogue(catalogue: Catalogue) -> dict[str, Any]:
                 "created_at": entry.manifest.created_at,
                 "world_size": entry.manifest.world_size,
                 "bytes": entry.manifest.total_bytes,
+                "written_bytes": entry.manifest.written_bytes,
                 "metrics": entry.encoded_metrics,
                 "tags": entry.manifest.tags,
                 "bad": entry.is_bad,
@@ -127,6 +128,7 @@ def _row(entry: CheckpointEntry, catalogue: Catalogue) -> tuple[str, ...]:
         entry.manifest.created_at,
         str(entry.manifest.world_size),
         human_bytes(entry.manifest.total_bytes),
+        human_bytes(entry.manifest.written_bytes),
         _metrics(entry.metrics),
         ",".join(entry.manifest.tags),
         ",".join(name for name, applies in marks.items() if applies),

@@ -24,7 +24,7 @@ def digest(data: ReadableBuffer) -> str:
 
 
 def digest_of_parts(parts: Iterable[ReadableBuffer]) -> str:
-    """The digest of all parts, one after the other."""
+    """The digest of all parts, one after the other; each is used before the next one is asked for."""
     state = xxhash.xxh3_128()
     for part in parts:
         state.update(part)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 from dcp_ckpt.errors import CorruptCheckpoint
@@ -58,6 +59,13 @@ class FileEntry:
 
     def block_digest(self, block: int) -> str:
         return self.block_digests[block * DIGEST_DIGITS : (block + 1) * DIGEST_DIGITS]
+
+    @property
+    def shared_note(self) -> str:
+        """To be added to a message about the file: who else has it."""
+        if self.origin is None:
+            return ""
+        return f"; {self.origin.directory} wrote the file, and checkpoints since then share it"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,9 +170,9 @@ def payload_digest(dtype: str, sizes: Sequence[int], payload: Iterable[ReadableB
 
     Args:
         dtype: torch's name, without `torch.`.
-        payload: the chunk's bytes in parts.
+        payload: the chunk's bytes in parts; each is used before the next one is asked for.
     """
-    return digest_of_parts([encode_json([dtype, list(sizes)]), *payload])
+    return digest_of_parts(chain([encode_json([dtype, list(sizes)])], payload))
 
 
 def encode_fragment(fragment: Fragment) -> bytes:

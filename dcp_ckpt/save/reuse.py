@@ -94,9 +94,7 @@ def chunk_key(chunk: ChunkEntry) -> ChunkKey:
     return chunk.tensor, tuple(chunk.offsets), tuple(chunk.sizes)
 
 
-def choose_shared(
-    num_chunks: int, unchanged: Mapping[int, StoredChunk], file_bytes: Sequence[int]
-) -> Split:
+def choose_shared(num_chunks: int, unchanged: Mapping[int, StoredChunk], file_bytes: Sequence[int]) -> Split:
     """Decide which files of the base to share.
 
     A file is shared when at least half of it is used, so that what is kept on disk for a checkpoint is at

@@ -135,9 +135,7 @@ def _part(
 ) -> Selection:
     """What is fresh and what is settled, each in a file; the other chunks are where the base has them."""
     settled = lay_again([plan.layout.chunks[number] for number in split.settled])
-    fresh = lay_again(
-        [plan.layout.chunks[number] for number in split.fresh], start=settled.tensor_bytes
-    )
+    fresh = lay_again([plan.layout.chunks[number] for number in split.fresh], start=settled.tensor_bytes)
     has_fresh = has_values or bool(split.fresh)
     num_written = has_fresh + bool(split.settled)
     chunks = list(plan.chunks)
