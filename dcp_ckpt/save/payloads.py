@@ -7,6 +7,7 @@ before `save()` returns.
 from __future__ import annotations
 
 import ctypes
+from collections import Counter
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -15,27 +16,53 @@ from dcp_ckpt.format.fragment import payload_digest
 from dcp_ckpt.save.plan import SavePlan
 from dcp_ckpt.save.reuse import Base, StoredChunk, chunk_key
 
-__all__ = ["find_unchanged", "live_digest"]
+__all__ = ["Comparer", "live_digest"]
 
 _PIECE_BYTES = 16 << 20
 """What is on another device, or not in row-major order, is copied in pieces of at most so many bytes."""
 
 
-def find_unchanged(
-    plan: SavePlan, locals_: Sequence[torch.Tensor], is_late: Sequence[bool], base: Base
-) -> dict[int, StoredChunk]:
-    """The numbers of the plan's chunks that are in the base bit for bit, and where.
+_RESTLESS_CHANGES = 2
+_ROUNDS = 8
+"""What has changed so often in a row is looked at in one of so many saves: to digest it costs as much as to
+copy it, and most of what is trained changes at every save."""
 
-    Args:
-        locals_: the local part of each tensor, without autograd.
-        is_late: of each tensor: it is copied later, so nothing can be said of it now.
-    """
-    found = {}
-    for number, (index, _) in enumerate(plan.sources):
-        stored = None if is_late[index] else base.chunks.get(chunk_key(plan.chunks[number]))
-        if stored and live_digest(plan.dtype_name(number), plan.part(number, locals_)) == stored.digest:
-            found[number] = stored
-    return found
+
+class Comparer:
+    """Compares the states of one rank with bases, and remembers what changes all the time."""
+
+    def __init__(self) -> None:
+        self._plan: SavePlan | None = None
+        self._changes: Counter[int] = Counter()
+        self._round = 0
+
+    def find_unchanged(
+        self, plan: SavePlan, locals_: Sequence[torch.Tensor], is_late: Sequence[bool], base: Base
+    ) -> dict[int, StoredChunk]:
+        """The numbers of the plan's chunks that are in the base bit for bit, and where.
+
+        Args:
+            locals_: the local part of each tensor, without autograd.
+            is_late: of each tensor: it is copied later, so nothing can be said of it now.
+        """
+        if plan is not self._plan:
+            self._plan = plan
+            self._changes.clear()
+        self._round += 1
+        found = {}
+        for number, (index, _) in enumerate(plan.sources):
+            stored = None if is_late[index] else base.chunks.get(chunk_key(plan.chunks[number]))
+            if stored is None or self._is_left_out(number):
+                continue
+            if live_digest(plan.dtype_name(number), plan.part(number, locals_)) == stored.digest:
+                found[number] = stored
+                del self._changes[number]
+            else:
+                self._changes[number] += 1
+        return found
+
+    def _is_left_out(self, number: int) -> bool:
+        return self._changes[number] >= _RESTLESS_CHANGES and bool((number + self._round) % _ROUNDS)
 
 
 def live_digest(dtype: str, part: torch.Tensor) -> str:

@@ -22,7 +22,7 @@ _LEAST_SHARED_BYTES = 64 << 10
 _LEAST_SETTLED_BYTES = 256 << 10
 """Less gets no file of its own when it is written again."""
 
-_MOST_SHARED_FILES = 64
+_MOST_SHARED_FILES = 32
 
 ChunkKey = tuple[str, tuple[int, ...], tuple[int, ...]]
 """Tensor, offsets and sizes."""
@@ -98,7 +98,7 @@ def choose_shared(num_chunks: int, unchanged: Mapping[int, StoredChunk], file_by
     """Decide which files of the base to share.
 
     A file is shared when at least half of it is used, so that what is kept on disk for a checkpoint is at
-    most about twice what is in it. Of very many files those with the most used bytes are shared.
+    most about twice what is in it. When there are many, those of which the least is used become one.
 
     Args:
         num_chunks: of the save.
@@ -113,7 +113,8 @@ def choose_shared(num_chunks: int, unchanged: Mapping[int, StoredChunk], file_by
         for file, num_bytes in used.items()
         if num_bytes >= _LEAST_SHARED_BYTES and 2 * num_bytes >= file_bytes[file]
     ]
-    worthy = sorted(worthy, key=lambda file: (-used[file], file))[:_MOST_SHARED_FILES]
+    if len(worthy) > _MOST_SHARED_FILES:
+        worthy = sorted(worthy, key=lambda file: (-used[file], file))[: _MOST_SHARED_FILES // 2]
     shared = frozenset(worthy)
     settled = [number for number in sorted(unchanged) if unchanged[number].entry.file not in shared]
     if sum(unchanged[number].entry.container_bytes for number in settled) < _LEAST_SETTLED_BYTES:

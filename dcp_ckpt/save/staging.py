@@ -20,7 +20,7 @@ from dcp_ckpt.save.arena import Arena, arena_bytes
 from dcp_ckpt.save.late_copy import LateCopy, LateTensor, can_be_late
 from dcp_ckpt.save.layout import SEGMENT_BYTES, round_up
 from dcp_ckpt.save.memory import require_memory
-from dcp_ckpt.save.payloads import find_unchanged
+from dcp_ckpt.save.payloads import Comparer
 from dcp_ckpt.save.plan import LayoutKey, SavePlan, layout_key, make_plan
 from dcp_ckpt.save.replicas import replica_digests, sample_of
 from dcp_ckpt.save.reuse import Base
@@ -150,6 +150,7 @@ class Stager:
         self._reuse = reuse
         self._bound: _Bound | None = None
         self._planned: tuple[LayoutKey, SavePlan] | None = None
+        self._comparer = Comparer()
         self._selector = Selector()
 
     def measure(self, captured: Captured) -> Size:
@@ -203,7 +204,7 @@ class Stager:
             overlap and id(tensor) in captured.step_writes and can_be_late(local)
             for tensor, local in zip(live, locals_, strict=True)
         ]
-        unchanged = {} if base is None else find_unchanged(plan, locals_, is_late, base)
+        unchanged = {} if base is None else self._comparer.find_unchanged(plan, locals_, is_late, base)
         selected = self._selector.select(plan, base, unchanged, has_values=bool(containers))
         bound = self._bind(plan, containers, selected.selection)
         rest = self._rest(bound, live, locals_, is_late)

@@ -201,15 +201,16 @@ class Storage(Protocol):
         """
         ...
 
-    def link(self, key: str, new_key: str) -> None:
-        """Give an object one more name; it lives until the last one is deleted. No bytes are written.
+    def link(self, names: Sequence[tuple[str, str]]) -> None:
+        """Give objects one more name each: `(key, new key)`. No bytes are written.
 
-        The object and the new name are durable on return; of what fails no new name is left.
+        An object lives until its last name is deleted. Objects and new names are durable on return; where one
+        fails, no new name is left.
 
         Raises:
-            StorageUnsuitable: this cannot be done here, or not with this object: its bytes have to be copied.
+            StorageUnsuitable: this cannot be done here, or not with these objects: copy their bytes.
             StorageNotFound: there is no such object, or no directory for the new name.
-            StorageExists: the new name is taken.
+            StorageExists: a new name is taken.
         """
         ...
 

@@ -82,10 +82,6 @@ class ListedStorage(ForwardingStorage):
             lambda: self._note(key, size_bytes),
         )
 
-    def link(self, key: str, new_key: str) -> None:
-        super().link(key, new_key)
-        self._note(new_key, self._sizes.get(key.partition("/")[0], {}).get(key, 0))
-
     def delete(self, keys: Iterable[str]) -> None:
         keys = tuple(keys)
         super().delete(keys)

@@ -130,24 +130,26 @@ class LocalStorage:
                 lambda: LocalObjectWriter(path, size_bytes=size_bytes, direct=direct, calls=self._calls),
             )
 
-    def link(self, key: str, new_key: str) -> None:
-        path, new_path = self._path(key), self._path(new_key)
-        with translated("link the file", new_path):
-            try:
-                _require_file(path)
-                link_file(self._calls, path, new_path)
-            except OSError as error:
-                if error.errno not in LINK_REFUSED:
-                    raise
-                message = f"cannot give {path} another name: {os.strerror(error.errno)}"
-                raise StorageUnsuitable(message, path=new_path, errno=error.errno) from error
-            try:
-                _sync_file(new_path)
-                sync_directory(os.path.dirname(new_path))
-            except BaseException:
+    def link(self, names: Sequence[tuple[str, str]]) -> None:
+        paths = [(self._path(key), self._path(new_key)) for key, new_key in names]
+        made: builtins.list[str] = []
+        try:
+            for path, new_path in paths:
+                with translated("link the file", new_path):
+                    self._link(path, new_path)
+                made.append(new_path)
+            # All names first: one journal then has them all, and most syncs find nothing left to do.
+            for new_path in made:
+                with translated("sync the file", new_path):
+                    _sync_file(new_path)
+            for directory in dict.fromkeys(map(os.path.dirname, made)):
+                with translated("sync the directory", directory):
+                    sync_directory(directory)
+        except BaseException:
+            for new_path in made:
                 with suppress(OSError):
                     os.unlink(new_path)
-                raise
+            raise
 
     def list(self, prefix: str) -> list[ObjectInfo]:
         check_prefix(prefix)
@@ -305,6 +307,16 @@ class LocalStorage:
             sync_directory(directory)
         except OSError as error:
             raise _outcome_unknown(error, path) from error
+
+    def _link(self, path: str, new_path: str) -> None:
+        try:
+            _require_file(path)
+            link_file(self._calls, path, new_path)
+        except OSError as error:
+            if error.errno not in LINK_REFUSED:
+                raise
+            message = f"cannot give {path} another name: {error.strerror}"
+            raise StorageUnsuitable(message, path=new_path, errno=error.errno) from error
 
     def _publish(self, temporary: str, path: str) -> None:
         try:

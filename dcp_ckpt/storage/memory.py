@@ -10,6 +10,7 @@ import builtins
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from itertools import chain
 
 from dcp_ckpt.closing import Closing
 from dcp_ckpt.errors import ConfigError, StorageError, StorageExists, StorageNotFound, StorageUnsuitable
@@ -121,10 +122,10 @@ class MemoryStorage:
     def make_directory(self, key: str) -> None:
         check_key(key)
 
-    def link(self, key: str, new_key: str) -> None:
-        check_key(key)
-        check_key(new_key)
-        raise StorageUnsuitable("an object has one name only here", path=self._where(key))
+    def link(self, names: Sequence[tuple[str, str]]) -> None:
+        for key in chain.from_iterable(names):
+            check_key(key)
+        raise StorageUnsuitable("an object has one name only here", path=self.url)
 
     def delete(self, keys: Iterable[str]) -> None:
         for key in [check_key(key) for key in keys]:

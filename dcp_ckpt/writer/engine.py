@@ -21,7 +21,7 @@ from dcp_ckpt.format.names import EPOCHS, data_file_name, epoch_name, fragment_n
 from dcp_ckpt.storage.base import ObjectWriter, Storage
 from dcp_ckpt.writer.messages import WriteJob
 from dcp_ckpt.writer.progress import Tell
-from dcp_ckpt.writer.sharing import share_file
+from dcp_ckpt.writer.sharing import SharedFile, share_files
 
 __all__ = ["check_shared_storage", "write_attempt"]
 
@@ -67,18 +67,25 @@ def write_attempt(storage: Storage, job: WriteJob, arena: memoryview, tell: Tell
     fragment = job.fragment
     attempt = fragment.attempt_id
     storage.make_directory(job.directory)
-    files = list(fragment.files)
+    keys = [
+        f"{job.directory}/{data_file_name(fragment.rank, index, attempt)}"
+        for index in range(len(fragment.files))
+    ]
+    sources = list(zip(keys, fragment.files, job.sources, strict=True))
     # What is shared first: where that fails, nothing was written in vain.
-    for index in sorted(range(len(files)), key=lambda index: not job.sources[index].shared_key):
-        file, source = files[index], job.sources[index]
-        key = f"{job.directory}/{data_file_name(fragment.rank, index, attempt)}"
-        tell(key, bytes_done=0, bytes_total=file.size_bytes)
-        if source.shared_key:
-            files[index] = share_file(storage, source.shared_key, key, file, partial(tell, key))
-            continue
-        writer = storage.open_writer(key, size_bytes=file.size_bytes, direct=job.direct_io)
-        part = arena[source.arena_offset : source.arena_offset + file.size_bytes]
-        files[index] = replace(file, block_digests=_write_file(writer, part, partial(tell, key)))
+    shared = [
+        SharedFile(key=source.shared_key, new_key=key, entry=file)
+        for key, file, source in sources
+        if source.shared_key
+    ]
+    made = dict(zip((file.new_key for file in shared), share_files(storage, shared, tell), strict=True))
+    for key, file, source in sources:
+        if not source.shared_key:
+            tell(key, bytes_done=0, bytes_total=file.size_bytes)
+            writer = storage.open_writer(key, size_bytes=file.size_bytes, direct=job.direct_io)
+            part = arena[source.arena_offset : source.arena_offset + file.size_bytes]
+            made[key] = replace(file, block_digests=_write_file(writer, part, partial(tell, key)))
+    files = [made[key] for key in keys]
     fragment = replace(fragment, files=files, payload_digests=_payload_digests(job, arena))
     data = encode_fragment(fragment)
     key = f"{job.directory}/{fragment_name(fragment.rank, attempt)}"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import secrets
 from abc import abstractmethod
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from typing import Self
 
 from dcp_ckpt.closing import Closing
@@ -242,14 +242,15 @@ class FilePlace(Place):
 
         return MemoryObjectWriter(settle, path=self._where(key), key=key, size_bytes=size_bytes)
 
-    def link(self, key: str, new_key: str) -> None:
+    def link(self, names: Sequence[tuple[str, str]]) -> None:
+        for key, new_key in names:
+            check_key(key)
+            self._check_free(new_key)
+            if key not in self._objects:
+                raise StorageNotFound("there is no such file", path=self._where(key))
+            self._require_parent(new_key)
         # Names of one file are equal bytes here: nobody writes into a file that has a name.
-        check_key(key)
-        self._check_free(new_key)
-        if key not in self._objects:
-            raise StorageNotFound("there is no such file", path=self._where(key))
-        self._require_parent(new_key)
-        self._objects[new_key] = self._objects[key]
+        self._objects.update({new_key: self._objects[key] for key, new_key in names})
 
     def list_names(self, prefix: str) -> list[str]:
         below = set(super().list_names(prefix))

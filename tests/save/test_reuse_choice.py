@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from dcp_ckpt.format.consistency import tables_problem
 from dcp_ckpt.format.fragment import ChunkEntry, FileEntry, Fragment
 from dcp_ckpt.format.names import AttemptId, StepDir
-from dcp_ckpt.save.payloads import find_unchanged, live_digest
+from dcp_ckpt.save.payloads import Comparer, live_digest
 from dcp_ckpt.save.plan import SavePlan, make_plan
 from dcp_ckpt.save.reuse import Base, StoredChunk, choose_shared
 from dcp_ckpt.save.selection import Selected, Selector
@@ -41,11 +41,12 @@ def test_little_is_written_rather_than_linked_or_given_a_file() -> None:
     assert (split.fresh, split.settled, split.shared) == ((0,), (), (1,))
 
 
-def test_of_very_many_files_those_that_hold_most_are_shared() -> None:
-    unchanged = {number: stored(number, MIB + number) for number in range(100)}
-    split = choose_shared(100, unchanged, [MIB + number for number in range(100)])
-    assert split.shared == tuple(range(36, 100))
-    assert split.settled == tuple(range(36))
+def test_when_there_are_many_files_those_that_hold_least_become_one() -> None:
+    for count, kept in ((32, 32), (33, 16), (100, 16)):
+        unchanged = {number: stored(number, MIB + number) for number in range(count)}
+        split = choose_shared(count, unchanged, [MIB + number for number in range(count)])
+        assert split.shared == tuple(range(count - kept, count))
+        assert split.settled == tuple(range(count - kept))
 
 
 def tensors_of(rng: random.Random) -> Tensors:
@@ -77,7 +78,7 @@ def test_any_history_of_changes_gives_tables_that_fit(seed: int) -> None:
     """Chunks lie in their files, do not overlap, and are where bytes of their digest were written."""
     rng = random.Random(seed)
     tensors = tensors_of(rng)
-    plan, selector = plan_of(tensors), Selector()
+    plan, selector, comparer = plan_of(tensors), Selector(), Comparer()
     base: Base | None = None
     contents: dict[tuple[str, int, int], str] = {}
     for save in range(1, 9):
@@ -85,7 +86,7 @@ def test_any_history_of_changes_gives_tables_that_fit(seed: int) -> None:
             if rng.random() < 0.3:
                 tensor[rng.randrange(tensor.numel())] += 1
         live = list(tensors.values())
-        unchanged = {} if base is None else find_unchanged(plan, live, [False] * len(live), base)
+        unchanged = {} if base is None else comparer.find_unchanged(plan, live, [False] * len(live), base)
         selected = selector.select(plan, base, unchanged, has_values=False)
         digests = [
             live_digest(plan.dtype_name(number), plan.part(number, live))
@@ -117,6 +118,27 @@ def test_equal_selections_are_one_object() -> None:
     third = selector.select(plan, renamed, unchanged, has_values=False)
     assert third.selection is second.selection
     assert third.shared != second.shared
+
+
+def test_what_changes_all_the_time_is_looked_at_now_and_then() -> None:
+    """Digesting costs as much as copying; but what comes to rest is found."""
+    tensors: Tensors = {(f"t{number:02}",): torch.zeros(1000) for number in range(24)}
+    plan, comparer = plan_of(tensors), Comparer()
+    live = list(tensors.values())
+    everything = Selector().select(plan, None, {}, has_values=False)
+    looks = []
+    for save in range(1, 30):
+        digests = [live_digest("float32", tensor) for tensor in live]
+        base = Base.of(StepDir(save), fragment_of(plan, everything, digests, save))
+        if save < 20:
+            for tensor in live[12:]:
+                tensor += 1
+        unchanged = comparer.find_unchanged(plan, live, [False] * len(live), base)
+        assert set(range(12)) <= unchanged.keys()
+        looks.append(len(unchanged) - 12)
+    assert looks[:19] == [0] * 19
+    assert looks[19] in (1, 2)
+    assert looks[-1] == 12
 
 
 @pytest.mark.parametrize(

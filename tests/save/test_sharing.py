@@ -11,9 +11,10 @@ import pytest
 from dcp_ckpt.errors import StorageError, StorageExists, StorageNotFound
 from dcp_ckpt.format.digests import BLOCK_BYTES, digest
 from dcp_ckpt.format.fragment import FileEntry, FileOrigin
+from dcp_ckpt.storage.base import Storage
 from dcp_ckpt.storage.local import LocalStorage
 from dcp_ckpt.storage.system_calls import SystemCalls
-from dcp_ckpt.writer.sharing import share_file
+from dcp_ckpt.writer.sharing import SharedFile, share_files
 
 ORIGIN = FileOrigin(directory="step-00000001", attempt="e0001-s000001", file=0)
 DATA = bytes(range(256)) * (9 << 12) + b"the end"
@@ -37,13 +38,18 @@ def run(path: Path, *, refusal: int | None = None) -> LocalStorage:
     return storage
 
 
-def tell(*, bytes_done: int, bytes_total: int) -> None:
+def share(storage: Storage, key: str, new_key: str, entry: FileEntry) -> FileEntry:
+    (found,) = share_files(storage, [SharedFile(key=key, new_key=new_key, entry=entry)], tell)
+    return found
+
+
+def tell(key: str, *, bytes_done: int, bytes_total: int) -> None:
     """Nobody listens."""
 
 
 def test_a_shared_file_is_one_file(tmp_path: Path) -> None:
     storage = run(tmp_path)
-    assert share_file(storage, "old/file", "new/file", entry_of(DATA), tell) == entry_of(DATA)
+    assert share(storage, "old/file", "new/file", entry_of(DATA)) == entry_of(DATA)
     assert (tmp_path / "new/file").samefile(tmp_path / "old/file")
 
 
@@ -52,7 +58,7 @@ def test_where_links_are_refused_the_bytes_are_copied_and_the_copy_has_no_origin
     tmp_path: Path, refusal: int
 ) -> None:
     storage = run(tmp_path, refusal=refusal)
-    found = share_file(storage, "old/file", "new/file", entry_of(DATA), tell)
+    found = share(storage, "old/file", "new/file", entry_of(DATA))
     assert found.origin is None
     assert found.block_digests == entry_of(DATA).block_digests
     assert storage.read("new/file") == DATA
@@ -63,20 +69,20 @@ def test_damage_is_not_copied(tmp_path: Path) -> None:
     storage = run(tmp_path, refusal=errno.EPERM)
     entry = entry_of(DATA[:-1] + b"x")
     with pytest.raises(StorageError, match="block 9 differs from its digest"):
-        share_file(storage, "old/file", "new/file", entry, tell)
+        share(storage, "old/file", "new/file", entry)
     assert storage.list_names("new/") == []
 
 
 def test_another_size_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(StorageError, match=f"{len(DATA)} bytes instead of {len(DATA) + 1}"):
-        share_file(run(tmp_path), "old/file", "new/file", entry_of(DATA + b"x"), tell)
+        share(run(tmp_path), "old/file", "new/file", entry_of(DATA + b"x"))
 
 
 def test_what_is_gone_is_named(tmp_path: Path) -> None:
     storage = run(tmp_path)
     for key, new_key in (("old/gone", "new/file"), ("old/file", "gone/file")):
-        with pytest.raises(StorageNotFound, match=f"{key} holds what has not changed"):
-            share_file(storage, key, new_key, entry_of(DATA), tell)
+        with pytest.raises(StorageNotFound, match=r"not changed since old cannot be shared"):
+            share(storage, key, new_key, entry_of(DATA))
     assert storage.list_names("") == ["new/", "old/"]
 
 
@@ -84,11 +90,11 @@ def test_nothing_is_replaced_and_no_symbolic_link_is_shared(tmp_path: Path) -> N
     storage = run(tmp_path)
     storage.put("new/file", b"x")
     with pytest.raises(StorageExists):
-        share_file(storage, "old/file", "new/file", entry_of(DATA), tell)
+        share(storage, "old/file", "new/file", entry_of(DATA))
     assert storage.read("new/file") == b"x"
     (tmp_path / "old/link").symlink_to(tmp_path / "old/file")
     with pytest.raises(StorageError, match="symbolic links"):
-        share_file(storage, "old/link", "new/other", entry_of(DATA), tell)
+        share(storage, "old/link", "new/other", entry_of(DATA))
     assert storage.list_names("new/") == ["file"]
 
 
@@ -102,5 +108,5 @@ def test_a_name_that_cannot_be_made_durable_is_taken_back(
 
     monkeypatch.setattr(os, "fsync", fail)
     with pytest.raises(StorageError):
-        share_file(storage, "old/file", "new/file", entry_of(DATA), tell)
+        share(storage, "old/file", "new/file", entry_of(DATA))
     assert storage.list_names("new/") == []
