@@ -132,7 +132,7 @@ class Pilot:
         report = self._report(flight)
         self._channel.put(flight.keys.report(self._channel.rank), to_message(report))
         if self._bases is not None and report.summary is not None:
-            self._bases.written(flight.attempt, flight.directory, report.summary.ref)
+            self._note_written(self._bases, flight, report.summary)
         if self._coordinator is None:
             # Rank 0 decides by its own deadline at the latest, and then has to act on storage. Its death is
             # noticed at once, so the patience here costs nothing.
@@ -153,6 +153,16 @@ class Pilot:
         self._resolve(flight, verdict)
         if verdict.outcome == "committed":
             self._after_commit(flight)
+
+    def _note_written(self, bases: Bases, flight: Flight, summary: FragmentSummary) -> None:
+        """What this rank has stored may be shared by later saves."""
+        wanted = flight.handover.fragment
+        if wanted is not None and wanted.shared_bytes > summary.ref.shared_bytes:
+            log.warning(
+                "%s could not be shared with older checkpoints: the file system refuses hard links, and rank "
+                "%d copied %d bytes", flight.path, self._channel.rank, wanted.shared_bytes,
+            )  # fmt: skip
+        bases.written(flight.attempt, flight.directory, summary.ref)
 
     def _forget(self, *, before: int, verdict: Verdict) -> None:
         """Free the messages of earlier calls: whoever reported to this one has read them."""

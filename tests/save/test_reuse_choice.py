@@ -163,3 +163,11 @@ def test_the_digest_of_a_conjugate_view_is_that_of_its_values() -> None:
     tensor = torch.randn(40, dtype=torch.complex64)
     assert live_digest("complex64", tensor.conj()) == live_digest("complex64", tensor.conj().resolve_conj())
     assert live_digest("complex64", tensor.conj()) != live_digest("complex64", tensor)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_the_digest_of_a_tensor_on_a_gpu_is_that_of_its_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dcp_ckpt.save.payloads._PIECE_BYTES", 1 << 20)
+    tensor = torch.randn(3000, 1000, device="cuda").add_(1.0)
+    assert live_digest("float32", tensor) == live_digest("float32", tensor.cpu())
+    assert live_digest("float32", tensor.t()) == live_digest("float32", tensor.t().contiguous().cpu())
