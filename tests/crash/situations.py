@@ -136,16 +136,21 @@ def _sharing_saves(storage: Storage, owner: Owner | None, tell: Tell) -> Owner:
 
 def _crashed_while_sharing(storage: Storage, tell: Tell) -> None:
     """Step 1 is gone, 2 committed, 3 complete without a manifest; it shares a file with both. 4 is not."""
-    owner = _two_sharing_steps(storage, tell)
-    owner.write(3)
-    owner.write(4, num_ranks=1)
-    owner.die()
+    with ExitStack() as at_end:
+        owner = _two_sharing_steps(storage, tell)
+        at_end.callback(owner.die)
+        owner.write(3)
+        owner.write(4, num_ranks=1)
 
 
 def _sharing_start(storage: Storage, owner: Owner | None, tell: Tell) -> Owner:
     """Completes step 3, and saves another one that shares its file."""
     owner = Owner(storage, keep=LatestN(1), reuse=True, tell=tell)
-    owner.save_next()
+    try:
+        owner.save_next()
+    except BaseException:
+        owner.die()
+        raise
     return owner
 
 

@@ -25,7 +25,7 @@ from dcp_ckpt.errors import CheckpointError
 from dcp_ckpt.policies import LatestN
 from tests.model.explorer import require_kept
 from tests.model.places import FilePlace, ObjectPlace, Place
-from tests.model.promises import Attempt
+from tests.model.promises import Attempt, damaged_in
 from tests.model.stepping import Process, Task
 from tests.model.trainers import Save, Trainer
 from tests.model.world import World
@@ -264,7 +264,7 @@ class History(RuleBasedStateMachine):
         return list(self.world.processes.values())
 
     def good(self) -> list[Attempt]:
-        return sorted(self.world.visible().keys() - self.world.ledger.damaged)
+        return sorted(self.world.visible().keys() - damaged_in(self.world.place, self.world.ledger))
 
     def name(self, kind: str) -> str:
         self.num_names += 1
