@@ -21,7 +21,6 @@ __all__ = ["Comparer", "live_digest"]
 _PIECE_BYTES = 16 << 20
 """What is on another device, or not in row-major order, is copied in pieces of at most so many bytes."""
 
-
 _RESTLESS_CHANGES = 2
 _ROUNDS = 8
 """What has changed so often in a row is looked at in one of so many saves: to digest it costs as much as to

@@ -257,8 +257,9 @@ class Pilot:
             shared_bytes=verdict.shared_bytes,
         )
         if self._channel.rank == 0:
+            shared = f" ({info.shared_bytes} of them shared)" if info.shared_bytes else ""
             log.info(
-                "saved step %d: %d bytes (%d of them shared), stall %.3f s, durable after %.3f s, %s",
-                info.step, info.bytes, info.shared_bytes, info.stall_seconds, info.durable_seconds, info.path,
+                "saved step %d: %d bytes%s, stall %.3f s, durable after %.3f s, %s",
+                info.step, info.bytes, shared, info.stall_seconds, info.durable_seconds, info.path,
             )  # fmt: skip
         flight.handle.resolve(verdict.outcome, info=info)

@@ -103,13 +103,21 @@ class Selector:
         has_values: bool,
     ) -> Selected:
         """Write what is not in the files that are shared."""
-        shared = tuple((base.files[file], base.keys[file]) for file in split.shared)
-        # In one origin a chunk always lies at the same place, under whatever name it is shared.
-        key = (plan, has_values, split.fresh, split.settled, tuple(entry.origin for entry, _ in shared))
-        selection = self._kept(key, lambda: _part(plan, split, unchanged, has_values=has_values))
-        written = frozenset(selection.numbers)
-        digests = {number: stored.digest for number, stored in unchanged.items() if number not in written}
-        return Selected(selection=selection, shared=shared, digests=digests)
+        index = {file: position for position, file in enumerate(split.shared)}
+        written = {*split.fresh, *split.settled}
+        left_out = {number: stored.entry for number, stored in unchanged.items() if number not in written}
+        places = tuple(
+            (number, index[entry.file], entry.payload_offset) for number, entry in left_out.items()
+        )
+        selection = self._kept(
+            (plan, has_values, split.fresh, split.settled, places),
+            lambda: _part(plan, split, left_out, index, has_values=has_values),
+        )
+        return Selected(
+            selection=selection,
+            shared=tuple((base.files[file], base.keys[file]) for file in split.shared),
+            digests={number: unchanged[number].digest for number in left_out},
+        )
 
     def _kept(self, key: object, make: Callable[[], Selection]) -> Selection:
         if self._newest is None or self._newest[0] != key:
@@ -131,9 +139,18 @@ def _all(plan: SavePlan, *, has_values: bool) -> Selection:
 
 
 def _part(
-    plan: SavePlan, split: Split, unchanged: Mapping[int, StoredChunk], *, has_values: bool
+    plan: SavePlan,
+    split: Split,
+    left_out: Mapping[int, ChunkEntry],
+    index: Mapping[int, int],
+    *,
+    has_values: bool,
 ) -> Selection:
-    """What is fresh and what is settled, each in a file; the other chunks are where the base has them."""
+    """What is fresh and what is settled, each in a file; the other chunks are where the base has them.
+
+    Args:
+        index: of the base's files, those that are shared, counted from the first of them.
+    """
     settled = lay_again([plan.layout.chunks[number] for number in split.settled])
     fresh = lay_again([plan.layout.chunks[number] for number in split.fresh], start=settled.tensor_bytes)
     has_fresh = has_values or bool(split.fresh)
@@ -143,11 +160,8 @@ def _part(
         chunks[number] = _placed(chunks[number], place, file=int(has_fresh), start=0)
     for number, place in zip(split.fresh, fresh.chunks, strict=True):
         chunks[number] = _placed(chunks[number], place, file=0, start=settled.tensor_bytes)
-    written = {*split.fresh, *split.settled}
-    for number, stored in unchanged.items():
-        if number not in written:
-            file = num_written + split.shared.index(stored.entry.file)
-            chunks[number] = replace(stored.entry, file=file)
+    for number, entry in left_out.items():
+        chunks[number] = replace(entry, file=num_written + index[entry.file])
     return Selection(
         numbers=(*split.settled, *split.fresh),
         places=(*settled.chunks, *fresh.chunks),

@@ -209,10 +209,9 @@ class Stager:
         bound = self._bind(plan, containers, selected.selection)
         rest = self._rest(bound, live, locals_, is_late)
         early = [
-            (view, part)
+            (view, plan.part(number, locals_))
             for view, number in zip(bound.views, bound.selection.numbers, strict=True)
             if not is_late[plan.sources[number][0]]
-            for part in [plan.part(number, locals_)]
         ]
         if early:
             views, sources = zip(*early, strict=True)
