@@ -61,10 +61,12 @@ def list_command(run: str, as_json: bool) -> None:
     if as_json:
         print_json(_describe_catalogue(catalogue))
         return
-    rows = [_row(entry, catalogue) for entry in catalogue.entries]
+    shares = any(entry.manifest.shared_bytes for entry in catalogue.entries)
+    rows = [_row(entry, catalogue, shares=shares) for entry in catalogue.entries]
     if rows:
-        titles = ["step", "directory", "epoch", "created", "world", "bytes", "written", "metrics", "tags"]
-        print_table([*titles, "marks"], rows)
+        written = ["written"] if shares else []
+        titles = ["step", "directory", "epoch", "created", "world", "bytes", *written]
+        print_table([*titles, "metrics", "tags", "marks"], rows)
     else:
         click.echo("no checkpoints")
     for rejected in catalogue.rejected:
@@ -119,7 +121,7 @@ def _describe_catalogue(catalogue: Catalogue) -> dict[str, Any]:
     }
 
 
-def _row(entry: CheckpointEntry, catalogue: Catalogue) -> tuple[str, ...]:
+def _row(entry: CheckpointEntry, catalogue: Catalogue, *, shares: bool) -> tuple[str, ...]:
     marks = {"latest": entry is catalogue.latest, "bad": entry.is_bad, "pinned": entry.is_pinned}
     return (
         str(entry.step),
@@ -128,7 +130,7 @@ def _row(entry: CheckpointEntry, catalogue: Catalogue) -> tuple[str, ...]:
         entry.manifest.created_at,
         str(entry.manifest.world_size),
         human_bytes(entry.manifest.total_bytes),
-        human_bytes(entry.manifest.written_bytes),
+        *([human_bytes(entry.manifest.written_bytes)] if shares else []),
         _metrics(entry.metrics),
         ",".join(entry.manifest.tags),
         ",".join(name for name, applies in marks.items() if applies),

@@ -20,6 +20,7 @@ from dcp_ckpt import CheckpointConfig, Checkpointer, TrainState, open_checkpoint
 from dcp_ckpt.errors import CheckpointNotFound
 from dcp_ckpt.policies import LatestN
 from tests.distributed import worlds
+from tests.eventually import eventually
 
 pytestmark = pytest.mark.distributed
 
@@ -50,8 +51,14 @@ def names() -> dict[str, int]:
     return {f"t{number}": 0 for number in range(COUNT)}
 
 
-def save_changing(path: str, steps: list[list[str]], resume: bool) -> list[tuple[int, int]]:
-    """Save once for each list of names that change before; returns sizes and what of them was shared."""
+def save_changing(
+    path: str, steps: list[list[str]], resume: bool, reader: str | None = None
+) -> list[tuple[int, int]]:
+    """Save once for each list of names that change before; returns sizes and what of them was shared.
+
+    Args:
+        reader: directory where a reader notes what it has read: each step is waited for.
+    """
     versions = names()
     found = []
     with Checkpointer(path, config=config()) as checkpointer:
@@ -65,6 +72,8 @@ def save_changing(path: str, steps: list[list[str]], resume: bool) -> list[tuple
             versions |= dict.fromkeys(changed, step)
             info = checkpointer.save(state_of(versions), step=step).result(60)
             found.append((info.bytes, info.shared_bytes))
+            if reader is not None and dist.get_rank() == 0:
+                assert eventually(Path(reader, Path(info.path).name).exists, timeout_seconds=60)
     return found
 
 
@@ -163,10 +172,10 @@ def test_the_base_of_a_fine_tuning_is_stored_once(pool, tmp_path, overlap):
 
 
 @contextmanager
-def reading(path: Path) -> Iterator[list[str]]:
-    """Open and read whatever is the newest, over and over; yields what went wrong and what was read."""
+def reading(path: Path, notes: Path) -> Iterator[None]:
+    """Open and read whatever is the newest, over and over; `notes` gets the names of what was read."""
+    notes.mkdir()
     done = threading.Event()
-    read: list[str] = []
     wrong: list[BaseException] = []
 
     def run() -> None:
@@ -175,7 +184,7 @@ def reading(path: Path) -> Iterator[list[str]]:
                 with open_checkpoint(f"{path}@latest") as checkpoint:
                     for name in checkpoint.tensors:
                         checkpoint.read_tensor(name)
-                    read.append(checkpoint.directory)
+                    (notes / checkpoint.directory).touch()
             except CheckpointNotFound:
                 continue  # none yet, or removed while it was read
             except BaseException as error:
@@ -184,7 +193,7 @@ def reading(path: Path) -> Iterator[list[str]]:
     thread = threading.Thread(target=run)
     thread.start()
     try:
-        yield read
+        yield
     finally:
         done.set()
         thread.join()
@@ -198,14 +207,15 @@ def test_whatever_is_committed_loads_while_all_but_the_newest_go(pool, tmp_path)
         [f"t{number}" for number in torch.randperm(COUNT, generator=generator)[: step % 4].tolist()]
         for step in range(20)
     ]
-    with reading(tmp_path) as read:
-        (sizes, *_) = pool.run(save_changing, 2, str(tmp_path), steps, False)
-    assert len(set(read)) > 2
+    run, notes = tmp_path / "run", tmp_path / "read"
+    with reading(run, notes):
+        (sizes, *_) = pool.run(save_changing, 2, str(run), steps, False, str(notes))
+    assert len(list(notes.iterdir())) == 20
     assert len(sizes) == 20
     assert all(shared for _, shared in sizes[1:])
     versions = names()
     for step, changed in enumerate(steps, start=1):
         versions |= dict.fromkeys(changed, step)
-    with open_checkpoint(f"{tmp_path}@latest") as checkpoint:
+    with open_checkpoint(f"{run}@latest") as checkpoint:
         for name, version in versions.items():
             assert torch.equal(checkpoint.read_tensor(name), whole(name, version)), name

@@ -128,7 +128,8 @@ def damaged_in(place: Place, ledger: Ledger) -> set[Attempt]:
         for rank in range(manifest.world_size) if ledger.rotten else ():
             key = f"{attempt.directory}/{fragment_name(rank, manifest.attempt_id)}"
             files = decode_fragment(place.objects[key], path=key).files if key in place.objects else []
-            if any(file.origin is not None and file.origin.attempt in ledger.rotten for file in files):
+            writers = [file.origin.attempt if file.origin else attempt.attempt for file in files]
+            if not ledger.rotten.isdisjoint(writers):
                 found.add(attempt)
     return found
 
