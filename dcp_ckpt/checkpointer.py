@@ -83,9 +83,7 @@ class Checkpointer:
     ) -> None:
         self._config = config or CheckpointConfig()
         self._session: Session | None = None
-        self._starts = 0
-        self._loads = 0
-        self._orders = 0
+        self._starts = self._loads = self._orders = 0
         self._final_save: tuple[int, bool] | None = None
         self._due: DueSaves | None = None
         self._failed_load: CheckpointError | None = None
@@ -212,6 +210,7 @@ class Checkpointer:
         if path is None and report is not None:
             resumed = os.path.basename(report.path), report.epoch, report.step
             self._on_rank_0("resumed", lambda: session.resumed_from(*resumed))
+            session.reuse_from(resumed[0])
         session.prepare(components, tag=f"{tag}/prepare")
         return report
 

@@ -30,6 +30,9 @@ class CheckpointConfig:
         overlap: "off": `save()` returns once this rank's bytes are copied. "step": parameters and moments of
             a TrainState are copied while forward and backward run, and the next `optimizer.step()` waits
             until they are; whatever else writes them calls `Checkpointer.fence()` first.
+        reuse: what is unchanged since the save before is not written again: the new checkpoint shares its
+            files. Unchanged is what has the same digest, so `save()` reads all that is not copied late. For
+            fine-tuning, where most of the state is frozen; without effect on storages without hard links.
         when_busy: a save that comes while the one before is still being written waits for it, or is skipped.
         on_failure: a failed save is logged and training goes on, or it raises at the next call, on all ranks.
         verify: check the digests of everything that a load reads.
@@ -51,6 +54,7 @@ class CheckpointConfig:
     save_when: SavePolicy | None = None
     keep: KeepPolicy | None = _DEFAULT_KEEP
     overlap: Literal["off", "step"] = "off"
+    reuse: bool = False
     when_busy: Literal["wait", "skip"] = "wait"
     on_failure: Literal["warn", "raise"] = "warn"
     verify: bool = True
@@ -67,6 +71,7 @@ class CheckpointConfig:
     def __post_init__(self) -> None:
         self._check_policies()
         self._check_choice("overlap", ("off", "step"))
+        self._check_choice("reuse", (True, False))
         self._check_choice("when_busy", ("wait", "skip"))
         self._check_choice("on_failure", ("warn", "raise"))
         self._check_choice("dcp_metadata", ("auto", "always", "never"))

@@ -26,6 +26,7 @@ def test_fields_are_the_contract() -> None:
         "save_when",
         "keep",
         "overlap",
+        "reuse",
         "when_busy",
         "on_failure",
         "verify",

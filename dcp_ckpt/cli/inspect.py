@@ -70,12 +70,26 @@ def _describe(checkpoint: Checkpoint) -> dict[str, Any]:
         "world_size": manifest.world_size,
         "created_at": manifest.created_at,
         "bytes": manifest.total_bytes,
+        "written_bytes": manifest.written_bytes,
+        "shared_with": _shared_with(checkpoint),
         "metrics": manifest.metrics,
         "tags": manifest.tags,
         "run_id": manifest.run_id,
         "format_version": manifest.format_version,
         "run": run if run and run.run_id == manifest.run_id else None,
     }
+
+
+def _shared_with(checkpoint: Checkpoint) -> dict[str, int]:
+    """The older checkpoints that wrote files of this one, and the bytes of those files."""
+    found: dict[str, int] = {}
+    if not checkpoint.manifest.shared_bytes:
+        return found
+    for rank in range(checkpoint.manifest.world_size):
+        for file in checkpoint.fragment(rank).files:
+            if file.origin is not None:
+                found[file.origin.directory] = found.get(file.origin.directory, 0) + file.size_bytes
+    return dict(sorted(found.items()))
 
 
 def _run(checkpoint: Checkpoint) -> RunDocument | None:
@@ -123,6 +137,7 @@ def _print_header(header: dict[str, Any]) -> None:
         ("created", header["created_at"]),
         ("world size", str(header["world_size"])),
         ("size", human_bytes(header["bytes"])),
+        ("shared", ", ".join(f"{human_bytes(n)} of {name}" for name, n in header["shared_with"].items())),
         ("metrics", _short(header["metrics"]) if header["metrics"] else ""),
         ("tags", ", ".join(header["tags"])),
         ("run", f"{run.number} {run.name or ''} {run.run_id}" if run else header["run_id"]),

@@ -141,6 +141,7 @@ def _describe_items(items: Sequence[PruneItem]) -> list[dict[str, Any]]:
             "epoch": item.epoch,
             "step": item.step,
             "bytes": item.size_bytes,
+            "shared_bytes": item.shared_bytes,
             "reason": item.reason,
         }
         for item in items
@@ -149,7 +150,7 @@ def _describe_items(items: Sequence[PruneItem]) -> list[dict[str, Any]]:
 
 def _print_plan(plan: PrunePlan) -> None:
     _print_items({"keep": plan.kept, "remove": plan.removed})
-    size = human_bytes(plan.freed_bytes)
+    size = _size(plan)
     click.echo(
         f"{len(plan.kept)} to keep, {len(plan.removed)} to remove, {size} to free; nothing was touched"
     )
@@ -162,8 +163,12 @@ def _print_report(report: PruneReport) -> None:
         click.echo(f"cleared away {name}")
     _print_items({"kept": report.kept, "removed": report.removed, "spared": report.spared})
     num_kept = len(report.kept) + len(report.spared)
-    size = human_bytes(report.freed_bytes)
+    size = _size(report)
     click.echo(f"{num_kept} kept, {len(report.removed)} removed, {size} freed (epoch {report.epoch})")
+
+
+def _size(prune: PrunePlan | PruneReport) -> str:
+    return f"{'up to ' if prune.shares else ''}{human_bytes(prune.freed_bytes)}"
 
 
 def _print_items(verdicts: dict[str, tuple[PruneItem, ...]]) -> None:

@@ -61,11 +61,12 @@ def list_command(run: str, as_json: bool) -> None:
     if as_json:
         print_json(_describe_catalogue(catalogue))
         return
-    rows = [_row(entry, catalogue) for entry in catalogue.entries]
+    shares = any(entry.manifest.shared_bytes for entry in catalogue.entries)
+    rows = [_row(entry, catalogue, shares=shares) for entry in catalogue.entries]
     if rows:
-        print_table(
-            ("step", "directory", "epoch", "created", "world", "bytes", "metrics", "tags", "marks"), rows
-        )
+        written = ["written"] if shares else []
+        titles = ["step", "directory", "epoch", "created", "world", "bytes", *written]
+        print_table([*titles, "metrics", "tags", "marks"], rows)
     else:
         click.echo("no checkpoints")
     for rejected in catalogue.rejected:
@@ -85,6 +86,7 @@ def _describe_run(run: Run, catalogue: Catalogue) -> dict[str, Any]:
         "checkpoints": len(catalogue.entries),
         "latest_step": latest.step if latest else None,
         "bytes": sum(entry.manifest.total_bytes for entry in catalogue.entries),
+        "written_bytes": sum(entry.manifest.written_bytes for entry in catalogue.entries),
     }
 
 
@@ -100,6 +102,7 @@ def _describe_catalogue(catalogue: Catalogue) -> dict[str, Any]:
                 "created_at": entry.manifest.created_at,
                 "world_size": entry.manifest.world_size,
                 "bytes": entry.manifest.total_bytes,
+                "written_bytes": entry.manifest.written_bytes,
                 "metrics": entry.encoded_metrics,
                 "tags": entry.manifest.tags,
                 "bad": entry.is_bad,
@@ -118,7 +121,7 @@ def _describe_catalogue(catalogue: Catalogue) -> dict[str, Any]:
     }
 
 
-def _row(entry: CheckpointEntry, catalogue: Catalogue) -> tuple[str, ...]:
+def _row(entry: CheckpointEntry, catalogue: Catalogue, *, shares: bool) -> tuple[str, ...]:
     marks = {"latest": entry is catalogue.latest, "bad": entry.is_bad, "pinned": entry.is_pinned}
     return (
         str(entry.step),
@@ -127,6 +130,7 @@ def _row(entry: CheckpointEntry, catalogue: Catalogue) -> tuple[str, ...]:
         entry.manifest.created_at,
         str(entry.manifest.world_size),
         human_bytes(entry.manifest.total_bytes),
+        *([human_bytes(entry.manifest.written_bytes)] if shares else []),
         _metrics(entry.metrics),
         ",".join(entry.manifest.tags),
         ",".join(name for name, applies in marks.items() if applies),

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 from dcp_ckpt.errors import CorruptCheckpoint
 from dcp_ckpt.format.boxes import Box
 from dcp_ckpt.format.consistency import tables_problem
-from dcp_ckpt.format.digests import DIGEST_DIGITS, block_count, digest
+from dcp_ckpt.format.digests import DIGEST_DIGITS, ReadableBuffer, block_count, digest, digest_of_parts
 from dcp_ckpt.format.documents import FORMAT_VERSION, decode_document, encode_json
 from dcp_ckpt.format.fields import Count, Digest, Digests, Dims, Identity, RankRuns, Version
-from dcp_ckpt.format.names import AttemptId
+from dcp_ckpt.format.names import AttemptId, StepDir
 
 __all__ = [
     "FRAGMENT_FORMAT",
     "ChunkEntry",
     "CopiesEntry",
     "FileEntry",
+    "FileOrigin",
     "Fragment",
     "MeshEntry",
     "TensorEntry",
@@ -25,20 +28,45 @@ __all__ = [
     "decode_fragment",
     "encode_fragment",
     "layout_digest",
+    "payload_digest",
 ]
 
 FRAGMENT_FORMAT = "dcp_ckpt.fragment"
 
 
 @dataclass(frozen=True, kw_only=True)
+class FileOrigin:
+    """The older checkpoint of this run and rank that wrote a shared file, and the file's index there.
+
+    For people: the file itself stands in the checkpoint's own directory.
+    """
+
+    directory: Identity
+    attempt: Identity
+    file: Count
+
+
+@dataclass(frozen=True, kw_only=True)
 class FileEntry:
-    """One data file: its size and the digests of its 1 MiB blocks, concatenated."""
+    """One data file: its size and the digests of its 1 MiB blocks, concatenated.
+
+    Args:
+        origin: of a file that an older checkpoint wrote (docs/format.md, section 14).
+    """
 
     size_bytes: Count
     block_digests: Digests
+    origin: FileOrigin | None = None
 
     def block_digest(self, block: int) -> str:
         return self.block_digests[block * DIGEST_DIGITS : (block + 1) * DIGEST_DIGITS]
+
+    @property
+    def shared_note(self) -> str:
+        """To be added to a message about the file: who else has it."""
+        if self.origin is None:
+            return ""
+        return f"; {self.origin.directory} wrote the file, and checkpoints since then share it"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,6 +159,7 @@ class Fragment:
     replicated: Digest
     aliases: dict[str, list[list[str]]] = field(default_factory=dict)
     copies: list[CopiesEntry] = field(default_factory=list)
+    payload_digests: Digests = ""
     created_at: str | None = None
     metrics: dict[str, Any] = field(default_factory=dict)
     tags: list[str] = field(default_factory=list)
@@ -145,10 +174,25 @@ class Fragment:
             raise CorruptCheckpoint(f"{self.attempt!r} is not an attempt id", phase="read")
         return attempt
 
+    @property
+    def shared_bytes(self) -> int:
+        """Of data files that an older checkpoint wrote."""
+        return sum(file.size_bytes for file in self.files if file.origin is not None)
+
 
 def layout_digest(meshes: list[MeshEntry], tensors: list[TensorEntry], chunks: list[ChunkEntry]) -> str:
     """The digest of one rank's tables; equal layouts need to be checked once."""
     return digest(encode_json([meshes, tensors, chunks]))
+
+
+def payload_digest(dtype: str, sizes: Sequence[int], payload: Iterable[ReadableBuffer]) -> str:
+    """What two chunks of one box have in common exactly when their dtypes and all their bytes are equal.
+
+    Args:
+        dtype: torch's name, without `torch.`.
+        payload: the chunk's bytes in parts; each is used before the next one is asked for.
+    """
+    return digest_of_parts(chain([encode_json([dtype, list(sizes)])], payload))
 
 
 def encode_fragment(fragment: Fragment) -> bytes:
@@ -178,6 +222,15 @@ def _problem(fragment: Fragment) -> str | None:
     for index, file in enumerate(fragment.files):
         if len(file.block_digests) != DIGEST_DIGITS * block_count(file.size_bytes):
             return f"files[{index}].block_digests: not the digests of {file.size_bytes} bytes"
+        if file.origin is not None and not _is_older(file.origin, fragment):
+            return f"files[{index}].origin: {file.origin.attempt!r:.80} is no older attempt of this run"
+    if fragment.payload_digests and len(fragment.payload_digests) != DIGEST_DIGITS * len(fragment.chunks):
+        return f"payload_digests: not one for each of {len(fragment.chunks)} chunks"
     if fragment.layout != layout_digest(fragment.meshes, fragment.tensors, fragment.chunks):
         return "layout: its layout digest differs from its tables"
     return tables_problem(fragment)
+
+
+def _is_older(origin: FileOrigin, fragment: Fragment) -> bool:
+    attempt, directory = AttemptId.parse(origin.attempt), StepDir.parse(origin.directory)
+    return attempt is not None and directory is not None and attempt < fragment.attempt_id

@@ -35,17 +35,27 @@ MANIFEST_FORMAT = "dcp_ckpt.manifest"
 
 @dataclass(frozen=True, kw_only=True)
 class FragmentRef:
-    """Size and digest of one rank's fragment, and the sizes of its data files."""
+    """Size and digest of one rank's fragment, and the sizes of its data files.
+
+    Args:
+        shared_bytes: of those that an older checkpoint wrote.
+    """
 
     size_bytes: Count
     digest: Digest
     file_bytes: list[Count]
+    shared_bytes: Count = 0
 
     @classmethod
     def of(cls, fragment: Fragment, data: bytes) -> FragmentRef:
         """The reference to a fragment whose encoded bytes are `data`."""
         file_bytes = [file.size_bytes for file in fragment.files]
-        return cls(size_bytes=len(data), digest=digest(data), file_bytes=file_bytes)
+        return cls(
+            size_bytes=len(data),
+            digest=digest(data),
+            file_bytes=file_bytes,
+            shared_bytes=fragment.shared_bytes,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,6 +153,16 @@ class Manifest:
     def total_bytes(self) -> int:
         """Bytes of all data files."""
         return sum(sum(ref.file_bytes) for ref in self.fragments)
+
+    @property
+    def shared_bytes(self) -> int:
+        """Of those that an older checkpoint wrote."""
+        return sum(ref.shared_bytes for ref in self.fragments)
+
+    @property
+    def written_bytes(self) -> int:
+        """Of those that were written for this checkpoint."""
+        return self.total_bytes - self.shared_bytes
 
 
 def summarize(fragment: Fragment, data: bytes) -> FragmentSummary:

@@ -10,6 +10,7 @@ import logging
 import math
 import threading
 import time
+from collections.abc import Callable
 
 from dcp_ckpt.errors import CheckpointError, Fenced
 from dcp_ckpt.format.manifest import Manifest
@@ -36,6 +37,8 @@ class Janitor:
     Args:
         keep: what to keep besides what is never touched; None keeps everything.
         grace_seconds: how long files stay after their checkpoint was taken back.
+        is_in_use: told a checkpoint that was taken back, says whether a save under way may still share its
+            files; then they stay longer.
     """
 
     def __init__(
@@ -46,12 +49,14 @@ class Janitor:
         epoch: int,
         keep: KeepPolicy | None,
         grace_seconds: float,
+        is_in_use: Callable[[StepDir], bool] = lambda directory: False,
     ) -> None:
         self._storage = storage
         self._known = known
         self._epoch = epoch
         self._keep = keep
         self._grace_seconds = grace_seconds
+        self._is_in_use = is_in_use
         self._protected: dict[StepDir, str] = {}
         self._waiting: dict[StepDir, tuple[float, Manifest]] = {}
         self._lock = threading.Lock()
@@ -66,8 +71,8 @@ class Janitor:
 
     @property
     def waiting_bytes(self) -> int:
-        """What was taken back and is not deleted yet."""
-        return sum(manifest.total_bytes for _, manifest in list(self._waiting.values()))
+        """What was written for what was taken back and is not deleted yet."""
+        return sum(manifest.written_bytes for _, manifest in list(self._waiting.values()))
 
     def tidy(self) -> None:
         """Apply retention now, and delete what is over its grace period. Logs what fails."""
@@ -160,7 +165,7 @@ class Janitor:
         num_bytes = 0
         storage = self._storage.until(now + _REQUEST_SECONDS)
         for directory, (expires, manifest) in list(self._waiting.items()):
-            if expires > now:
+            if expires > now or self._is_in_use(directory):
                 continue
             sealed = seal(storage, directory, epoch=self._epoch)
             del self._waiting[directory]
@@ -170,5 +175,5 @@ class Janitor:
                 delete_tree(storage, sealed)
             else:
                 delete_files(storage, directory, manifest)
-            num_bytes += manifest.total_bytes
+            num_bytes += manifest.written_bytes
         return num_bytes

@@ -34,7 +34,8 @@ class PruneItem:
     """One checkpoint, and why it is kept, removed or spared.
 
     Args:
-        size_bytes: of its data files and fragments.
+        size_bytes: of the data files that were written for it, and of its fragments.
+        shared_bytes: of the data files that older checkpoints wrote.
     """
 
     directory: StepDir
@@ -42,6 +43,7 @@ class PruneItem:
     step: int
     size_bytes: int
     reason: str
+    shared_bytes: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +55,13 @@ class PrunePlan:
 
     @property
     def freed_bytes(self) -> int:
+        """At most: a file that a checkpoint that stays shares with one that goes stays, too."""
         return sum(item.size_bytes for item in self.removed)
+
+    @property
+    def shares(self) -> bool:
+        """Whether a checkpoint that stays shares files."""
+        return any(item.shared_bytes for item in self.kept)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +84,13 @@ class PruneReport:
 
     @property
     def freed_bytes(self) -> int:
+        """At most, as in `PrunePlan`."""
         return sum(item.size_bytes for item in self.removed)
+
+    @property
+    def shares(self) -> bool:
+        """As in `PrunePlan`."""
+        return any(item.shared_bytes for item in (*self.kept, *self.spared))
 
 
 def plan_prune(storage: Storage, keep: KeepPolicy) -> PrunePlan:
@@ -153,8 +167,9 @@ def _item(entry: CheckpointEntry, reason: str) -> PruneItem:
         directory=entry.directory,
         epoch=manifest.epoch,
         step=manifest.step,
-        size_bytes=manifest.total_bytes + sum(ref.size_bytes for ref in manifest.fragments),
+        size_bytes=manifest.written_bytes + sum(ref.size_bytes for ref in manifest.fragments),
         reason=reason,
+        shared_bytes=manifest.shared_bytes,
     )
 
 

@@ -134,7 +134,8 @@ def _needed_from(source: Source, path: str, pieces: Sequence[Piece]) -> str:
         return ""
     names = sorted({piece.tensor for piece in wanted})
     stop = max(piece.start + piece.num_bytes for piece in wanted)
-    return f"; bytes {min(piece.start for piece in wanted)} to {stop} of it hold {', '.join(names)}"
+    note = source.file_note(wanted[0].rank, wanted[0].file)
+    return f"; bytes {min(piece.start for piece in wanted)} to {stop} of it hold {', '.join(names)}{note}"
 
 
 def _check(source: Source, read: Read, data: memoryview, pieces: Sequence[Piece]) -> None:
@@ -155,7 +156,7 @@ def _check(source: Source, read: Read, data: memoryview, pieces: Sequence[Piece]
         )
         raise CorruptCheckpoint(
             f"block {block} (bytes {start} to {stop}) differs from its digest; "
-            f"it holds {', '.join(names) or 'framing'}",
+            f"it holds {', '.join(names) or 'framing'}{source.file_note(read.rank, read.file)}",
             phase="read",
             path=source.file_key(read.rank, read.file),
         )

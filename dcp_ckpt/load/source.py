@@ -113,6 +113,10 @@ class Source(Protocol):
         """The size that a data file has to have."""
         ...
 
+    def file_note(self, rank: int, file: int) -> str:
+        """To be added to a message about a data file; empty where there is nothing to say."""
+        ...
+
     def block_digest(self, rank: int, file: int, block: int) -> str:
         """The stored digest of one block; only with `has_digests`."""
         ...

@@ -185,6 +185,9 @@ class StockSource:
         """The key of data file number `rank`; `file` is always 0 here."""
         return f"{self.directory}/{self._files[rank]}"
 
+    def file_note(self, rank: int, file: int) -> str:
+        return ""
+
     def file_bytes(self, rank: int, file: int) -> int:
         return self._needed_bytes[self._files[rank]]
 

@@ -164,6 +164,9 @@ class StoredCheckpoint:
         """The storage key of a data file; computed, never taken from the checkpoint."""
         return f"{self.directory}/{data_file_name(rank, file, self.manifest.attempt_id)}"
 
+    def file_note(self, rank: int, file: int) -> str:
+        return self._fragments[rank].files[file].shared_note
+
     def _require(self, ranks: Sequence[int]) -> None:
         """Read the fragments of `ranks` that are not here yet, and check them against the manifest."""
         missing = [rank for rank in ranks if rank not in self._fragments]

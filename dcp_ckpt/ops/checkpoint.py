@@ -270,9 +270,11 @@ class Checkpoint(Closing):
                 num_bytes=num_bytes,
             )
         except StorageNotFound as error:
-            raise self._missing(error, name) from error
+            missing = self._missing(error, name)
+            missing.message += f"; tensor {chunk.tensor} is read from it{entry.shared_note}"
+            raise missing from error
         except CorruptCheckpoint as error:
-            error.message += f"; tensor {chunk.tensor} is read from it"
+            error.message += f"; tensor {chunk.tensor} is read from it{entry.shared_note}"
             raise
         return torch.frombuffer(data, dtype=torch.uint8).view(dtype).reshape(chunk.sizes)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from dcp_ckpt.errors import (
@@ -242,7 +242,7 @@ def _check_rank(
         entry = fragment.files[index] if fragment and index < len(fragment.files) else None
         digests = entry.block_digests if entry and entry.size_bytes == size_bytes else ""
         check = check_file(storage, f"{directory}/{name}", size_bytes, digests)
-        yield from _describe(check, FileMap(fragment, index))
+        yield from _describe(check, FileMap(fragment, index), note="" if entry is None else entry.shared_note)
 
 
 def _check_tables(directory: str, fragments: Sequence[Fragment]) -> Iterator[Problem]:
@@ -265,8 +265,17 @@ def _check_tables(directory: str, fragments: Sequence[Fragment]) -> Iterator[Pro
         yield Problem(kind="fragment", path=directory, message=wrong)
 
 
-def _describe(check: FileCheck, file_map: FileMap) -> Iterator[Problem]:
-    """Problems of one data file, in the terms of what is stored in it."""
+def _describe(check: FileCheck, file_map: FileMap, *, note: str) -> Iterator[Problem]:
+    """Problems of one data file, in the terms of what is stored in it.
+
+    Args:
+        note: who else has the file.
+    """
+    for problem in _problems_of(check, file_map):
+        yield replace(problem, message=problem.message + note)
+
+
+def _problems_of(check: FileCheck, file_map: FileMap) -> Iterator[Problem]:
     size_bytes = check.size_bytes
     if check.found_bytes is None:
         message = f"the file is {'missing' if check.error is None else 'unreadable: ' + check.error}"

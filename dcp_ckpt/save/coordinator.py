@@ -101,7 +101,9 @@ class Coordinator:
         except Exception as error:
             log.exception("the commit of step %d failed inside", step)
             return Verdict(outcome="unknown", error=error_fields(as_checkpoint_error(error, rank=0)))
-        return Verdict(outcome="committed", total_bytes=manifest.total_bytes)
+        return Verdict(
+            outcome="committed", total_bytes=manifest.total_bytes, shared_bytes=manifest.shared_bytes
+        )
 
     def _collect(self, keys: SaveKeys, deadline: float) -> tuple[list[Report], list[int]]:
         wanted = [keys.report(rank) for rank in range(self._channel.world_size)]

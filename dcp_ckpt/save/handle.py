@@ -20,6 +20,7 @@ class CheckpointInfo:
         step: the training step.
         path: URL or path of its directory.
         bytes: size of all data files.
+        shared_bytes: of those that an older checkpoint wrote and that were not written again (`reuse`).
         stall_seconds: how long the save held this rank's training thread: the call of `save()` and the wait
             at its fence; 0.0 when it was not saved by this process.
         durable_seconds: from the call of `save()` until the manifest was durable, on this rank's clock.
@@ -38,6 +39,7 @@ class CheckpointInfo:
     tags: tuple[str, ...]
     world_size: int
     created_at: str
+    shared_bytes: int = 0
 
 
 def info_of(entry: CheckpointEntry, url: str) -> CheckpointInfo:
@@ -53,6 +55,7 @@ def info_of(entry: CheckpointEntry, url: str) -> CheckpointInfo:
         tags=tuple(manifest.tags),
         world_size=manifest.world_size,
         created_at=manifest.created_at,
+        shared_bytes=manifest.shared_bytes,
     )
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from dcp_ckpt.format.containers import SLAB_ALIGNMENT_BYTES, Framing, tensor_framing
 from dcp_ckpt.save.placement import OwnedBox, TensorSpec
 
-__all__ = ["LARGE_BYTES", "SEGMENT_BYTES", "FileLayout", "PlacedChunk", "plan_file", "round_up"]
+__all__ = ["LARGE_BYTES", "SEGMENT_BYTES", "FileLayout", "PlacedChunk", "lay_again", "plan_file", "round_up"]
 
 SEGMENT_BYTES = 4096
 """Segments start at multiples of this: a page, and what direct I/O asks of offsets and addresses."""
@@ -51,19 +51,36 @@ def plan_file(specs: Sequence[TensorSpec], owned: Sequence[OwnedBox]) -> FileLay
         spec = specs[box.tensor]
         is_large = box.box.num_elements * spec.item_bytes >= LARGE_BYTES
         (large if is_large else small).append(box)
+    framed = [
+        (box, tensor_framing(specs[box.tensor].dtype, box.box.sizes, alignment))
+        for boxes, alignment in ((large, SEGMENT_BYTES), (small, SLAB_ALIGNMENT_BYTES))
+        for box in boxes
+    ]
+    return _lay(framed, 0)
+
+
+def lay_again(chunks: Sequence[PlacedChunk], *, start: int = 0) -> FileLayout:
+    """Lay out some chunks of a layout anew, in the same order.
+
+    Args:
+        start: where the first one goes; `tensor_bytes` counts from 0 all the same.
+    """
+    return _lay([(chunk.owned, chunk.framing) for chunk in chunks], start)
+
+
+def _lay(framed: Sequence[tuple[OwnedBox, Framing]], position: int) -> FileLayout:
     chunks: list[PlacedChunk] = []
-    position = 0
-    for boxes, alignment in ((large, SEGMENT_BYTES), (small, SLAB_ALIGNMENT_BYTES)):
-        for box in boxes:
-            framing = tensor_framing(specs[box.tensor].dtype, box.box.sizes, alignment)
-            chunks.append(
-                PlacedChunk(
-                    owned=box,
-                    container_offset=position,
-                    payload_offset=position + len(framing.prefix),
-                    framing=framing,
-                )
+    for box, framing in framed:
+        chunks.append(
+            PlacedChunk(
+                owned=box,
+                container_offset=position,
+                payload_offset=position + len(framing.prefix),
+                framing=framing,
             )
-            position = round_up(position + framing.container_bytes, alignment)
-        position = round_up(position, SEGMENT_BYTES)
-    return FileLayout(chunks=tuple(chunks), tensor_bytes=position)
+        )
+        # Behind a large chunk, and behind the last one of a slab, a new segment begins.
+        is_large = framing.payload_bytes >= LARGE_BYTES
+        alignment = SEGMENT_BYTES if is_large else SLAB_ALIGNMENT_BYTES
+        position = round_up(position + framing.container_bytes, alignment)
+    return FileLayout(chunks=tuple(chunks), tensor_bytes=round_up(position, SEGMENT_BYTES))

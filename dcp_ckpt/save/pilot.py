@@ -18,6 +18,7 @@ from dcp_ckpt.coordination import Channel, error_fields, error_from_fields
 from dcp_ckpt.errors import CheckpointError, CoordinationError, SaveFailed
 from dcp_ckpt.format.manifest import FragmentSummary
 from dcp_ckpt.format.names import AttemptId, StepDir
+from dcp_ckpt.save.bases import Bases
 from dcp_ckpt.save.comparison import Comparison
 from dcp_ckpt.save.coordinator import Coordinator
 from dcp_ckpt.save.deadlines import CONCLUDE_SECONDS, REPORT_SLACK_SECONDS
@@ -64,6 +65,7 @@ class Pilot:
         channel: a connection of its own.
         link: this rank's writer.
         coordinator: on rank 0, else None.
+        bases: learn of what is written and committed; None where nothing is reused.
         after_commit: on rank 0, called after the verdict of a committed save is out.
         timeout_seconds: for how much longer than it should take rank 0's verdict is waited for.
     """
@@ -73,6 +75,7 @@ class Pilot:
         channel: Channel,
         link: WriterLink,
         coordinator: Coordinator | None,
+        bases: Bases | None,
         after_commit: Callable[[Flight], None],
         *,
         timeout_seconds: float,
@@ -80,6 +83,7 @@ class Pilot:
         self._channel = channel
         self._link = link
         self._coordinator = coordinator
+        self._bases = bases
         self._after_commit = after_commit
         self._patience_seconds = timeout_seconds + REPORT_SLACK_SECONDS + CONCLUDE_SECONDS
         self._forgotten = 0
@@ -115,12 +119,17 @@ class Pilot:
                 log.exception("the background thread failed in the save of step %d", flight.step)
                 failure = SaveFailed(f"internal error: {error!r}", rank=self._channel.rank, step=flight.step)
                 self._resolve(flight, Verdict(outcome="unknown", error=error_fields(failure)))
+            finally:
+                if self._bases is not None:
+                    self._bases.ended(flight.attempt)
 
     def _fly(self, flight: Flight) -> None:
         flight.handover.wait()
         self._comparison.tell(flight.keys, flight.handover.replicas, failed=flight.handover.error is not None)
         report = self._report(flight)
         self._channel.put(flight.keys.report(self._channel.rank), to_message(report))
+        if self._bases is not None and report.summary is not None:
+            self._note_written(self._bases, flight, report.summary)
         if self._coordinator is None:
             # Rank 0 decides by its own deadline at the latest, and then has to act on storage. Its death is
             # noticed at once, so the patience here costs nothing.
@@ -138,9 +147,22 @@ class Pilot:
         )
         self._channel.put(flight.keys.verdict, to_message(verdict))
         self._forget(before=flight.keys.call, verdict=verdict)
+        if self._bases is not None and verdict.outcome == "committed":
+            # Before anything is tidied: from here on no save begins with an older base.
+            self._bases.committed(flight.attempt, flight.directory)
         self._resolve(flight, verdict)
         if verdict.outcome == "committed":
             self._after_commit(flight)
+
+    def _note_written(self, bases: Bases, flight: Flight, summary: FragmentSummary) -> None:
+        """What this rank has stored may be shared by later saves."""
+        wanted = flight.handover.fragment
+        if wanted is not None and wanted.shared_bytes > summary.ref.shared_bytes:
+            log.warning(
+                "%s could not be shared with older checkpoints: the file system refuses hard links, and rank "
+                "%d copied %d bytes", flight.path, self._channel.rank, wanted.shared_bytes,
+            )  # fmt: skip
+        bases.written(flight.attempt, flight.directory, summary.ref)
 
     def _forget(self, *, before: int, verdict: Verdict) -> None:
         """Free the messages of earlier calls: whoever reported to this one has read them."""
@@ -213,10 +235,12 @@ class Pilot:
             tags=flight.tags,
             world_size=self._channel.world_size,
             created_at=flight.created_at,
+            shared_bytes=verdict.shared_bytes,
         )
         if self._channel.rank == 0:
+            shared = f" ({info.shared_bytes} of them shared)" if info.shared_bytes else ""
             log.info(
-                "saved step %d: %d bytes, stall %.3f s, durable after %.3f s, %s",
-                info.step, info.bytes, info.stall_seconds, info.durable_seconds, info.path,
+                "saved step %d: %d bytes%s, stall %.3f s, durable after %.3f s, %s",
+                info.step, info.bytes, shared, info.stall_seconds, info.durable_seconds, info.path,
             )  # fmt: skip
         flight.handle.resolve(verdict.outcome, info=info)

@@ -1,7 +1,7 @@
 """The save plan: everything of a save that does not change while the layout does not.
 
-Built once per layout and reused: ownership, file layout, arena views, the fragment's tables. A steady save
-copies payload into the views and fills in values; it plans nothing and asks no other rank.
+Built once per layout and reused: ownership, file layout, the fragment's tables. A steady save copies payload
+and fills in values; it plans nothing and asks no other rank.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import torch
 from dcp_ckpt.errors import StateError
 from dcp_ckpt.format.boxes import Mesh, Placement, compress_ranks
 from dcp_ckpt.format.fragment import ChunkEntry, MeshEntry, TensorEntry, layout_digest
-from dcp_ckpt.save.arena import Arena
 from dcp_ckpt.save.describe import describe
 from dcp_ckpt.save.layout import FileLayout, PlacedChunk, plan_file
 from dcp_ckpt.save.placement import Ownership, TensorSpec, assign_owners
@@ -35,10 +34,10 @@ class SavePlan:
         names: all tensors of the state, sorted by path; sources are passed to staging in this order.
         sources: for each owned chunk: index of its tensor, and the local part to copy (None: all of it).
         dtypes: for each owned chunk.
-        layout: where each owned chunk lies in the file.
+        layout: where each owned chunk lies in the file, when all of them are written.
         replicas: for the tensors of which this rank compares a sample with others: which ranks hold the same,
             in order; none for all ranks.
-        meshes, tensors, chunks, digest: the fragment's tables and their digest.
+        meshes, tensors, chunks, digest: the fragment's tables and their digest, likewise.
     """
 
     names: tuple[str, ...]
@@ -51,14 +50,14 @@ class SavePlan:
     chunks: list[ChunkEntry]
     digest: str
 
-    def lay_out(self, arena: Arena) -> list[torch.Tensor]:
-        """Write the containers' framing into the arena; returns one tensor per owned chunk to copy into."""
-        views = []
-        for chunk, dtype in zip(self.layout.chunks, self.dtypes, strict=True):
-            arena.write(chunk.container_offset, chunk.framing.prefix)
-            arena.write(chunk.payload_offset + chunk.framing.payload_bytes, chunk.framing.suffix)
-            views.append(arena.view(chunk.payload_offset, dtype, chunk.owned.box.sizes))
-        return views
+    def part(self, number: int, locals_: Sequence[torch.Tensor]) -> torch.Tensor:
+        """What of the local tensors a chunk holds."""
+        index, part = self.sources[number]
+        return locals_[index] if part is None else locals_[index][part]
+
+    def dtype_name(self, number: int) -> str:
+        """The dtype of a chunk, without `torch.`."""
+        return str(self.dtypes[number]).removeprefix("torch.")
 
 
 def layout_key(captured: Captured) -> LayoutKey:

@@ -28,6 +28,7 @@ class Record:
             and nothing is written), or `raise` (an earlier save failed, or this call is refused).
         directory: name of the step directory.
         created_at: RFC 3339 UTC.
+        base: the attempt whose files the save may share, if there is one.
         error: fields of a CheckpointError, with `fail` and `raise`.
     """
 
@@ -35,6 +36,7 @@ class Record:
     decision: str
     directory: str = ""
     created_at: str = ""
+    base: str = ""
     error: dict[str, Any] | None = None
 
 
@@ -52,6 +54,7 @@ class Verdict:
 
     outcome: str
     total_bytes: int = 0
+    shared_bytes: int = 0
     error: dict[str, Any] | None = None
 
 

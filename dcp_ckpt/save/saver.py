@@ -23,6 +23,7 @@ from dcp_ckpt.format.fragment import CopiesEntry, Fragment
 from dcp_ckpt.format.names import AttemptId, StepDir
 from dcp_ckpt.format.values import encode_value
 from dcp_ckpt.lifecycle.epochs import utc_now
+from dcp_ckpt.save.bases import Bases
 from dcp_ckpt.save.deadlines import WRITER_END_SECONDS, take_back_seconds
 from dcp_ckpt.save.fence import Fence
 from dcp_ckpt.save.final_save import FinalSave, plan_final_save
@@ -31,6 +32,7 @@ from dcp_ckpt.save.handover import Handover
 from dcp_ckpt.save.pilot import Flight, Pilot
 from dcp_ckpt.save.record import Record, SaveKeys, from_message, to_message
 from dcp_ckpt.save.replicas import ReplicaSet
+from dcp_ckpt.save.reuse import Base
 from dcp_ckpt.save.space import Space
 from dcp_ckpt.save.staging import Staged, Stager, capture
 from dcp_ckpt.save.step_policy import StepPolicy
@@ -53,6 +55,7 @@ class Saver:
         url: the run directory, as `open_storage` takes it.
         claim: the epoch, the same on all ranks.
         steps, space: on rank 0, else None.
+        bases: what saves may share files with; None: every save writes everything.
         stager, link, pilot: owned from now on.
     """
 
@@ -65,6 +68,7 @@ class Saver:
         claim: EpochClaim,
         steps: StepPolicy | None,
         space: Space | None,
+        bases: Bases | None,
         stager: Stager,
         link: WriterLink,
         pilot: Pilot,
@@ -75,6 +79,7 @@ class Saver:
         self._claim = claim
         self._steps = steps
         self._space = space
+        self._bases = bases
         self._stager = stager
         self._link = link
         self._pilot = pilot
@@ -128,7 +133,8 @@ class Saver:
             self._require_same_step(step, record)
             if record.error is not None:
                 raise error_from_fields(record.error)
-            self._stage(flight, components())
+            base = None if self._bases is None else self._bases.find(AttemptId.parse(record.base))
+            self._stage(flight, components(), base)
         except BaseException as error:
             # Raising here would leave the other ranks in the next collective without us: the failure travels
             # with the verdict instead, and surfaces on all ranks at the same call. An interrupt is told, too,
@@ -239,11 +245,15 @@ class Saver:
         if busy and self._config.when_busy == "skip":
             return Record(step=step, decision="skip")
         obstacle = self._obstacle(step)
+        base = None
+        if obstacle is None and self._bases is not None:
+            base = self._bases.begin(AttemptId(self._claim.epoch, self._calls))
         return Record(
             step=step,
             decision="save" if obstacle is None else "fail",
             directory=str(self._steps.directory(step)),
             created_at=utc_now(),
+            base="" if base is None else str(base),
             error=None if obstacle is None else error_fields(obstacle),
         )
 
@@ -290,11 +300,11 @@ class Saver:
             patience_seconds=_FENCE_PATIENCE_SECONDS,
         )
 
-    def _stage(self, flight: Flight, components: Sequence[Component]) -> None:
+    def _stage(self, flight: Flight, components: Sequence[Component], base: Base | None) -> None:
         """Copy what has to be copied now, and see to it that the rest follows."""
         self.wait_idle()
         captured = capture(components)
-        staged = self._stager.stage(captured, overlap=self._config.overlap == "step")
+        staged = self._stager.stage(captured, overlap=self._config.overlap == "step", base=base)
         if staged.rest:
             self._fence.start(flight.handover, partial(self._hand_over, flight, staged), captured.optimizers)
         else:
@@ -315,6 +325,8 @@ class Saver:
                 storage_url=self._url,
                 directory=str(flight.directory),
                 fragment=fragment,
+                sources=[source for _, source in staged.files],
+                payloads=staged.payloads,
                 direct_io=True,
                 deadline=flight.deadline - take_back_seconds(self._config.timeout_seconds),
             )
@@ -338,11 +350,11 @@ class Saver:
             step=flight.step,
             rank=self._channel.rank,
             world_size=self._channel.world_size,
-            files=staged.files,
+            files=[file for file, _ in staged.files],
             meshes=staged.plan.meshes,
             tensors=staged.plan.tensors,
-            chunks=staged.plan.chunks,
-            layout=staged.plan.digest,
+            chunks=staged.selection.chunks,
+            layout=staged.selection.digest,
             aliases=staged.indexed_aliases,
             values=staged.values,
             per_rank=staged.per_rank,

@@ -18,6 +18,7 @@ from dcp_ckpt.config import CheckpointConfig
 from dcp_ckpt.coordination import Channel, agree, broadcast, raise_first
 from dcp_ckpt.errors import CheckpointError, StorageTransient
 from dcp_ckpt.format.epoch import EpochClaim
+from dcp_ckpt.format.manifest import Manifest
 from dcp_ckpt.format.names import EPOCHS, StepDir, lease_name
 from dcp_ckpt.lifecycle.catalogue import Catalogue, step_directories
 from dcp_ckpt.lifecycle.epochs import claim_epoch, record_resumed
@@ -25,6 +26,7 @@ from dcp_ckpt.lifecycle.janitor import Janitor
 from dcp_ckpt.lifecycle.known import KnownRun
 from dcp_ckpt.lifecycle.recover import recover_older_epochs
 from dcp_ckpt.lifecycle.runs import ensure_run
+from dcp_ckpt.save.bases import Bases
 from dcp_ckpt.save.coordinator import Coordinator
 from dcp_ckpt.save.dcp_metadata import AUTO_MAX_CHUNKS, derive_metadata, write_metadata
 from dcp_ckpt.save.deadlines import AFTERWARDS_SECONDS
@@ -76,6 +78,7 @@ class Session:
         self._janitor: Janitor | None = None
         self._coordinator: Coordinator | None = None
         self._space: Space | None = None
+        self._bases = self._make_bases()
         self.known: KnownRun | None = None
         timeout = config.recover_wait_seconds + config.timeout_seconds
         claimed = broadcast(channel, f"{tag}/claim", self._claim, timeout_seconds=timeout)
@@ -106,6 +109,12 @@ class Session:
         self._janitor.protect(step_dir, "resumed from")
         record_resumed(self._storage, self._steps.epoch, step_dir, epoch, step)
 
+    def reuse_from(self, directory: str) -> None:
+        """All ranks: the state is that of this checkpoint now; what stays so need not be saved again."""
+        step_dir = StepDir.parse(directory)
+        if self._bases is not None and step_dir is not None:
+            self._bases.resumed_from(step_dir)
+
     def prepare(self, components: Callable[[], Sequence[Component]], *, tag: str) -> None:
         """All ranks: make sure that a save of this state would find memory and space, and make its arena.
 
@@ -131,7 +140,7 @@ class Session:
             tag=tag,
             timeout_seconds=self._config.timeout_seconds,
         )
-        if needed is not None and self._space is not None:
+        if needed is not None and self._space is not None and not self._shares:
             self._space.expect(needed)
 
     def catalogue(self) -> Catalogue:
@@ -201,6 +210,7 @@ class Session:
             epoch=claim.epoch,
             keep=self._config.keep,
             grace_seconds=self._config.grace_seconds,
+            is_in_use=self._is_in_use,
         )
         self._space = Space(self._storage, self._janitor, timeout_seconds=self._config.timeout_seconds)
         return asdict(claim)
@@ -218,11 +228,14 @@ class Session:
             self._coordinator = Coordinator(
                 self._storage, channel, epoch=self.claim.epoch, max_described_chunks=self._max_chunks
             )
-        self._stager = Stager(rank=rank, world_size=world_size, global_ranks=global_ranks)
+        self._stager = Stager(
+            rank=rank, world_size=world_size, global_ranks=global_ranks, reuse=self._bases is not None
+        )
         pilot = Pilot(
             channel,
             self._link,
             self._coordinator,
+            self._bases,
             self._after_commit,
             timeout_seconds=self._config.timeout_seconds,
         )
@@ -233,6 +246,7 @@ class Session:
             claim=self.claim,
             steps=self._steps,
             space=self._space,
+            bases=self._bases,
             stager=self._stager,
             link=self._link,
             pilot=pilot,
@@ -248,7 +262,7 @@ class Session:
         assert self.known is not None
         assert self._space is not None
         self._steps.committed(flight.step)
-        self._space.expect(self._coordinator.committed.total_bytes)
+        self._space.expect(self._next_bytes(self._coordinator.committed))
         self.known.committed(flight.directory, self._coordinator.committed)
         is_answering = True
         try:
@@ -268,17 +282,44 @@ class Session:
         """Rank 0: what is free, and what retention may free."""
         entries = self.catalogue().entries
         assert self._janitor is not None
-        free_bytes = self._storage.free_bytes()
+        # What a save that shares files takes is not known before it is staged: its writers find out.
+        free_bytes = None if self._shares else self._storage.free_bytes()
         return Room(
             path=self._storage.url,
             # A save that needs the room of what was taken back waits for its grace period.
             free_bytes=None if free_bytes is None else free_bytes + self._janitor.waiting_bytes,
             removable_bytes=sum(
-                entry.manifest.total_bytes
+                entry.manifest.written_bytes
                 for entry in entries
                 if not (entry.is_bad or entry.is_pinned or self._janitor.protects(entry.directory))
             ),
         )
+
+    def _make_bases(self) -> Bases | None:
+        if not self._config.reuse:
+            return None
+        if not self._storage.capabilities.links:
+            if self._channel.rank == 0:
+                log.warning(
+                    "reuse has no effect: %s has no hard links; every save writes everything",
+                    self._storage.url,
+                )
+            return None
+        return Bases(self._storage, rank=self._channel.rank, world_size=self._channel.world_size)
+
+    def _is_in_use(self, directory: StepDir) -> bool:
+        return self._bases is not None and self._bases.is_in_use(directory)
+
+    @property
+    def _shares(self) -> bool:
+        """Whether the next save is expected to share files."""
+        return self._bases is not None and self._bases.has_base
+
+    def _next_bytes(self, committed: Manifest) -> int | None:
+        """What the next save is expected to write; None when that is anybody's guess."""
+        if self._bases is None or committed.shared_bytes:
+            return committed.written_bytes
+        return None
 
     def _derive_metadata(self, storage: Storage, directory: StepDir) -> None:
         derive_metadata(storage, directory, max_chunks=self._max_chunks)

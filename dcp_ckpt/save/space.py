@@ -93,8 +93,8 @@ class Space:
         self._settled_step = -1
         self._look = _Look(storage)
 
-    def expect(self, needed_bytes: int) -> None:
-        """The next checkpoint takes so much, on all ranks together."""
+    def expect(self, needed_bytes: int | None) -> None:
+        """The next checkpoint takes so much, on all ranks together; None: nobody knows."""
         self._needed_bytes = needed_bytes
 
     def settled(self, step: int) -> None:

@@ -21,12 +21,16 @@ from dcp_ckpt.save.arena import Arena, arena_bytes
 from dcp_ckpt.save.late_copy import LateCopy, LateTensor, can_be_late
 from dcp_ckpt.save.layout import SEGMENT_BYTES, round_up
 from dcp_ckpt.save.memory import require_memory
+from dcp_ckpt.save.payloads import Comparer
 from dcp_ckpt.save.plan import LayoutKey, SavePlan, layout_key, make_plan
 from dcp_ckpt.save.replicas import ReplicaSet, replica_sets, sample_of
+from dcp_ckpt.save.reuse import Base
+from dcp_ckpt.save.selection import Selection, Selector
 from dcp_ckpt.state.component import Captured, Component, Path
 from dcp_ckpt.state.mesh_roles import Holders
 from dcp_ckpt.state.placements import local_tensor
 from dcp_ckpt.state.tensors import once_each
+from dcp_ckpt.writer.messages import FileSource, Payload
 
 __all__ = ["Size", "Staged", "Stager", "capture"]
 
@@ -37,9 +41,12 @@ class Staged:
 
     Args:
         plan: its layout.
-        arena: holds the bytes of the data file, once `rest` has run.
+        selection: what of it is written.
+        shared: the files that are not, and their keys in the run.
+        payloads: for each chunk, where payloads are digested.
+        arena: holds the bytes of the data files that are written, once `rest` has run.
         rest: the copies that are left to do.
-        file_bytes: size of the data file; 0 when this rank writes none.
+        written_bytes: how much of the arena is written; 0 when this rank writes nothing.
         aliases: the other paths of tensors that were found under several.
         values: those that this rank stores, with the place of their containers.
         per_rank: values of this rank.
@@ -49,9 +56,12 @@ class Staged:
     """
 
     plan: SavePlan
+    selection: Selection
+    shared: tuple[tuple[FileEntry, str], ...]
+    payloads: list[Payload]
     arena: Arena
     rest: LateCopy
-    file_bytes: int
+    written_bytes: int
     aliases: Mapping[Path, tuple[Path, ...]]
     values: dict[str, ValueEntry]
     per_rank: dict[str, ValueEntry]
@@ -81,9 +91,18 @@ class Staged:
         }
 
     @property
-    def files(self) -> list[FileEntry]:
-        """The data files, digests still to be filled in by the writer."""
-        return [FileEntry(size_bytes=self.file_bytes, block_digests="")] if self.file_bytes else []
+    def files(self) -> list[tuple[FileEntry, FileSource]]:
+        """The data files and where they come from; the writer fills in the digests of what is written."""
+        settled_bytes = self.selection.settled_bytes
+        written = [(self.written_bytes - settled_bytes, settled_bytes)] if self.selection.has_fresh else []
+        written += [(settled_bytes, 0)] if settled_bytes else []
+        return [
+            *(
+                (FileEntry(size_bytes=size, block_digests=""), FileSource(arena_offset=offset))
+                for size, offset in written
+            ),
+            *((entry, FileSource(shared_key=key)) for entry, key in self.shared),
+        ]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +111,7 @@ class Size:
 
     Args:
         memory_bytes: beyond what the arena holds already.
-        file_bytes: size of the data file.
+        file_bytes: size of the data file when everything is written.
     """
 
     memory_bytes: int
@@ -101,10 +120,11 @@ class Size:
 
 @dataclass
 class _Bound:
-    """A plan bound to an arena."""
+    """A plan bound to an arena, which has the framing of a selection."""
 
     plan: SavePlan
     arena: Arena
+    selection: Selection
     views: list[torch.Tensor] = field(default_factory=list)
 
 
@@ -147,16 +167,25 @@ def capture(components: Sequence[Component]) -> Captured:
 
 
 class Stager:
-    """Owns the arena and the plan of one Checkpointer on one rank."""
+    """Owns the arena and the plan of one Checkpointer on one rank.
 
-    def __init__(self, *, rank: int, world_size: int, global_ranks: Sequence[int]) -> None:
+    Args:
+        reuse: saves may share files of earlier ones, and digest payloads for later ones.
+    """
+
+    def __init__(
+        self, *, rank: int, world_size: int, global_ranks: Sequence[int], reuse: bool = False
+    ) -> None:
         self._rank = rank
         self._world_size = world_size
         self._global_ranks = tuple(global_ranks)
+        self._reuse = reuse
         self._bound: _Bound | None = None
         self._planned: tuple[LayoutKey, SavePlan] | None = None
         self._positions = {global_rank: position for position, global_rank in enumerate(global_ranks)}
         self._ranks_of: dict[Holders, tuple[int, ...]] = {}
+        self._comparer = Comparer()
+        self._selector = Selector()
 
     def measure(self, captured: Captured) -> Size:
         """What `stage` will take for this state. Copies and allocates nothing.
@@ -170,7 +199,7 @@ class Stager:
         fits = self._fits(plan, containers)
         held = 0 if self._bound is None else self._bound.arena.size_bytes
         return Size(
-            memory_bytes=0 if fits else max(arena_bytes(_most_bytes(plan, containers)) - held, 0),
+            memory_bytes=0 if fits else max(arena_bytes(self._most_bytes(plan, containers)) - held, 0),
             file_bytes=round_up(plan.layout.tensor_bytes + values, SEGMENT_BYTES),
         )
 
@@ -186,52 +215,70 @@ class Stager:
             StateError: the state cannot be stored.
             StorageFull: no memory for the arena.
         """
-        self._bind(captured, self._value_containers(captured))
+        containers = self._value_containers(captured)
+        plan = self._plan(captured)
+        selected = self._selector.select(plan, None, {}, has_values=bool(containers))
+        self._bind(plan, containers, selected.selection)
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def stage(self, captured: Captured, *, overlap: bool) -> Staged:
+    def stage(self, captured: Captured, *, overlap: bool, base: Base | None = None) -> Staged:
         """Copy the captured state into the arena, which must be free. Blocks for the copy.
 
         Args:
             overlap: leave what only optimizer steps write for `Staged.rest`.
+            base: what is unchanged since then is not copied. What is left for `Staged.rest` always is.
 
         Raises:
             StateError: the state cannot be stored.
             StorageFull: no memory for the arena.
         """
         containers = self._value_containers(captured)
-        bound = self._bind(captured, containers)
+        plan = self._plan(captured)
         live = list(captured.tensors.values())
         locals_ = [local_tensor(tensor) for tensor in live]
         is_late = [
             overlap and id(tensor) in captured.step_writes and can_be_late(local)
             for tensor, local in zip(live, locals_, strict=True)
         ]
+        unchanged = {} if base is None else self._comparer.find_unchanged(plan, locals_, is_late, base)
+        selected = self._selector.select(plan, base, unchanged, has_values=bool(containers))
+        bound = self._bind(plan, containers, selected.selection)
         rest = self._rest(bound, live, locals_, is_late)
         early = [
-            (view, locals_[index] if part is None else locals_[index][part])
-            for view, (index, part) in zip(bound.views, bound.plan.sources, strict=True)
-            if not is_late[index]
+            (view, plan.part(number, locals_))
+            for view, number in zip(bound.views, bound.selection.numbers, strict=True)
+            if not is_late[plan.sources[number][0]]
         ]
         if early:
             views, sources = zip(*early, strict=True)
             torch._foreach_copy_(views, sources)
-        sampled = [] if self._world_size == 1 else [i for i in bound.plan.replicas if not is_late[i]]
-        values, file_bytes = self._lay_values(captured, bound, containers)
+        sampled = [] if self._world_size == 1 else [i for i in plan.replicas if not is_late[i]]
+        values, written_bytes = self._lay_values(captured, bound, containers)
         return Staged(
-            plan=bound.plan,
+            plan=plan,
+            selection=selected.selection,
+            shared=selected.shared,
+            payloads=self._payloads(plan, selected.digests),
             arena=bound.arena,
             rest=rest,
-            file_bytes=file_bytes,
+            written_bytes=written_bytes,
             aliases=captured.aliases,
             values=values,
             per_rank=_entries(captured.per_rank),
             equal_values=captured.values if self._world_size > 1 else {},
-            samples={bound.plan.names[index]: sample_of(locals_[index]) for index in sampled},
-            held_by={bound.plan.names[index]: ranks for index, ranks in bound.plan.replicas.items()}
+            samples={plan.names[index]: sample_of(locals_[index]) for index in sampled},
+            held_by={plan.names[index]: ranks for index, ranks in plan.replicas.items()}
             | {".".join(path): ranks for path, ranks in self._value_ranks(captured).items()},
         )
+
+    def _payloads(self, plan: SavePlan, digests: Mapping[int, str]) -> list[Payload]:
+        if not self._reuse:
+            return []
+        return [
+            Payload(dtype=plan.dtype_name(number), digest=digests.get(number, ""))
+            for number in range(len(plan.chunks))
+        ]
 
     def _rest(
         self,
@@ -241,7 +288,8 @@ class Stager:
         is_late: Sequence[bool],
     ) -> LateCopy:
         parts: dict[int, list[tuple[tuple[slice, ...] | None, torch.Tensor]]] = {}
-        for view, (index, part) in zip(bound.views, bound.plan.sources, strict=True):
+        for view, number in zip(bound.views, bound.selection.numbers, strict=True):
+            index, part = bound.plan.sources[number]
             parts.setdefault(index, []).append((part, view))
         sampled = frozenset(bound.plan.replicas if self._world_size > 1 else ())
         return LateCopy(
@@ -285,22 +333,35 @@ class Stager:
         return (
             bound is not None
             and bound.plan is plan
-            and plan.layout.tensor_bytes + _value_bytes(containers) <= bound.arena.size_bytes
+            and self._tensor_bytes(plan) + _value_bytes(containers) <= bound.arena.size_bytes
         )
 
-    def _bind(self, captured: Captured, containers: Mapping[Path, bytes]) -> _Bound:
-        """Plan and arena for this layout."""
-        plan = self._plan(captured)
-        if self._bound is not None and self._fits(plan, containers):
-            return self._bound
+    def _bind(self, plan: SavePlan, containers: Mapping[Path, bytes], selection: Selection) -> _Bound:
+        """An arena for this plan, with this selection's framing in it."""
+        bound = self._bound
+        if bound is not None and self._fits(plan, containers):
+            if bound.selection is not selection:
+                bound.selection, bound.views = selection, selection.lay_out(plan, bound.arena)
+            return bound
         if self._bound is not None:
             # The writer maps it until it gets the next one: both at a time would not fit where one does.
             self._bound.arena.discard()
         self.close()
-        size_bytes = _most_bytes(plan, containers)
+        size_bytes = self._most_bytes(plan, containers)
         arena = Arena(size_bytes, require=partial(require_memory, rank=self._rank))
-        self._bound = _Bound(plan, arena, plan.lay_out(arena))
+        self._bound = _Bound(plan, arena, selection, selection.lay_out(plan, arena))
         return self._bound
+
+    def _tensor_bytes(self, plan: SavePlan) -> int:
+        """What tensors may take in the arena; two files end in a part of a page each."""
+        return plan.layout.tensor_bytes + (SEGMENT_BYTES if self._reuse else 0)
+
+    def _most_bytes(self, plan: SavePlan, containers: Mapping[Path, bytes]) -> int:
+        """The arena to make: values may take twice what they need now.
+
+        They grow (loss histories), and a new arena costs fresh pages.
+        """
+        return self._tensor_bytes(plan) + 2 * _value_bytes(containers)
 
     def _value_ranks(self, captured: Captured) -> dict[Path, tuple[int, ...]]:
         """The ranks that hold each of the values which not all ranks hold, in order."""
@@ -348,12 +409,16 @@ class Stager:
     def _lay_values(
         self, captured: Captured, bound: _Bound, containers: Mapping[Path, bytes]
     ) -> tuple[dict[str, ValueEntry], int]:
-        position = bound.plan.layout.tensor_bytes
+        position, start = bound.selection.tensor_bytes, bound.selection.settled_bytes
         entries = self._stored_values(captured)
         for path, data in containers.items():
             bound.arena.write(position, data)
-            entries[path] = replace(entries[path], container_offset=position, container_bytes=len(data))
-            position = round_up(position + len(data), SLAB_ALIGNMENT_BYTES)
+            entries[path] = replace(
+                entries[path], container_offset=position - start, container_bytes=len(data)
+            )
+            gap = -len(data) % SLAB_ALIGNMENT_BYTES
+            bound.arena.write(position + len(data), bytes(gap))
+            position += len(data) + gap
         end = round_up(position, SEGMENT_BYTES)
         bound.arena.write(position, bytes(end - position))
         return {".".join(path): entry for path, entry in entries.items()}, end
@@ -361,14 +426,6 @@ class Stager:
 
 def _value_bytes(containers: Mapping[Path, bytes]) -> int:
     return sum(len(data) + SEGMENT_BYTES for data in containers.values())
-
-
-def _most_bytes(plan: SavePlan, containers: Mapping[Path, bytes]) -> int:
-    """The arena to make: values may take twice what they need now.
-
-    They grow (loss histories), and a new arena costs fresh pages.
-    """
-    return plan.layout.tensor_bytes + 2 * _value_bytes(containers)
 
 
 def _entries(values: Mapping[Path, Any]) -> dict[str, ValueEntry]:

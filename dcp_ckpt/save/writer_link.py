@@ -137,7 +137,12 @@ class WriterLink:
             self._idle.set()
         if reply.error_kind:
             raise error_of(reply, rank=self._rank, phase="write")
-        return FragmentRef(size_bytes=reply.fragment_bytes, digest=reply.digest, file_bytes=reply.file_bytes)
+        return FragmentRef(
+            size_bytes=reply.fragment_bytes,
+            digest=reply.digest,
+            file_bytes=reply.file_bytes,
+            shared_bytes=reply.shared_bytes,
+        )
 
     def close(self, *, timeout_seconds: float) -> None:
         """Join the writer. Idempotent.

@@ -84,13 +84,23 @@ class OptimizerComponent:
                 f"{join_path(self._prefix)}: the optimizer holds state for something that is not in its "
                 "param_groups; remove that entry from optimizer.state, or keep it in TrainState(extra=...)"
             )
-        moments = frozenset(map(id, collector.captured().tensors.values()))
         collector.add_value(self._groups_path, groups)
         captured = replace(collector.captured(), joins={self._groups_path: "params"})
         if not _runs_hooks(self._optimizer):
             return captured
-        parameters = frozenset(id(p) for group in self._optimizer.param_groups for p in group["params"])
-        return replace(captured, optimizers=(self._optimizer,), step_writes=moments | parameters)
+        return replace(captured, optimizers=(self._optimizer,), step_writes=self._step_writes(captured))
+
+    def _step_writes(self, captured: Captured) -> frozenset[int]:
+        """Parameters that are trained, and their moments: of frozen ones a step writes nothing."""
+        parameters = [p for group in self._optimizer.param_groups for p in group["params"]]
+        trained = {id(parameter) for parameter in parameters if parameter.requires_grad}
+        frozen = {
+            id(value)
+            for parameter, state in self._optimizer.state.items()
+            if id(parameter) not in trained
+            for value in state.values()
+        }
+        return frozenset(trained.union(map(id, captured.tensors.values())) - frozen)
 
     def _capture_state(self, collector: StateCollector, name: str, state: Mapping[str, Any]) -> None:
         for key, value in state.items():

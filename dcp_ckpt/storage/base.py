@@ -36,6 +36,7 @@ class StorageCapabilities:
         lease_ends_with_holder: a lease ends with its holder, however that ends; else it runs out some
             seconds later, and costs requests while it is held.
         shared: other processes see the same objects.
+        links: an object may have several names (hard links).
     """
 
     exclusive_create: bool
@@ -43,6 +44,7 @@ class StorageCapabilities:
     direct_io: bool
     lease_ends_with_holder: bool
     shared: bool
+    links: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,6 +198,19 @@ class Storage(Protocol):
         Raises:
             StorageExists: the name is taken.
             StorageFull: there is no room for it.
+        """
+        ...
+
+    def link(self, names: Sequence[tuple[str, str]]) -> None:
+        """Give objects one more name each: `(key, new key)`. No bytes are written.
+
+        An object lives until its last name is deleted. Objects and new names are durable on return; where one
+        fails, no new name is left.
+
+        Raises:
+            StorageUnsuitable: this cannot be done here, or not with these objects: copy their bytes.
+            StorageNotFound: there is no such object, or no directory for the new name.
+            StorageExists: a new name is taken.
         """
         ...
 

@@ -58,6 +58,9 @@ class ForwardingStorage:
     def open_writer(self, key: str, *, size_bytes: int, direct: bool) -> ObjectWriter:
         return self._inner.open_writer(key, size_bytes=size_bytes, direct=direct)
 
+    def link(self, names: Sequence[tuple[str, str]]) -> None:
+        self._inner.link(names)
+
     def list(self, prefix: str) -> list[ObjectInfo]:
         return self._inner.list(prefix)
 

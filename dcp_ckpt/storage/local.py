@@ -29,7 +29,7 @@ from dcp_ckpt.storage.local_reader import read_file, read_file_ranges
 from dcp_ckpt.storage.local_writer import LocalObjectWriter
 from dcp_ckpt.storage.os_errors import free_bytes, reading, translated
 from dcp_ckpt.storage.paths import path_below
-from dcp_ckpt.storage.publishing import Publisher, temporary_file
+from dcp_ckpt.storage.publishing import LINK_REFUSED, Publisher, link_file, temporary_file
 from dcp_ckpt.storage.ranges import check_ranges
 from dcp_ckpt.storage.system_calls import SystemCalls
 
@@ -87,7 +87,7 @@ class LocalStorage:
             try:
                 self._capabilities = self._try_out()
             except OSError:
-                return _capabilities(exclusive_create=True, direct_io=hasattr(os, "O_DIRECT"))
+                return _capabilities(exclusive_create=True, direct_io=hasattr(os, "O_DIRECT"), links=True)
             return self._capabilities
 
     def read(self, key: str) -> bytes:
@@ -107,12 +107,7 @@ class LocalStorage:
     def size(self, key: str) -> int:
         path = self._path(key)
         with reading(path, root=self._root):
-            status = os.lstat(path)
-            if stat.S_ISLNK(status.st_mode):
-                raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), path)
-            if not stat.S_ISREG(status.st_mode):
-                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
-        return status.st_size
+            return _require_file(path).st_size
 
     def create_exclusive(self, key: str, data: Buffer) -> None:
         path = self._path(key)
@@ -134,6 +129,27 @@ class LocalStorage:
                 path,
                 lambda: LocalObjectWriter(path, size_bytes=size_bytes, direct=direct, calls=self._calls),
             )
+
+    def link(self, names: Sequence[tuple[str, str]]) -> None:
+        paths = [(self._path(key), self._path(new_key)) for key, new_key in names]
+        made: builtins.list[str] = []
+        try:
+            for path, new_path in paths:
+                with translated("link the file", new_path):
+                    self._link(path, new_path)
+                made.append(new_path)
+            # All names first: one journal then has them all, and most syncs find nothing left to do.
+            for new_path in made:
+                with translated("sync the file", new_path):
+                    _sync_file(new_path)
+            for directory in dict.fromkeys(map(os.path.dirname, made)):
+                with translated("sync the directory", directory):
+                    sync_directory(directory)
+        except BaseException:
+            for new_path in made:
+                with suppress(OSError):
+                    os.unlink(new_path)
+            raise
 
     def list(self, prefix: str) -> list[ObjectInfo]:
         check_prefix(prefix)
@@ -292,6 +308,16 @@ class LocalStorage:
         except OSError as error:
             raise _outcome_unknown(error, path) from error
 
+    def _link(self, path: str, new_path: str) -> None:
+        try:
+            _require_file(path)
+            link_file(self._calls, path, new_path)
+        except OSError as error:
+            if error.errno not in LINK_REFUSED:
+                raise
+            message = f"cannot give {path} another name: {error.strerror}"
+            raise StorageUnsuitable(message, path=new_path, errno=error.errno) from error
+
     def _publish(self, temporary: str, path: str) -> None:
         try:
             self._publisher.publish(temporary, path)
@@ -312,11 +338,13 @@ class LocalStorage:
             try:
                 self._publisher.publish(first, second)
             except StorageUnsuitable:
-                return _capabilities(exclusive_create=False, direct_io=direct_io)
+                return _capabilities(exclusive_create=False, direct_io=direct_io, links=False)
             finally:
                 with suppress(FileNotFoundError):
                     os.unlink(second)
-        return _capabilities(exclusive_create=bool(self._publisher.atomic), direct_io=direct_io)
+        return _capabilities(
+            exclusive_create=bool(self._publisher.atomic), direct_io=direct_io, links=self._publisher.links
+        )
 
     def _does_direct_io(self, path: str) -> bool:
         fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
@@ -327,6 +355,25 @@ class LocalStorage:
         finally:
             os.close(fd)
         return True
+
+
+def _require_file(path: str) -> os.stat_result:
+    """The status of a regular file; anything else under that name is an error."""
+    status = os.lstat(path)
+    if stat.S_ISLNK(status.st_mode):
+        raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), path)
+    if not stat.S_ISREG(status.st_mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
+    return status
+
+
+def _sync_file(path: str) -> None:
+    """Make a file durable that somebody else wrote: whoever copied it here may not have."""
+    fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
 
 
 def _remove_if_empty(path: str) -> bool:
@@ -343,13 +390,14 @@ def _remove_if_empty(path: str) -> bool:
     return True
 
 
-def _capabilities(*, exclusive_create: bool, direct_io: bool) -> StorageCapabilities:
+def _capabilities(*, exclusive_create: bool, direct_io: bool, links: bool) -> StorageCapabilities:
     return StorageCapabilities(
         exclusive_create=exclusive_create,
         directories=True,
         direct_io=direct_io,
         lease_ends_with_holder=True,
         shared=True,
+        links=links,
     )
 
 

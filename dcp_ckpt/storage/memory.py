@@ -10,6 +10,7 @@ import builtins
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from itertools import chain
 
 from dcp_ckpt.closing import Closing
 from dcp_ckpt.errors import ConfigError, StorageError, StorageExists, StorageNotFound, StorageUnsuitable
@@ -48,6 +49,7 @@ class MemoryStorage:
             direct_io=False,
             lease_ends_with_holder=True,
             shared=False,
+            links=False,
         )
 
     def read(self, key: str) -> bytes:
@@ -119,6 +121,11 @@ class MemoryStorage:
 
     def make_directory(self, key: str) -> None:
         check_key(key)
+
+    def link(self, names: Sequence[tuple[str, str]]) -> None:
+        for key in chain.from_iterable(names):
+            check_key(key)
+        raise StorageUnsuitable("an object has one name only here", path=self.url)
 
     def delete(self, keys: Iterable[str]) -> None:
         for key in [check_key(key) for key in keys]:

@@ -98,6 +98,10 @@ class MeteredStorage(ForwardingStorage):
         writer = self._inner.open_writer(key, size_bytes=size_bytes, direct=direct)
         return _MeteredWriter(writer, self._add_request, self._add_bytes)
 
+    def link(self, names: Sequence[tuple[str, str]]) -> None:
+        self._add_request("link", len(names))
+        self._inner.link(names)
+
     def list(self, prefix: str) -> list[ObjectInfo]:
         self._add_request("list")
         return self._inner.list(prefix)

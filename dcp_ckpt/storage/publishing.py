@@ -17,12 +17,11 @@ from dcp_ckpt.errors import StorageUnsuitable
 from dcp_ckpt.storage.keys import temporary_name
 from dcp_ckpt.storage.system_calls import SystemCalls
 
-__all__ = ["Publisher", "temporary_file"]
+__all__ = ["LINK_REFUSED", "Publisher", "link_file", "temporary_file"]
 
 Buffer = bytes | bytearray | memoryview
 
-# "This file system does not do that" rather than "this name cannot be had"; the next way is tried.
-_REFUSED = frozenset(
+LINK_REFUSED = frozenset(
     {
         errno.EACCES,
         errno.EINVAL,
@@ -33,6 +32,7 @@ _REFUSED = frozenset(
         errno.EXDEV,
     }
 )
+"""Not "this name cannot be had", but "this file system does not do that", or not with this file."""
 
 
 class Publisher:
@@ -49,7 +49,7 @@ class Publisher:
     def __init__(self, calls: SystemCalls, *, single_writer: bool) -> None:
         self._lock = threading.Lock()
         self._ways: list[Callable[[str, str], None]] = [
-            lambda temporary, final: _link(calls, temporary, final),
+            lambda temporary, final: link_file(calls, temporary, final),
             calls.rename_without_replacing,
         ]
         self._num_atomic_ways = len(self._ways)
@@ -61,6 +61,11 @@ class Publisher:
     def atomic(self) -> bool | None:
         """Whether exclusive creation holds among processes; None until the first use."""
         return None if self._chosen is None else self._chosen < self._num_atomic_ways
+
+    @property
+    def links(self) -> bool:
+        """Whether the file system has hard links; False until the first use."""
+        return self._chosen == 0
 
     def publish(self, temporary: str, final: str) -> None:
         """Give `temporary` the name `final`; the temporary name may remain, for the caller to remove.
@@ -77,7 +82,7 @@ class Publisher:
                 self._chosen = number
                 raise
             except OSError as error:
-                if error.errno not in _REFUSED or self._chosen is not None:
+                if error.errno not in LINK_REFUSED or self._chosen is not None:
                     raise
                 refusal = error
             else:
@@ -135,11 +140,17 @@ def _write_whole(fd: int, data: memoryview, calls: SystemCalls) -> None:
         raise OSError(errno.EIO, f"the file has {size} bytes where {len(data)} were written")
 
 
-def _link(calls: SystemCalls, temporary: str, final: str) -> None:
+def link_file(calls: SystemCalls, path: str, new_path: str) -> None:
+    """Give a file one more name, which is not durable yet.
+
+    Raises:
+        FileExistsError: another file has the name.
+        OSError: with an errno of LINK_REFUSED where this cannot be done.
+    """
     try:
-        calls.link(temporary, final)
+        calls.link(path, new_path)
     except FileExistsError:
         # A network file system that repeats a request whose answer was lost reports its own success as a
         # collision.
-        if not os.path.samestat(os.lstat(temporary), os.lstat(final)):
+        if not os.path.samestat(os.lstat(path), os.lstat(new_path)):
             raise

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from types import TracebackType
 
@@ -44,8 +44,8 @@ class FaultyStorage(ForwardingStorage):
     """Does what `inner` does, and asks `fail_at` at every operation that changes something.
 
     Operations are the methods that change something, those of writers (`write_segment`, `finish`, `abort`),
-    and `close_lease`; each key of `delete` is an operation of its own. An `abort` must not raise: one that is
-    to fail is left out instead, and what was written stays.
+    and `close_lease`; each key of `delete` and each name of `link` is an operation of its own. An `abort`
+    must not raise: one that is to fail is left out instead, and what was written stays.
 
     Args:
         inner: the storage.
@@ -75,6 +75,11 @@ class FaultyStorage(ForwardingStorage):
         with self._faults.at("open_writer", key):
             writer = self._inner.open_writer(key, size_bytes=size_bytes, direct=direct)
         return _FaultyWriter(writer, self._faults, key)
+
+    def link(self, names: Sequence[tuple[str, str]]) -> None:
+        for key, new_key in names:
+            with self._faults.at("link", new_key):
+                self._inner.link([(key, new_key)])
 
     def make_directory(self, key: str) -> None:
         with self._faults.at("make_directory", key):

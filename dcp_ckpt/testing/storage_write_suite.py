@@ -12,7 +12,7 @@ from functools import partial
 
 import pytest
 
-from dcp_ckpt.errors import ConfigError, StorageError, StorageExists, StorageNotFound
+from dcp_ckpt.errors import ConfigError, StorageError, StorageExists, StorageNotFound, StorageUnsuitable
 from dcp_ckpt.storage.base import ByteRange, Storage
 
 __all__ = [
@@ -91,6 +91,8 @@ class StorageWriteSuite:
             lambda: storage.remove_directory(key),
             lambda: storage.rename_directory("d", key),
             lambda: storage.rename_directory(key, "d"),
+            lambda: storage.link([(key, "d")]),
+            lambda: storage.link([("d", key)]),
             lambda: storage.delete([key]),
             lambda: storage.hold_lease(key),
             lambda: storage.lease_is_held(key),
@@ -99,6 +101,38 @@ class StorageWriteSuite:
             with pytest.raises(ConfigError):
                 call()
         assert storage.list("") == []
+
+    # Names.
+
+    def test_an_object_lives_under_another_name(self, storage: Storage) -> None:
+        write_object(storage, "a/one", b"bytes")
+        storage.make_directory("b")
+        if not storage.capabilities.links:
+            with pytest.raises(StorageUnsuitable):
+                storage.link([("a/one", "b/two")])
+            assert [info.key for info in storage.list("")] == ["a/one"]
+            return
+        storage.link([("a/one", "b/two")])
+        storage.delete(["a/one"])
+        assert self.reopen(storage).read("b/two") == b"bytes"
+        storage.link([("b/two", "b/three"), ("b/two", "b/four")])
+        assert [info.key for info in storage.list("b/")] == ["b/four", "b/three", "b/two"]
+        assert {info.size_bytes for info in storage.list("")} == {5}
+
+    def test_a_link_takes_no_name_and_makes_no_directory(self, storage: Storage) -> None:
+        storage.put("a/one", b"1")
+        if not storage.capabilities.links:
+            pytest.skip("no links here")
+        storage.put("a/two", b"2")
+        with pytest.raises(StorageExists):
+            storage.link([("a/one", "a/three"), ("a/one", "a/two")])
+        for key, new_key in (("a/missing", "a/three"), ("a/one", "missing/three")):
+            with pytest.raises(StorageNotFound):
+                storage.link([(key, new_key)])
+        with pytest.raises(StorageError):
+            storage.link([("a", "a/three")])
+        assert [info.key for info in storage.list("")] == ["a/one", "a/two"]
+        assert storage.read("a/two") == b"2"
 
     # Exclusive creation.
 

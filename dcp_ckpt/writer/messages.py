@@ -16,6 +16,8 @@ from dcp_ckpt.format.fragment import Fragment
 
 __all__ = [
     "MAX_PACKET_BYTES",
+    "FileSource",
+    "Payload",
     "Probe",
     "Reply",
     "Request",
@@ -79,13 +81,41 @@ class Request:
 
 
 @dataclass(frozen=True, kw_only=True)
+class FileSource:
+    """Where one data file comes from: a stretch of the arena, or else a file that an older checkpoint has.
+
+    Args:
+        arena_offset: of its first byte.
+        shared_key: in the run; then size, digests and origin are in the fragment already.
+    """
+
+    arena_offset: int = 0
+    shared_key: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Payload:
+    """What the digest of a chunk's payload is, or is made of.
+
+    Args:
+        dtype: torch's name, without `torch.`.
+        digest: of a chunk in a shared file; empty: to be made from the arena.
+    """
+
+    dtype: str
+    digest: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
 class WriteJob:
     """One rank's part of one attempt.
 
     Args:
         storage_url: the run directory.
         directory: the step directory's name.
-        fragment: complete but for block digests; `files` holds at most one entry, with its size.
+        fragment: complete but for the digests of what is in the arena; `files` have their sizes.
+        sources: one for each of the fragment's files.
+        payloads: one for each of its chunks where payloads are digested, else none.
         direct_io: write past the page cache where the storage can.
         deadline: monotonic seconds, the same clock in all processes of a host: a store is asked nothing after
             it. None: no end.
@@ -94,7 +124,9 @@ class WriteJob:
     storage_url: str
     directory: str
     fragment: Fragment
+    sources: list[FileSource]
     direct_io: bool
+    payloads: list[Payload] = field(default_factory=list)
     deadline: float | None = None
 
 
@@ -104,7 +136,7 @@ class Reply:
 
     Args:
         attempt: that of the job, empty for other requests.
-        fragment_bytes, digest, file_bytes: of the published fragment and its data files.
+        fragment_bytes, digest, file_bytes, shared_bytes: of the published fragment and its data files.
         error_kind, error, path, errno: set when it failed; `error_kind` names a class of dcp_ckpt.errors.
     """
 
@@ -112,6 +144,7 @@ class Reply:
     fragment_bytes: int = 0
     digest: str = ""
     file_bytes: list[int] = field(default_factory=list)
+    shared_bytes: int = 0
     error_kind: str = ""
     error: str = ""
     path: str | None = None

@@ -192,6 +192,7 @@ class Program(Closing):
             fragment_bytes=ref.size_bytes,
             digest=ref.digest,
             file_bytes=ref.file_bytes,
+            shared_bytes=ref.shared_bytes,
         )
 
     def _tell(self, job: WriteJob) -> Tell:

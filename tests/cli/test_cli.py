@@ -84,6 +84,7 @@ def test_list_json_is_complete_and_exact(base: Path) -> None:
         "created_at": "2026-01-01T00:00:00.000000Z",
         "world_size": 2,
         "bytes": 12288,
+        "written_bytes": 12288,
         "metrics": {"loss": 1 / 3},
         "tags": [],
         "bad": False,

@@ -31,16 +31,18 @@ from dcp_ckpt.lifecycle.recover import recover_older_epochs
 from dcp_ckpt.lifecycle.retention import plan_retention
 from dcp_ckpt.lifecycle.runs import ensure_run
 from dcp_ckpt.policies import KeepPolicy
+from dcp_ckpt.save.bases import Bases
 from dcp_ckpt.save.coordinator import Coordinator
 from dcp_ckpt.save.dcp_metadata import derive_metadata, write_metadata
 from dcp_ckpt.save.record import Report, SaveKeys, to_message
+from dcp_ckpt.save.reuse import Base, chunk_key
 from dcp_ckpt.save.step_policy import StepPolicy
 from dcp_ckpt.storage.base import Lease, Storage
 from dcp_ckpt.storage.listed import listed_once
 from dcp_ckpt.storage.memory import MemoryStorage
 from dcp_ckpt.testing.tiny import write_tiny_checkpoint
 from dcp_ckpt.writer.engine import check_shared_storage, write_attempt
-from dcp_ckpt.writer.messages import WriteJob
+from dcp_ckpt.writer.messages import FileSource, Payload, WriteJob
 
 __all__ = ["Fact", "Owner", "Tell", "tell_nobody"]
 
@@ -83,12 +85,22 @@ class Owner(Closing):
     Args:
         storage: the run.
         keep: applied after each commit and by `prune`; files go at once.
+        reuse: rank 1's part never changes: after the first save it shares its file, where there are links.
         tell: hears every fact at the moment at which it holds; may be replaced.
     """
 
-    def __init__(self, storage: Storage, *, keep: KeepPolicy | None = None, tell: Tell = tell_nobody) -> None:
+    def __init__(
+        self,
+        storage: Storage,
+        *,
+        keep: KeepPolicy | None = None,
+        reuse: bool = False,
+        tell: Tell = tell_nobody,
+    ) -> None:
         self._storage = storage
         self._keep = keep
+        shares = reuse and storage.capabilities.links
+        self._bases = [Bases(storage, rank=rank, world_size=RANKS) for rank in range(RANKS)] if shares else []
         self.tell = tell
         self._lease: Lease | None = None
         self._num_saves = 0
@@ -120,7 +132,12 @@ class Owner(Closing):
         self._steps = StepPolicy(epoch=self.claim.epoch, floor=newest, taken=taken)
         self._known = KnownRun(self._storage, catalogue)
         self._janitor = Janitor(
-            self._storage, self._known, epoch=self.claim.epoch, keep=self._keep, grace_seconds=0.0
+            self._storage,
+            self._known,
+            epoch=self.claim.epoch,
+            keep=self._keep,
+            grace_seconds=0.0,
+            is_in_use=lambda directory: any(bases.is_in_use(directory) for bases in self._bases),
         )
         store = HashStore()
         self._channels = [
@@ -137,6 +154,8 @@ class Owner(Closing):
             self._protected[entry.directory] = "resumed from"
             self._janitor.protect(entry.directory, "resumed from")
             record_resumed(self._storage, self.claim.epoch, entry.directory, entry.epoch, entry.step)
+            for bases in self._bases:
+                bases.resumed_from(entry.directory)
 
     def save(self, step: int, *, broken_rank: int | None = None) -> str:
         """A whole save, with what follows a commit; returns the outcome.
@@ -150,10 +169,12 @@ class Owner(Closing):
         directory = self._steps.directory(step)
         self._say("begun", directory, attempt)
         keys = SaveKeys(self._num_saves)
-        jobs = _jobs(self._storage.url, self.claim, step, directory, attempt)
+        jobs = self._jobs(step, directory, attempt)
         all_written = True
         for rank, (job, arena) in enumerate(jobs):
             report = self._write(job, arena, is_broken=rank == broken_rank)
+            if self._bases and report.summary is not None:
+                self._bases[rank].written(attempt, directory, report.summary.ref)
             all_written &= report.error is None
             self._channels[rank].put(keys.report(rank), to_message(report))
         if all_written:
@@ -163,9 +184,18 @@ class Owner(Closing):
         )
         assert verdict.outcome in ("committed", "failed", "unknown")
         self._say(verdict.outcome, directory, attempt)  # type: ignore[arg-type]  # just narrowed
+        if self._bases:
+            if verdict.outcome == "committed":
+                self._bases[0].committed(attempt, directory)
+            self._bases[0].ended(attempt)
         if verdict.outcome == "committed":
             self._after_commit(step, directory, jobs[0][0])
         return verdict.outcome
+
+    @property
+    def shared_bytes(self) -> int:
+        """Of the newest checkpoint that it committed."""
+        return 0 if self._coordinator.committed is None else self._coordinator.committed.shared_bytes
 
     def save_next(self) -> str:
         """Save the step after the newest one: the same again where that failed. Returns the outcome."""
@@ -176,7 +206,7 @@ class Owner(Closing):
         attempt = self._next_attempt()
         directory = self._steps.directory(step)
         self._say("begun", directory, attempt)
-        for job, arena in _jobs(self._storage.url, self.claim, step, directory, attempt)[:num_ranks]:
+        for job, arena in self._jobs(step, directory, attempt)[:num_ranks]:
             write_attempt(self._storage, job, arena, _watch_nothing)
         if num_ranks == RANKS:
             self._say("written", directory, attempt)
@@ -227,6 +257,15 @@ class Owner(Closing):
     def _next_attempt(self) -> AttemptId:
         self._num_saves += 1
         return AttemptId(self.claim.epoch, self._num_saves)
+
+    def _jobs(self, step: int, directory: StepDir, attempt: AttemptId) -> list[tuple[WriteJob, memoryview]]:
+        jobs = _jobs(self._storage.url, self.claim, step, directory, attempt)
+        if self._bases:
+            base = self._bases[1].find(self._bases[0].begin(attempt))
+            jobs = [(_digested(job), arena) for job, arena in jobs]
+            if base is not None:
+                jobs[1] = _sharing(jobs[1][0], base), jobs[1][1]
+        return jobs
 
     def _write(self, job: WriteJob, arena: memoryview, *, is_broken: bool) -> Report:
         try:
@@ -295,6 +334,24 @@ def _derive_metadata(storage: Storage, directory: StepDir) -> None:
     derive_metadata(storage, directory, max_chunks=None)
 
 
+def _digested(job: WriteJob) -> WriteJob:
+    """The same, with payloads digested. The type is left out: what rank 1 has is equal bytes or is not."""
+    return replace(job, payloads=[Payload(dtype="uint8") for _ in job.fragment.chunks])
+
+
+def _sharing(job: WriteJob, base: Base) -> WriteJob:
+    """The same, with the base's file instead of an equal one."""
+    return replace(
+        job,
+        fragment=replace(job.fragment, files=list(base.files)),
+        sources=[FileSource(shared_key=key) for key in base.keys],
+        payloads=[
+            replace(payload, digest=base.chunks[chunk_key(chunk)].digest)
+            for chunk, payload in zip(job.fragment.chunks, job.payloads, strict=True)
+        ],
+    )
+
+
 def _jobs(
     url: str, claim: EpochClaim, step: int, directory: StepDir, attempt: AttemptId
 ) -> list[tuple[WriteJob, memoryview]]:
@@ -324,6 +381,12 @@ def _jobs(
         # Pages of its own, as the arena has: direct writes want aligned memory.
         arena = mmap.mmap(-1, len(data))
         arena[:] = data
-        job = WriteJob(storage_url=url, directory=str(directory), fragment=fragment, direct_io=True)
+        job = WriteJob(
+            storage_url=url,
+            directory=str(directory),
+            fragment=fragment,
+            sources=[FileSource()],
+            direct_io=True,
+        )
         jobs.append((job, memoryview(arena)))
     return jobs

@@ -115,6 +115,45 @@ def _recover(storage: Storage, owner: Owner | None, tell: Tell) -> None:
     recover_run(storage, force=True, wait_seconds=0.0)
 
 
+def _two_sharing_steps(storage: Storage, tell: Tell) -> Owner:
+    """Step 2 shares a file with step 1, which is gone."""
+    _name_run(storage)
+    owner = Owner(storage, keep=LatestN(1), reuse=True, tell=tell)
+    for step in (1, 2):
+        assert owner.save(step) == "committed"
+    assert bool(owner.shared_bytes) == storage.capabilities.links
+    return owner
+
+
+def _sharing_saves(storage: Storage, owner: Owner | None, tell: Tell) -> Owner:
+    """Each removes the step that it shares a file with; one fails in between."""
+    assert owner is not None
+    owner.save(3)
+    owner.save(4, broken_rank=0)
+    owner.save(4)
+    return owner
+
+
+def _crashed_while_sharing(storage: Storage, tell: Tell) -> None:
+    """Step 1 is gone, 2 committed, 3 complete without a manifest; it shares a file with both. 4 is not."""
+    with ExitStack() as at_end:
+        owner = _two_sharing_steps(storage, tell)
+        at_end.callback(owner.die)
+        owner.write(3)
+        owner.write(4, num_ranks=1)
+
+
+def _sharing_start(storage: Storage, owner: Owner | None, tell: Tell) -> Owner:
+    """Completes step 3, and saves another one that shares its file."""
+    owner = Owner(storage, keep=LatestN(1), reuse=True, tell=tell)
+    try:
+        owner.save_next()
+    except BaseException:
+        owner.die()
+        raise
+    return owner
+
+
 def _first_save(storage: Storage, owner: Owner | None, tell: Tell) -> Owner:
     owner = Owner(storage, tell=tell)
     try:
@@ -131,5 +170,7 @@ SITUATIONS = {
     "retention": Situation(prepare=_five_steps, act=_retention),
     "start": Situation(prepare=_crashed, act=_start),
     "recover": Situation(prepare=_crashed, act=_recover),
+    "sharing-saves": Situation(prepare=_two_sharing_steps, act=_sharing_saves),
+    "sharing-start": Situation(prepare=_crashed_while_sharing, act=_sharing_start),
     "first-save": Situation(prepare=lambda storage, tell: None, act=_first_save),
 }

@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dcp_ckpt import open_checkpoint, verify
 from dcp_ckpt.errors import CorruptCheckpoint, FormatTooNew, LoadError
 from dcp_ckpt.format.documents import decode_document, encode_json
 from dcp_ckpt.format.epoch import (
@@ -24,12 +25,19 @@ from dcp_ckpt.format.epoch import (
     decode_epoch,
     is_tombstone,
 )
-from dcp_ckpt.format.fragment import Fragment, decode_fragment, encode_fragment, layout_digest
-from dcp_ckpt.format.manifest import decode_manifest
+from dcp_ckpt.format.fragment import (
+    FileOrigin,
+    Fragment,
+    decode_fragment,
+    encode_fragment,
+    layout_digest,
+)
+from dcp_ckpt.format.manifest import FragmentRef, decode_manifest
 from dcp_ckpt.format.names import MANIFEST
 from dcp_ckpt.format.values import decode_value, encode_value
 from dcp_ckpt.lifecycle.marks import MARK_FORMAT, Mark
 from dcp_ckpt.lifecycle.runs import RUN_FORMAT, RunDocument, ensure_run
+from dcp_ckpt.storage.local import LocalStorage
 from dcp_ckpt.storage.memory import MemoryStorage
 from dcp_ckpt.testing.tiny import write_tiny_checkpoint
 from tests.hostile.documents import (
@@ -45,6 +53,7 @@ from tests.hostile.documents import (
 
 PATH = "run/the-file"
 STEP = "step-00000007"
+SHARED = {"directory": "step-00000003", "attempt": "e0001-s000000", "file": 0}
 
 
 @dataclass(frozen=True)
@@ -113,6 +122,10 @@ def _kinds() -> dict[str, Kind]:
             _fields(storage, key), lambda data: decode_fragment(data, path=PATH), signed_fragment
         )
     kinds["fragment 0"].fields["aliases"] = {"model.bias": [["model", "tied"], ["again"]]}
+    sharing = kinds["fragment 1"].fields
+    sharing = replaced(sharing, ("files", 0, "origin"), SHARED)
+    sharing["payload_digests"] = "0123456789abcdef" * 2 * len(sharing["chunks"])
+    kinds["fragment that shares"] = replace(kinds["fragment 1"], fields=sharing)
     for name, document, kind, format in others:
         kinds[name] = Kind(msgspec.to_builtins(document), reader(kind, format))
     return kinds
@@ -205,6 +218,7 @@ def found_at(document: Any, at: Pointer) -> Any:
 @KIND
 def test_a_missing_field_is_refused_by_its_name(kind):
     optional = {"aliases", "metrics", "tags", "created_at", "byte_order", "detail", "cancels", "id"}
+    optional |= {"payload_digests"}
     for name in kind.fields.keys() - optional:
         message = refused(kind, encode_json(removed(kind.fields, (name,))))
         assert name in message
@@ -444,3 +458,54 @@ def test_any_value_means_one_thing_or_is_refused(encoded):
         return
     again = encode_value(value, path="v")
     assert encode_json(encode_value(decode_value(again, path="v"), path="v")) == encode_json(again)
+
+
+@pytest.mark.parametrize(
+    ("at", "value", "match"),
+    [
+        ("directory", "..", "no older attempt"),
+        ("directory", "/etc", "no older attempt"),
+        ("directory", "step-00000003/..", "no older attempt"),
+        ("directory", "../run-002/step-00000003", "no older attempt"),
+        ("directory", "x" * 200, "directory"),
+        ("attempt", "e0001-s000001", "no older attempt"),
+        ("attempt", "e0002-s000000", "no older attempt"),
+        ("attempt", "../e0001-s000000", "no older attempt"),
+        ("attempt", "e0001-s" + "9" * 19, "no older attempt"),
+        ("file", -1, "file"),
+        ("file", 2**63, "file"),
+        ("file", "0", "file"),
+    ],
+)
+def test_the_origin_of_a_shared_file_is_an_older_attempt(at, value, match):
+    """Never itself, never in a circle, and a name and no path."""
+    kind = KINDS["fragment that shares"]
+    refused(kind, encode_json(replaced(kind.fields, ("files", 0, "origin", at), value)), match=match)
+
+
+@pytest.mark.parametrize("count", [0.5, 1, 2.5, 40])
+def test_there_is_one_payload_digest_for_each_chunk(count):
+    kind = KINDS["fragment that shares"]
+    assert len(kind.fields["chunks"]) == 2
+    digests = "0" * int(32 * count)
+    refused(kind, encode_json(replaced(kind.fields, ("payload_digests",), digests)), match="payload_digests")
+
+
+def test_an_origin_is_told_and_never_followed(tmp_path):
+    """It may lead to nothing, or to other bytes: the checkpoint's own file counts."""
+    storage = LocalStorage(tmp_path)
+    ensure_run(storage)
+    manifest = write_tiny_checkpoint(storage, step=7, ranks=2)
+    write_tiny_checkpoint(storage, step=3, ranks=2, save=9, shape=(8, 4), commit=False)
+    key = f"{STEP}/rank-00001.e0001-s000001.json"
+    fragment = decode_fragment(storage.read(key), path=key)
+    origin = FileOrigin(directory="step-00000003", attempt="e0001-s000000", file=0)
+    data = encode_fragment(replace(fragment, files=[replace(fragment.files[0], origin=origin)]))
+    storage.put(key, data)
+    ref = FragmentRef.of(decode_fragment(data, path=key), data)
+    fields = msgspec.to_builtins(replace(manifest, fragments=[manifest.fragments[0], ref]))
+    storage.put(f"{STEP}/{MANIFEST}", encode_json(signed_manifest(fields)))
+    assert verify(tmp_path / STEP).ok
+    with open_checkpoint(tmp_path / STEP) as checkpoint:
+        assert checkpoint.read_tensor("model.weight").numel() == 24
+        assert checkpoint.manifest.shared_bytes == fragment.files[0].size_bytes

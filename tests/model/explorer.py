@@ -11,7 +11,7 @@ import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from tests.model.promises import broken_at_the_end, broken_now
+from tests.model.promises import broken_at_the_end, broken_now, damaged_in
 from tests.model.stepping import Task, touches
 from tests.model.trainers import Trainer
 from tests.model.world import World
@@ -144,7 +144,7 @@ def start_again(world: World) -> Iterator[str]:
     trainer = Trainer(after, "the last start")
     try:
         trainer.start()
-        if after.visible().keys() - world.ledger.damaged:
+        if after.visible().keys() - damaged_in(after.place, world.ledger):
             trainer.load()
     except Exception as error:
         yield f"the last start fails: {error!r}"

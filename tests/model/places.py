@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import secrets
 from abc import abstractmethod
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from typing import Self
 
 from dcp_ckpt.closing import Closing
@@ -117,6 +117,7 @@ class ObjectPlace(Place):
             direct_io=False,
             lease_ends_with_holder=False,
             shared=True,
+            links=False,
         )
 
     def creating(self, key: str, data: Buffer) -> Iterator[bool]:
@@ -179,6 +180,7 @@ class FilePlace(Place):
             direct_io=False,
             lease_ends_with_holder=True,
             shared=True,
+            links=True,
         )
 
     def empty_directories(self) -> list[str]:
@@ -239,6 +241,16 @@ class FilePlace(Place):
             self._require_parent(key)
 
         return MemoryObjectWriter(settle, path=self._where(key), key=key, size_bytes=size_bytes)
+
+    def link(self, names: Sequence[tuple[str, str]]) -> None:
+        for key, new_key in names:
+            check_key(key)
+            self._check_free(new_key)
+            if key not in self._objects:
+                raise StorageNotFound("there is no such file", path=self._where(key))
+            self._require_parent(new_key)
+        # Names of one file are equal bytes here: nobody writes into a file that has a name.
+        self._objects.update({new_key: self._objects[key] for key, new_key in names})
 
     def list_names(self, prefix: str) -> list[str]:
         below = set(super().list_names(prefix))

@@ -39,6 +39,7 @@ __all__ = [
     "attempt_of",
     "broken_at_the_end",
     "broken_now",
+    "damaged_in",
     "problem_of",
     "visible_in",
 ]
@@ -64,6 +65,7 @@ class Ledger:
         put_back: taken away, and put back by an owner that found itself fenced.
         retracting: by name of the process: the failed attempt that it is clearing away.
         damaged: by the model.
+        rotten: the attempts that wrote the files which the model damaged: what shares these is damaged, too.
         pinned: the pin was confirmed and not taken back.
         resumed: by epoch of a trainer: what it resumed from, None before.
         claimed: epochs that trainers hold or held.
@@ -77,6 +79,7 @@ class Ledger:
     removing: dict[str, Attempt] = field(default_factory=dict)
     retracting: dict[str, Attempt] = field(default_factory=dict)
     damaged: set[Attempt] = field(default_factory=set)
+    rotten: set[str] = field(default_factory=set)
     pinned: set[Attempt] = field(default_factory=set)
     resumed: dict[int, Attempt | None] = field(default_factory=dict)
     claimed: set[int] = field(default_factory=set)
@@ -89,6 +92,7 @@ class Ledger:
         return (
             tuple(map(frozenset, told)),
             frozenset(self.claimed),
+            frozenset(self.rotten),
             tuple(frozenset(items.items()) for items in maps),
         )
 
@@ -116,6 +120,20 @@ def visible_in(place: Place) -> dict[Attempt, bytes]:
     return found
 
 
+def damaged_in(place: Place, ledger: Ledger) -> set[Attempt]:
+    """All visible checkpoints that the model damaged, or that share a file which it damaged."""
+    found = set(ledger.damaged)
+    for attempt, data in visible_in(place).items():
+        manifest = decode_manifest(data, path=attempt.directory)
+        for rank in range(manifest.world_size) if ledger.rotten else ():
+            key = f"{attempt.directory}/{fragment_name(rank, manifest.attempt_id)}"
+            files = decode_fragment(place.objects[key], path=key).files if key in place.objects else []
+            writers = [file.origin.attempt if file.origin else attempt.attempt for file in files]
+            if not ledger.rotten.isdisjoint(writers):
+                found.add(attempt)
+    return found
+
+
 def problem_of(manifest: Manifest, files: Mapping[str, bytes]) -> str | None:
     """Why a checkpoint is not whole, or not of one attempt; None when it is.
 
@@ -136,7 +154,7 @@ def broken_now(place: Place, ledger: Ledger) -> Iterator[str]:
     """What must not be at any moment, whoever is in the middle of whatever."""
     visible = visible_in(place)
     # The windows of docs/format.md, sections 8 and 10: a newer owner comes between two looks.
-    excused = ledger.damaged | set(ledger.retracting.values())
+    excused = damaged_in(place, ledger) | set(ledger.retracting.values())
     if not place.capabilities.directories:
         excused |= ledger.put_back - {max(visible, default=None)}
     for attempt, manifest in visible.items():

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 
 from dcp_ckpt.errors import CheckpointError
 from dcp_ckpt.format.names import StepDir
 from dcp_ckpt.lifecycle.epochs import require_newest
 from dcp_ckpt.policies import LatestN
+from dcp_ckpt.save.record import Report
 from tests.model.explorer import Scene
 from tests.model.trainers import Trainer
 from tests.model.world import World
@@ -46,6 +48,19 @@ def trained(world: World, *steps: int, num_ranks: int = 1) -> Trainer:
     for step in steps:
         assert trainer.save(step).outcome == "committed"
     return trainer
+
+
+def sharing(world: World, *steps: int, num_ranks: int = 1) -> Trainer:
+    """The same, with saves that share files."""
+    trainer = Trainer(world, "old", num_ranks=num_ranks, keep=None, reuse=True)
+    trainer.start()
+    for step in steps:
+        assert trainer.save(step).outcome == "committed"
+    return trainer
+
+
+def without_error(report: Report) -> None:
+    assert report.error is None, report.error
 
 
 def start_and_load(trainer: Trainer, which: str | int = "latest") -> Act:
@@ -115,6 +130,53 @@ def removal_and_pin(world: World) -> Scene:
     old = trained(world, 100, 200)
     old.keep_only(LatestN(1))
     return Scene(world, {"old": old.janitor.tidy, "pin": told(lambda: world.command_pin("pin", 100))})
+
+
+def sharing_and_retention(world: World) -> Scene:
+    """An owner commits and removes what a save behind it still shares."""
+    old = sharing(world, 100, num_ranks=2)
+    old.keep_only(LatestN(1))
+    saves = [old.begin(200), old.begin(300)]
+    for save, rank in ((saves[0], 0), (saves[0], 1), (saves[1], 0)):
+        old.write(save, rank)
+    return Scene(
+        world,
+        {
+            "old": in_turn(*(partial(old.conclude, save) for save in saves)),
+            "writer": lambda: without_error(old.write(saves[1], 1)),
+        },
+    )
+
+
+def sharing_and_removal_by_the_next(world: World) -> Scene:
+    """The next owner goes back, and removes the base of what the one before still writes and commits."""
+    old = sharing(world, 100, 200, num_ranks=2)
+    save = old.begin(300)
+    old.write(save, 0)
+    new = Trainer(world, "new", keep=LatestN(1), reuse=True)
+    return Scene(
+        world,
+        {
+            "old": in_turn(lambda: old.write(save, 1), lambda: old.conclude(save)),
+            "new": told(in_turn(start_and_load(new, 100), lambda: new.save(150))),
+        },
+    )
+
+
+def sharing_and_start(world: World) -> Scene:
+    """A writer outlives its trainer and shares while the next owner recovers, goes on and shares as well."""
+    old = sharing(world, 100, num_ranks=2)
+    save = old.begin(200)
+    old.write(save, 0)
+    old.die(with_writers=False)
+    new = Trainer(world, "new", num_ranks=2, keep=LatestN(1), reuse=True)
+    return Scene(
+        world,
+        {
+            "writer": lambda: old.write(save, 1),
+            "new": told(in_turn(start_and_load(new), lambda: new.save(300))),
+        },
+    )
 
 
 def two_starts(world: World) -> Scene:
@@ -243,6 +305,7 @@ QUICK: tuple[Callable[[World], Scene], ...] = (
     first_commit_and_start,
     failure_and_writer,
     removal_and_pin,
+    sharing_and_retention,
 )
 
 LONG: tuple[Callable[[World], Scene], ...] = (
@@ -251,6 +314,8 @@ LONG: tuple[Callable[[World], Scene], ...] = (
     writer_and_start,
     removal_and_start_from_it,
     removal_and_save_of_the_same_step,
+    sharing_and_removal_by_the_next,
+    sharing_and_start,
     two_starts,
     two_starts_over_debris,
     starts_and_saves,

@@ -259,6 +259,10 @@ class SteppedStorage(ForwardingStorage):
         )
         return _SteppedWriter(self, writer, key)
 
+    def link(self, names: Sequence[tuple[str, str]]) -> None:
+        for key, new_key in names:
+            self.at(f"link {key} {new_key}", lambda name=(key, new_key): self._place.link([name]))  # type: ignore[misc]
+
     def list(self, prefix: str) -> builtins.list[ObjectInfo]:
         return self.at(f"list {prefix}", lambda: self._place.list(prefix))
 

@@ -25,7 +25,7 @@ from dcp_ckpt.errors import CheckpointError
 from dcp_ckpt.policies import LatestN
 from tests.model.explorer import require_kept
 from tests.model.places import FilePlace, ObjectPlace, Place
-from tests.model.promises import Attempt
+from tests.model.promises import Attempt, damaged_in
 from tests.model.stepping import Process, Task
 from tests.model.trainers import Save, Trainer
 from tests.model.world import World
@@ -79,7 +79,7 @@ class History(RuleBasedStateMachine):
         self.tasks: list[Task] = []
         self.path: list[tuple[str, str]] = []
         self.num_names = 0
-        self.add_owner(num_ranks=1, keep=9, oldest=False, operations=_ALL)
+        self.add_owner(num_ranks=1, keep=9, oldest=False, reuse=True, operations=_ALL)
         for _ in steps:
             self.begin_save(self.owners[0], 0, refused=False, operations=_ALL)
             self.end_save(self.owners[0], in_time=True, operations=_ALL)
@@ -95,11 +95,12 @@ class History(RuleBasedStateMachine):
         num_ranks=st.sampled_from([1, 2]),
         keep=st.sampled_from([1, 2]),
         oldest=st.booleans(),
+        reuse=st.booleans(),
         operations=_FIRST_OPERATIONS,
     )
-    def start(self, num_ranks: int, keep: int, oldest: bool, operations: int) -> None:
+    def start(self, num_ranks: int, keep: int, oldest: bool, reuse: bool, operations: int) -> None:
         """A trainer starts, and resumes from the newest or from the oldest checkpoint."""
-        self.add_owner(num_ranks=num_ranks, keep=keep, oldest=oldest, operations=operations)
+        self.add_owner(num_ranks=num_ranks, keep=keep, oldest=oldest, reuse=reuse, operations=operations)
 
     @precondition(lambda self: any(owner.may_save for owner in self.owners))
     @rule(
@@ -198,8 +199,9 @@ class History(RuleBasedStateMachine):
 
     # What rules are made of.
 
-    def add_owner(self, *, num_ranks: int, keep: int, oldest: bool, operations: int) -> None:
-        owner = Owner(Trainer(self.world, self.name("trainer"), num_ranks=num_ranks, keep=LatestN(keep)))
+    def add_owner(self, *, num_ranks: int, keep: int, oldest: bool, reuse: bool, operations: int) -> None:
+        name = self.name("trainer")
+        owner = Owner(Trainer(self.world, name, num_ranks=num_ranks, keep=LatestN(keep), reuse=reuse))
 
         def run() -> None:
             owner.trainer.start()
@@ -262,7 +264,7 @@ class History(RuleBasedStateMachine):
         return list(self.world.processes.values())
 
     def good(self) -> list[Attempt]:
-        return sorted(self.world.visible().keys() - self.world.ledger.damaged)
+        return sorted(self.world.visible().keys() - damaged_in(self.world.place, self.world.ledger))
 
     def name(self, kind: str) -> str:
         self.num_names += 1

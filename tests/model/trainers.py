@@ -15,8 +15,9 @@ from typing import Any
 
 from dcp_ckpt.coordination import SoloChannel, error_fields
 from dcp_ckpt.errors import CheckpointError, CorruptCheckpoint, LoadError, StorageNotFound
+from dcp_ckpt.format.digests import digest
 from dcp_ckpt.format.epoch import EpochClaim
-from dcp_ckpt.format.fragment import FileEntry, Fragment, decode_fragment
+from dcp_ckpt.format.fragment import FileEntry, FileOrigin, Fragment, decode_fragment
 from dcp_ckpt.format.manifest import FragmentSummary
 from dcp_ckpt.format.names import (
     DCP_METADATA,
@@ -36,6 +37,7 @@ from dcp_ckpt.lifecycle.recover import recover_older_epochs
 from dcp_ckpt.lifecycle.runs import ensure_run
 from dcp_ckpt.load.choose import choose
 from dcp_ckpt.policies import KeepPolicy, LatestN
+from dcp_ckpt.save.bases import Bases
 from dcp_ckpt.save.coordinator import Coordinator
 from dcp_ckpt.save.record import Report, SaveKeys, Verdict, to_message
 from dcp_ckpt.save.step_policy import StepPolicy
@@ -44,7 +46,7 @@ from dcp_ckpt.storage.listed import listed_once
 from dcp_ckpt.storage.memory import MemoryStorage
 from dcp_ckpt.testing.tiny import write_tiny_checkpoint
 from dcp_ckpt.writer.engine import check_shared_storage, write_attempt
-from dcp_ckpt.writer.messages import WriteJob
+from dcp_ckpt.writer.messages import FileSource, WriteJob
 from tests.model.promises import Attempt, attempt_in, problem_of
 from tests.model.stepping import Process
 from tests.model.world import World
@@ -89,6 +91,7 @@ class Save:
     step: int
     attempt: AttemptId
     directory: StepDir
+    base: AttemptId | None = None
 
     def attempted(self) -> Attempt:
         return Attempt((self.attempt.epoch, self.step), str(self.directory), str(self.attempt))
@@ -99,6 +102,7 @@ class Trainer:
 
     Args:
         keep: the retention policy.
+        reuse: where there are links, the last rank's part never changes: it shares the base's file.
     """
 
     claim: EpochClaim
@@ -108,7 +112,13 @@ class Trainer:
     steps: StepPolicy
 
     def __init__(
-        self, world: World, name: str, *, num_ranks: int = 1, keep: KeepPolicy | None = _KEEP
+        self,
+        world: World,
+        name: str,
+        *,
+        num_ranks: int = 1,
+        keep: KeepPolicy | None = _KEEP,
+        reuse: bool = False,
     ) -> None:
         self.world = world
         self.name = name
@@ -117,6 +127,9 @@ class Trainer:
         self.writers = [world.process(f"{name}.{rank}") for rank in range(num_ranks)]
         self.channel = ReportChannel(world, self.process, num_ranks)
         self._keep = keep
+        self._reuse = reuse and world.place.capabilities.links
+        self._bases = Bases(self.process.storage, rank=0, world_size=num_ranks)
+        self._stored: dict[AttemptId, tuple[str, FileEntry]] = {}
         self._leases: list[Lease] = []
         self._calls = 0
 
@@ -165,6 +178,7 @@ class Trainer:
             epoch=self.claim.epoch,
             keep=keep,
             grace_seconds=0.0,
+            is_in_use=self._bases.is_in_use,
         )
 
     def load(self, which: str | int = "latest") -> int | None:
@@ -178,6 +192,7 @@ class Trainer:
                     raise
                 self._mark_bad(entry)
                 continue
+            self._take_as_base(entry)
             self.steps.resumed_from(entry.step)
             self.janitor.protect(entry.directory, "resumed from")
             self.world.ledger.resumed[self.claim.epoch] = attempt_in(entry)
@@ -192,14 +207,22 @@ class Trainer:
             raise refusal
         self._calls += 1
         attempt = AttemptId(self.claim.epoch, self._calls)
-        return Save(SaveKeys(self._calls), step, attempt, self.steps.directory(step))
+        base = self._bases.begin(attempt) if self._reuse else None
+        return Save(SaveKeys(self._calls), step, attempt, self.steps.directory(step), base)
 
-    def write(self, save: Save, rank: int) -> None:
+    def write(self, save: Save, rank: int) -> Report:
         """One rank's writer at its job, and what the trainer hears of it if it still lives."""
         storage = self.writers[rank].storage
         fragment, arena = self._job(save, rank)
+        source = FileSource()
+        if rank == self.num_ranks - 1:
+            fragment, source = self._shared(save, fragment, arena)
         job = WriteJob(
-            storage_url=storage.url, directory=str(save.directory), fragment=fragment, direct_io=False
+            storage_url=storage.url,
+            directory=str(save.directory),
+            fragment=fragment,
+            sources=[source],
+            direct_io=False,
         )
         try:
             check_shared_storage(storage, fragment)
@@ -209,6 +232,7 @@ class Trainer:
             report = Report(error=error_fields(error))
         if not self.process.is_dead:
             storage.at("tell", lambda: self.channel.put(save.keys.report(rank), to_message(report)))
+        return report
 
     def fail(self, save: Save, rank: int) -> None:
         """A rank could not stage its part."""
@@ -217,6 +241,12 @@ class Trainer:
 
     def conclude(self, save: Save) -> Verdict:
         """The verdict, and what follows it (dcp_ckpt.save.pilot and session)."""
+        try:
+            return self._conclude(save)
+        finally:
+            self._bases.ended(save.attempt)
+
+    def _conclude(self, save: Save) -> Verdict:
         verdict = self.coordinator.conclude(
             save.keys,
             step=save.step,
@@ -230,6 +260,7 @@ class Trainer:
             self.world.ledger.failed.add(save.attempted())
         if verdict.outcome == "committed":
             self.world.ledger.committed.add(save.attempted())
+            self._bases.committed(save.attempt, save.directory)
             assert self.coordinator.committed is not None
             self.steps.committed(save.step)
             self.known.committed(save.directory, self.coordinator.committed)
@@ -273,6 +304,33 @@ class Trainer:
             attempt=entry.manifest.attempt,
         )
         self.known.marks_changed()
+
+    def _take_as_base(self, entry: CheckpointEntry) -> None:
+        """What `Bases.resumed_from` does; the reading of what never changes is no step of its own."""
+        rank = self.num_ranks - 1
+        if entry.manifest.world_size != self.num_ranks:
+            return
+        attempt = entry.manifest.attempt_id
+        key = f"{entry.directory}/{fragment_name(rank, attempt)}"
+        fragment = decode_fragment(self.world.place.objects[key], path=key)
+        file = f"{entry.directory}/{data_file_name(rank, 0, attempt)}"
+        origin = FileOrigin(directory=str(entry.directory), attempt=str(attempt), file=0)
+        self._stored[attempt] = file, replace(fragment.files[0], origin=fragment.files[0].origin or origin)
+        self._bases.committed(attempt, entry.directory)
+
+    def _shared(self, save: Save, fragment: Fragment, arena: bytes) -> tuple[Fragment, FileSource]:
+        """The last rank's job, which shares what it stored in the base."""
+        key = f"{save.directory}/{data_file_name(fragment.rank, 0, save.attempt)}"
+        if save.base is None:
+            origin = FileOrigin(directory=str(save.directory), attempt=str(save.attempt), file=0)
+            self._stored[save.attempt] = (
+                key,
+                FileEntry(size_bytes=len(arena), block_digests=digest(arena), origin=origin),
+            )
+            return fragment, FileSource()
+        base_key, entry = self._stored[save.base]
+        self._stored[save.attempt] = key, entry
+        return replace(fragment, files=[entry]), FileSource(shared_key=base_key)
 
     def _job(self, save: Save, rank: int) -> tuple[Fragment, bytes]:
         fragment, data = _parts(self.num_ranks)[rank]

@@ -11,11 +11,14 @@ import pytest
 
 from dcp_ckpt.errors import CheckpointError
 from dcp_ckpt.format.documents import encode_json
+from dcp_ckpt.format.fragment import decode_fragment
 from dcp_ckpt.format.names import (
     EPOCHS,
     RUN_JSON,
     AttemptId,
     StepDir,
+    fragment_name,
+    parse_data_file_name,
     parse_epoch_name,
 )
 from dcp_ckpt.lifecycle import janitor, prune, sweep
@@ -103,12 +106,25 @@ class World:
         self.place.put(f"{directory}/{name}", name.encode())
 
     def damage(self, attempt: Attempt) -> None:
-        """The disk loses a byte of a data file."""
-        for key, data in self.place.objects.items():
-            if key.startswith(f"{attempt.directory}/__") and data:
-                self.place.objects[key] = bytes([data[0] ^ 1]) + data[1:]
-                self.ledger.damaged.add(attempt)
-                return
+        """The disk loses a byte of a data file, whatever names it has."""
+        objects = self.place.objects
+        key = min(key for key, data in objects.items() if key.startswith(f"{attempt.directory}/__") and data)
+        rotten = objects[key]
+        # No two attempts write equal bytes.
+        for name in [name for name, data in objects.items() if data == rotten]:
+            objects[name] = bytes([rotten[0] ^ 1]) + rotten[1:]
+        self.ledger.damaged.add(attempt)
+        self.ledger.rotten.add(self._writer_of(key))
+
+    def _writer_of(self, key: str) -> str:
+        """The attempt that wrote a data file, whatever names it has got since."""
+        directory, _, name = key.rpartition("/")
+        parsed = parse_data_file_name(name)
+        assert parsed is not None
+        rank, index, attempt = parsed
+        fragment = f"{directory}/{fragment_name(rank, attempt)}"
+        origin = decode_fragment(self.place.objects[fragment], path=fragment).files[index].origin
+        return str(attempt) if origin is None else origin.attempt
 
 
 def follow_removals(patch: pytest.MonkeyPatch, world: Callable[[], World]) -> None:

@@ -13,6 +13,7 @@ import secrets
 import threading
 from collections.abc import Callable, Coroutine, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
 from typing import Any, Self, TypeVar
 from weakref import WeakSet
 
@@ -75,6 +76,7 @@ class ObjectStorage:
             direct_io=False,
             lease_ends_with_holder=False,
             shared=self._client.traits.shared,
+            links=False,
         )
 
     def read(self, key: str) -> bytes:
@@ -114,6 +116,11 @@ class ObjectStorage:
 
     def open_writer(self, key: str, *, size_bytes: int, direct: bool) -> ObjectUpload:
         return ObjectUpload(self._client, self._brief, check_key(key), size_bytes=size_bytes)
+
+    def link(self, names: Sequence[tuple[str, str]]) -> None:
+        for key in chain.from_iterable(names):
+            check_key(key)
+        raise StorageUnsuitable("an object has one name only here", path=self.url)
 
     def list(self, prefix: str) -> builtins.list[ObjectInfo]:
         check_prefix(prefix)
