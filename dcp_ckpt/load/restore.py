@@ -157,9 +157,7 @@ def _left_over(fitted: _Fitted, channel: Channel, *, tag: str, timeout_seconds: 
     """
     aliases = fitted.state.aliases
     asked = {
-        aliases.get(name, name)
-        for targets in fitted.targets
-        for name in (*targets.tensors, *targets.values)
+        aliases.get(name, name) for targets in fitted.targets for name in (*targets.tensors, *targets.values)
     }
     unasked = {name for name in fitted.state_names if aliases.get(name, name) not in asked}
     if all(targets.elsewhere is None for targets in fitted.targets):

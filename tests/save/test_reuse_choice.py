@@ -17,6 +17,7 @@ from dcp_ckpt.save.payloads import Comparer, live_digest
 from dcp_ckpt.save.plan import SavePlan, make_plan
 from dcp_ckpt.save.reuse import Base, StoredChunk, choose_shared
 from dcp_ckpt.save.selection import Selected, Selector
+from dcp_ckpt.state.component import Captured
 
 KIB = 1 << 10
 MIB = 1 << 20
@@ -55,7 +56,7 @@ def tensors_of(rng: random.Random) -> Tensors:
 
 
 def plan_of(tensors: Tensors) -> SavePlan:
-    return make_plan(tensors, rank=0, world_size=1, global_ranks=[0])
+    return make_plan(Captured(tensors=tensors), rank=0, world_size=1, global_ranks=[0])
 
 
 def fragment_of(plan: SavePlan, selected: Selected, digests: list[str], save: int) -> Fragment:
