@@ -8,6 +8,7 @@ indices into tensors. Called by `train.py`; knows nothing of models or checkpoin
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import sysconfig
 from collections.abc import Iterator, Sequence
@@ -18,7 +19,16 @@ import torch
 
 from dcp_ckpt import ElasticSampler
 
-__all__ = ["IGNORED", "Batch", "Corpus", "Windows", "read_corpus", "training_batches", "validation_batches"]
+__all__ = [
+    "IGNORED",
+    "Batch",
+    "Corpus",
+    "Windows",
+    "read_corpus",
+    "rows_per_rank",
+    "training_batches",
+    "validation_batches",
+]
 
 IGNORED = -100
 """Target of a position that counts in no loss; the default `ignore_index` of `cross_entropy`."""
@@ -37,11 +47,11 @@ class Corpus:
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """One rank's part of one global batch.
+    """One rank's part of one global batch, of the same size at every step.
 
     Args:
-        inputs: byte values, int64, (samples of this rank, context).
-        targets: the byte after each input, or `IGNORED`; same shape.
+        inputs: byte values, int64, (rows, context); rows beyond the samples of this rank repeat some sample.
+        targets: the byte after each input, or `IGNORED` in those rows; same shape.
         sample_ids: ids of the whole global batch, in its order; the same on every rank.
         num_tokens: targets of the whole global batch that count.
     """
@@ -95,26 +105,37 @@ class Windows:
         return len(self._windows)
 
     def batch(
-        self, indices: Sequence[int], sample_ids: Sequence[int], device: torch.device | str = "cpu"
+        self,
+        indices: Sequence[int],
+        sample_ids: Sequence[int],
+        num_rows: int,
+        device: torch.device | str = "cpu",
     ) -> Batch:
-        """The samples `indices`, this rank's part of `sample_ids`.
+        """The samples `indices`, this rank's part of `sample_ids`, filled up to `num_rows`.
 
-        A rank without samples gets one that counts nothing: all ranks must go through the same collectives.
+        What is filled up counts in no loss. All ranks go through the same collectives, also those that have
+        fewer samples or none, and every step has the same shapes.
         """
-        rows = self._windows[list(indices) or [0]].to(device=device, dtype=torch.int64)
+        filled = [*indices, *[0] * (num_rows - len(indices))]
+        rows = self._windows[filled].to(device=device, dtype=torch.int64)
         inputs, targets = rows[:, :-1], rows[:, 1:].contiguous()
-        if not indices:
-            targets.fill_(IGNORED)
+        targets[len(indices) :] = IGNORED
         num_tokens = len(sample_ids) * self.context
         return Batch(inputs=inputs, targets=targets, sample_ids=sample_ids, num_tokens=num_tokens)
 
 
+def rows_per_rank(global_batch_size: int, world_size: int, num_micro_batches: int) -> int:
+    """Rows of a rank's part of a batch: room for the largest part, in micro-batches of equal size."""
+    samples = math.ceil(global_batch_size / world_size)
+    return math.ceil(samples / num_micro_batches) * num_micro_batches
+
+
 def training_batches(
-    windows: Windows, sampler: ElasticSampler, device: torch.device | str = "cpu"
+    windows: Windows, sampler: ElasticSampler, num_rows: int, device: torch.device | str = "cpu"
 ) -> Iterator[Batch]:
     """Batches without end, from where the sampler stands."""
     for indices in sampler:
-        yield windows.batch(indices, sampler.last_global_batch, device)
+        yield windows.batch(indices, sampler.last_global_batch, num_rows, device)
 
 
 def validation_batches(
@@ -124,9 +145,10 @@ def validation_batches(
     global_batch_size: int,
     rank: int,
     world_size: int,
+    num_rows: int,
     device: torch.device | str = "cpu",
 ) -> Iterator[Batch]:
     """The same first `num_batches` global batches at every call (fewer where the text ends), on any world."""
     for start in range(0, len(windows), global_batch_size)[:num_batches]:
         sample_ids = range(start, min(start + global_batch_size, len(windows)))
-        yield windows.batch(sample_ids[rank::world_size], sample_ids, device)
+        yield windows.batch(sample_ids[rank::world_size], sample_ids, num_rows, device)
