@@ -6,7 +6,7 @@ written once. Knows nothing of torch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -37,18 +37,7 @@ class SettingChange:
         return f"{self.name} {_shown(self.saved)} -> {_shown(self.now)}"
 
 
-Rule = tuple[Verdict, str] | Callable[[Any, Any], tuple[Verdict, str]]
-
-
-def _lora_rank(saved: Any, now: Any) -> tuple[Verdict, str]:
-    if saved is None:
-        return "refused", "adapters are trained in a run of their own"
-    if now is None:
-        return "refused", "this run trains adapters only"
-    return "refused", "the adapters have another shape; --run-number of the base run begins new ones"
-
-
-RULES: Mapping[str, Rule] = {
+RULES: Mapping[str, tuple[Verdict, str]] = {
     "steps": ("safe", "the schedule has a length of its own, --lr-steps"),
     "parallel": ("safe", "any layout resumes any other; only the order of float sums changes"),
     "grad_accum": ("safe", "same samples, same mean gradient; only the order of float sums changes"),
@@ -76,7 +65,7 @@ RULES: Mapping[str, Rule] = {
     "model_size": ("refused", "the checkpoint is of another model"),
     "seed": ("refused", "the order of the samples goes on as it was; another seed would not be used"),
     "dataset": ("refused", "the position in the data is that in other data"),
-    "lora_rank": _lora_rank,
+    "lora_rank": ("refused", "adapters keep their rank; --run-number of the base run begins new ones"),
 }
 """By setting. Those that are not here belong to a start and not to the run, such as `--log-json`."""
 
@@ -84,12 +73,12 @@ RULES: Mapping[str, Rule] = {
 def changed_settings(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[SettingChange]:
     """What differs, in the order of `RULES`. A setting that an older version did not record is left out."""
     changes = []
-    for name, rule in RULES.items():
+    for name, (verdict, reason) in RULES.items():
         if name in saved and name in now and saved[name] != now[name]:
-            verdict, reason = rule if isinstance(rule, tuple) else rule(saved[name], now[name])
-            changes.append(
-                SettingChange(name=name, saved=saved[name], now=now[name], verdict=verdict, reason=reason)
+            change = SettingChange(
+                name=name, saved=saved[name], now=now[name], verdict=verdict, reason=reason
             )
+            changes.append(change)
     return changes
 
 

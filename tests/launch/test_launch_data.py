@@ -8,7 +8,14 @@ import pytest
 import torch
 
 from dcp_ckpt import ElasticSampler
-from launch.data import IGNORED, Windows, read_corpus, training_batches, validation_batches
+from launch.data import (
+    IGNORED,
+    Windows,
+    read_corpus,
+    rows_per_rank,
+    training_batches,
+    validation_batches,
+)
 
 
 @pytest.fixture
@@ -56,19 +63,29 @@ def test_this_python_has_enough_text():
 def test_targets_are_the_inputs_one_byte_later():
     windows = Windows(torch.arange(11, dtype=torch.uint8), context=5)
     assert len(windows) == 2
-    batch = windows.batch([1], [0, 1])
+    batch = windows.batch([1], [0, 1], num_rows=1)
     assert batch.inputs.tolist() == [[5, 6, 7, 8, 9]]
     assert batch.targets.tolist() == [[6, 7, 8, 9, 10]]
     assert batch.num_tokens == 10
 
 
-def test_rank_without_samples_gets_one_that_counts_nothing():
+def test_what_a_part_is_filled_up_with_counts_nothing():
     windows = Windows(torch.arange(11, dtype=torch.uint8), context=5)
-    batch = windows.batch([], [1])
-    assert batch.inputs.shape == (1, 5)
-    assert (batch.targets == IGNORED).all()
-    assert batch.num_tokens == 5
-    assert windows.batch([0], [0]).targets.tolist() == [[1, 2, 3, 4, 5]]
+    for indices in ([], [1]):
+        batch = windows.batch(indices, [1], num_rows=3)
+        assert batch.inputs.shape == batch.targets.shape == (3, 5)
+        assert batch.targets[: len(indices)].tolist() == [[6, 7, 8, 9, 10]] * len(indices)
+        assert (batch.targets[len(indices) :] == IGNORED).all()
+        assert batch.num_tokens == 5
+    assert windows.batch([0], [0], num_rows=1).targets.tolist() == [[1, 2, 3, 4, 5]]
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "world_size", "num_micro_batches", "rows"),
+    [(120, 8, 1, 15), (10, 3, 1, 4), (10, 3, 3, 6), (8, 2, 4, 4), (2, 2, 4, 4)],
+)
+def test_rows_hold_the_largest_part_in_equal_micro_batches(batch_size, world_size, num_micro_batches, rows):
+    assert rows_per_rank(batch_size, world_size, num_micro_batches) == rows
 
 
 @pytest.mark.parametrize("world_size", [1, 3, 4])
@@ -78,12 +95,11 @@ def test_an_epoch_has_every_sample_once_on_any_world(world_size):
         ElasticSampler(len(windows), 5, rank, world_size, seed=3, drop_last=False)
         for rank in range(world_size)
     ]
-    epochs = [list(islice(training_batches(windows, sampler), 5)) for sampler in samplers]
+    epochs = [list(islice(training_batches(windows, sampler, num_rows=5), 5)) for sampler in samplers]
     seen = []
     for parts in zip(*epochs, strict=True):
         assert all(part.sample_ids == parts[0].sample_ids for part in parts)
-        real = [part for part in parts if (part.targets != IGNORED).all()]
-        seen += [int(value) for part in real for value in part.inputs.flatten()]
+        seen += [int(value) for part in parts for value in part.inputs[part.targets != IGNORED]]
     assert sorted(seen) == list(range(23))
 
 
@@ -95,7 +111,7 @@ def test_validation_is_the_same_at_every_call_and_on_any_world(world_size):
         found = []
         for rank in range(world_size):
             for batch in validation_batches(
-                windows, num_batches=9, global_batch_size=10, rank=rank, world_size=world_size
+                windows, num_batches=9, global_batch_size=10, rank=rank, world_size=world_size, num_rows=10
             ):
                 found += batch.inputs[batch.targets != IGNORED].tolist()
         return sorted(found)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from dcp_ckpt import Checkpointer
-from launch.train import FINAL_LR_FRACTION, WARM_UP_STEPS, lr_factor, main
+from launch.train import main
 from tests.programs import run_program
 
 TRAIN = Path(__file__).resolve().parents[2] / "launch" / "train.py"
@@ -98,10 +98,3 @@ def test_milestones_stay_beside_the_rolling_ones(tmp_path):
     assert main(["--steps", "10", *flags, *kept]) == 0
     with Checkpointer(tmp_path / "runs" / "run-001") as checkpointer:
         assert [info.step for info in checkpointer.checkpoints()] == [4, 8, 9, 10]
-
-
-def test_schedule_warms_up_decays_and_stays():
-    factors = [lr_factor(step, 100) for step in range(150)]
-    assert 0 < factors[0] < factors[WARM_UP_STEPS - 1] == 1.0
-    assert factors[WARM_UP_STEPS:] == sorted(factors[WARM_UP_STEPS:], reverse=True)
-    assert factors[100:] == pytest.approx([FINAL_LR_FRACTION] * 50)
