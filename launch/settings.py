@@ -61,20 +61,23 @@ RULES: Mapping[str, tuple[Verdict, str]] = {
     "lr": ("with care", "the schedule has another peak from the next step on"),
     "lr_steps": ("with care", "the schedule has another length from the next step on"),
     "dropout": ("with care", "it is regularised in another way from the next step on"),
-    "amp": ("with care", "it is computed in another precision; a gradient scale begins anew"),
+    "amp": ("with care", "it is computed in another precision from the next step on"),
+    "amp=fp16": ("refused", "the checkpoint has no state of a gradient scaler"),
     "model_size": ("refused", "the checkpoint is of another model"),
     "seed": ("refused", "the order of the samples goes on as it was; another seed would not be used"),
     "dataset": ("refused", "the position in the data is that in other data"),
     "lora_rank": ("refused", "adapters keep their rank; --run-number of the base run begins new ones"),
 }
-"""By setting. Those that are not here belong to a start and not to the run, such as `--log-json`."""
+"""Verdict and reason by setting, or by setting and new value. Those that are not here belong to a start and not
+to the run, such as `--log-json`."""
 
 
 def changed_settings(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[SettingChange]:
     """What differs, in the order of `RULES`. A setting that an older version did not record is left out."""
     changes = []
-    for name, (verdict, reason) in RULES.items():
+    for name in RULES:
         if name in saved and name in now and saved[name] != now[name]:
+            verdict, reason = RULES.get(f"{name}={now[name]}", RULES[name])
             change = SettingChange(
                 name=name, saved=saved[name], now=now[name], verdict=verdict, reason=reason
             )
