@@ -16,7 +16,7 @@ from torch.distributed.pipelining import PipelineStage, Schedule1F1B
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from launch.data import IGNORED, Batch
+from launch.data import IGNORED, Batch, TextLoader
 from launch.model import ModelConfig
 from launch.parallel import Topology
 
@@ -37,19 +37,15 @@ class Passes(Protocol):
         """The same sum, without gradients."""
 
 
-def make_passes(
-    model: nn.Module, config: ModelConfig, topology: Topology, *, num_micro_batches: int, num_rows: int
-) -> Passes:
-    """The passes of a model that `parallelise` has spread.
+def make_passes(model: nn.Module, config: ModelConfig, topology: Topology, text: TextLoader) -> Passes:
+    """The passes of the batches of `text` through a model that `parallelise` has spread.
 
     Args:
         config: of the whole model.
-        num_micro_batches: parts that a batch goes through the model in.
-        num_rows: of every batch, all micro-batches together.
     """
     if topology.num_stages == 1:
-        return WholeModel(model, num_micro_batches)
-    return Pipeline(model, config, topology, num_micro_batches=num_micro_batches, num_rows=num_rows)
+        return WholeModel(model, text.num_micro_batches)
+    return Pipeline(model, config, topology, num_micro_batches=text.num_micro_batches, num_rows=text.num_rows)
 
 
 def loss_sum(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

@@ -68,8 +68,8 @@ RULES: Mapping[str, tuple[Verdict, str]] = {
     "dataset": ("refused", "the position in the data is that in other data"),
     "lora_rank": ("refused", "adapters keep their rank; --run-number of the base run begins new ones"),
 }
-"""Verdict and reason by setting, or by setting and new value. Those that are not here belong to a start and not
-to the run, such as `--log-json`."""
+"""Verdict and reason by setting, or by setting and new value. What is not here belongs to one start of a run,
+such as `--log-json`."""
 
 
 def changed_settings(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[SettingChange]:

@@ -31,22 +31,13 @@ from dcp_ckpt import (
     BestN,
     CheckpointConfig,
     Checkpointer,
-    ElasticSampler,
     EveryNSteps,
     EverySteps,
     LatestN,
     TrainState,
     errors,
 )
-from launch.data import (
-    Batch,
-    Corpus,
-    Windows,
-    read_corpus,
-    rows_per_rank,
-    training_batches,
-    validation_batches,
-)
+from launch.data import Batch, Corpus, TextLoader, read_corpus
 from launch.lora import add_adapters
 from launch.model import GPT, MODEL_SIZES
 from launch.options import Options, parse_options
@@ -74,21 +65,6 @@ def checkpoint_config(options: Options) -> CheckpointConfig:
     )
 
 
-def training_sampler(
-    num_samples: int, fingerprint: str, options: Options, topology: Topology
-) -> ElasticSampler:
-    """This rank's share of the training samples, in shuffled order."""
-    return ElasticSampler(
-        num_samples=num_samples,
-        global_batch_size=options.batch_size,
-        rank=topology.data_rank,
-        world_size=topology.data_size,
-        seed=options.seed,
-        fingerprint=fingerprint,
-        drop_last=False,
-    )
-
-
 @dataclass(frozen=True, kw_only=True)
 class Training:
     """What is trained, and all of it as the state to save."""
@@ -102,16 +78,14 @@ class Training:
     state: TrainState
 
 
-def build(
-    options: Options, topology: Topology, sampler: ElasticSampler, num_micro_batches: int, num_rows: int
-) -> Training:
+def build(options: Options, topology: Topology, text: TextLoader) -> Training:
     """Equal weights on every rank, then spread over the ranks."""
     config = MODEL_SIZES[options.model_size]
     gpt = GPT(config, dropout=options.dropout, seed=options.seed, autocast=AMP_DTYPES[options.amp])
     if options.lora_rank is not None:
         add_adapters(gpt, gpt.blocks, rank=options.lora_rank, seed=options.seed)
     model = parallelise(gpt.to(topology.device), topology, compiled=options.compile)
-    passes = make_passes(model, config, topology, num_micro_batches=num_micro_batches, num_rows=num_rows)
+    passes = make_passes(model, config, topology, text)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=options.lr, betas=(0.9, 0.95), weight_decay=0.1)
     scheduler = WarmUpCosine(optimizer, options.lr_steps)
@@ -123,7 +97,7 @@ def build(
         optimizer=optimizer,
         lr_scheduler=scheduler,
         scaler=scaler if scaler.is_enabled() else None,
-        dataloader=sampler,
+        dataloader=text.sampler,
         extra={"loss_history": history},
         mesh_roles=topology.roles,
     )
@@ -177,20 +151,24 @@ def train(options: Options, topology: Topology, corpus: Corpus) -> str | None:
     Returns why it stopped before, or None.
     """
     # Data: the order of samples depends on seed and epoch only, so it is the same on any number of ranks.
-    context = MODEL_SIZES[options.model_size].context
-    train_windows, validation_windows = Windows(corpus.train, context), Windows(corpus.validation, context)
-    sampler = training_sampler(len(train_windows), f"{corpus.fingerprint}-{context}", options, topology)
-    num_micro_batches = max(options.grad_accum, topology.num_stages)
-    num_rows = rows_per_rank(options.batch_size, topology.data_size, num_micro_batches)
-
-    training = build(options, topology, sampler, num_micro_batches, num_rows)
+    text = TextLoader(
+        corpus,
+        context=MODEL_SIZES[options.model_size].context,
+        global_batch_size=options.batch_size,
+        num_micro_batches=max(options.grad_accum, topology.num_stages),
+        rank=topology.data_rank,
+        world_size=topology.data_size,
+        seed=options.seed,
+        device=topology.device,
+    )
+    training = build(options, topology, text)
 
     # Run: chosen or created once for all ranks, then everything is loaded from its newest checkpoint.
     settings = options.as_json() | {"dataset": corpus.fingerprint}
     run = choose_run(options, settings)
+    changes = changed_settings(run.document.config, settings)
     reporter = Reporter(rank=topology.rank, log_json=options.log_json)
     reporter.say(f"run {run.number} in {run.path}: {topology.world_size} ranks, {options.parallel}")
-    changes = changed_settings(run.document.config, settings)
     reporter.changed(changes)
     require_allowed(changes, run.path)
     with Checkpointer(run.path, config=checkpoint_config(options)) as checkpointer:
@@ -198,7 +176,7 @@ def train(options: Options, topology: Topology, corpus: Corpus) -> str | None:
         reporter.loaded(loaded, run.document.parent, world_size=topology.world_size)
         done = loaded.step if loaded else 0
         last_step = max(options.steps, done)
-        batches = training_batches(train_windows, sampler, num_rows, topology.device)
+        batches = text.training()
         for step in range(done + 1, last_step + 1):
             lr = float(training.optimizer.param_groups[0]["lr"])
             batch = next(batches)
@@ -210,15 +188,7 @@ def train(options: Options, topology: Topology, corpus: Corpus) -> str | None:
             save_due = options.saves and (checkpointer.should_save(step) or is_last)
             metrics = {"loss": loss}
             if step % options.eval_every == 0 or is_last or (save_due and options.keep_best):
-                validation = validation_batches(
-                    validation_windows,
-                    num_batches=options.eval_iters,
-                    global_batch_size=options.batch_size,
-                    rank=topology.data_rank,
-                    world_size=topology.data_size,
-                    num_rows=num_rows,
-                    device=topology.device,
-                )
+                validation = text.validation(options.eval_iters)
                 val_loss = evaluate(training, validation, topology, checkpointer.should_stop)
                 if val_loss is None:
                     save_due = save_due or (options.saves and checkpointer.should_save(step))
