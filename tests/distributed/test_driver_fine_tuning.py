@@ -1,8 +1,6 @@
-"""Fine-tuning with the driver: from a run's newest checkpoint, in a run of its own that holds the base unchanged."""
+"""Fine-tuning with the driver: from a run's newest checkpoint, in a run of its own, the base unchanged."""
 
 from __future__ import annotations
-
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,7 +15,7 @@ pytestmark = pytest.mark.distributed
 def weights(ref: str) -> dict[str, torch.Tensor]:
     """The tensors of the model in a checkpoint."""
     with open_checkpoint(ref) as checkpoint:
-        return {key: checkpoint.read_tensor(key) for key in checkpoint.keys() if key.startswith("model.")}
+        return {key: checkpoint.read_tensor(key) for key in checkpoint.tensors if key.startswith("model.")}
 
 
 def optimized(ref: str) -> set[str]:
@@ -28,10 +26,10 @@ def optimized(ref: str) -> set[str]:
 
 
 def test_a_run_is_fine_tuned_in_a_run_of_its_own(pool, tmp_path):
-    base, tuned, plain = (str(tmp_path / name) for name in ("runs/run-001", "runs/run-002", "plain"))
+    base, tuned = (str(tmp_path / "runs" / name) for name in ("run-001", "run-002"))
 
-    def start(world_size: int, *flags: str, directory: Path = tmp_path) -> None:
-        pool.run(trained, world_size, str(directory), SMALL_CORPUS_BYTES, "--save-every", "2", *flags)
+    def start(world_size: int, *flags: str) -> None:
+        pool.run(trained, world_size, str(tmp_path), SMALL_CORPUS_BYTES, "--save-every", "2", *flags)
 
     start(4, "--steps", "3", "--parallel", "fsdp+tp")
     lora = ("--lora-rank", "2", "--parallel", "hsdp", "--dropout", "0.1")
