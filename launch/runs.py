@@ -75,7 +75,8 @@ def restore(checkpointer: Checkpointer, run: Run, state: TrainState, options: Op
     if loaded is None and parent is not None:
         with open_checkpoint(f"{options.run_dir}/{parent.run}@{parent.step}") as base:
             path = f"{options.run_dir}/{parent.run}/{base.directory}"
-        load_checkpoint(path, TrainState(model=state.model, rng=False), exclude=[ADAPTERS])
+        weights = TrainState(model=state.model, rng=False, mesh_roles=state.mesh_roles)
+        load_checkpoint(path, weights, exclude=[ADAPTERS])
     elif loaded is None and options.resume == "must":
         raise errors.CheckpointNotFound("--resume must: no checkpoint was committed")
     return loaded

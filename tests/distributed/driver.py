@@ -19,13 +19,15 @@ from launch.train import train
 
 __all__ = ["BATCH_SIZE", "EVERYTHING", "SMALL", "SMALL_CORPUS_BYTES", "events", "steps", "trained"]
 
-BATCH_SIZE = 12
+BATCH_SIZE = 10
+"""Divides by two ranks only."""
+
 SMALL = ("--model-size", "tiny", "--batch-size", str(BATCH_SIZE), "--eval-iters", "1", "--eval-every", "3")
 EVERYTHING = ("--dropout", "0.1", "--amp", "fp16", "--grad-accum", "2", "--seed", "7")
 """What a resume has to get right on top of weights, moments and samples."""
 
 SMALL_CORPUS_BYTES = 4480
-"""62 samples: an epoch is five batches and one of two samples, fewer than there are ranks."""
+"""62 samples: an epoch is six batches and one of two samples, fewer than there are ranks."""
 
 
 def trained(directory: str, corpus_bytes: int | None, *flags: str) -> None:

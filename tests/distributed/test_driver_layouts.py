@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from dcp_ckpt import ElasticSampler
+from dcp_ckpt.errors import ConfigError
 from launch.data import Windows, read_corpus
 from launch.model import MODEL_SIZES
 from launch.precision import WorldGradScaler
@@ -68,7 +69,7 @@ def test_any_layout_goes_on_where_another_was(pool, tmp_path):
 
 def test_an_epoch_over_changing_worlds_has_every_sample_once(pool, tmp_path):
     """The digests that the driver logs stand for these ids, and no others."""
-    for world_size, num_steps in ((4, 2), (3, 4), (1, 6)):
+    for world_size, num_steps in ((4, 2), (3, 5), (1, 7)):
         pool.run(
             trained,
             world_size,
@@ -82,7 +83,7 @@ def test_an_epoch_over_changing_worlds_has_every_sample_once(pool, tmp_path):
     context = MODEL_SIZES["tiny"].context
     num_samples = len(Windows(read_corpus(max_bytes=SMALL_CORPUS_BYTES).train, context))
     order = ElasticSampler(num_samples, BATCH_SIZE, 0, 1, seed=0, drop_last=False)
-    batches = [batch for batch, _ in zip(order, range(6), strict=False)]
+    batches = [batch for batch, _ in zip(order, range(7), strict=False)]
     assert [samples for *_, samples in steps(tmp_path)] == [samples_digest(batch) for batch in batches]
     assert sorted(sample for batch in batches for sample in batch) == list(range(num_samples))
 
@@ -96,6 +97,14 @@ def test_accumulation_sees_the_same_samples_and_losses(pool, tmp_path):
             samples for *_, samples in steps(tmp_path / "1-fsdp")
         ]
         assert losses(directory) == pytest.approx(losses(tmp_path / "1-fsdp"), abs=BAND)
+
+
+@pytest.mark.parametrize("layout", ["hsdp", "fsdp+tp", "pp"])
+def test_layouts_of_pairs_refuse_odd_worlds(pool, tmp_path, layout):
+    for world_size in (1, 3):
+        with pytest.raises(ConfigError, match=f"needs an even number of ranks, not {world_size}"):
+            pool.run(trained, world_size, str(tmp_path), SMALL_CORPUS_BYTES, "--parallel", layout)
+    assert not (tmp_path / "runs").exists()
 
 
 def one_rank_overflows() -> tuple[float, float]:
