@@ -158,14 +158,15 @@ def _mesh_shape(layout: str, world_size: int) -> tuple[int, ...]:
 
 
 def parallelise(model: GPT, topology: Topology, *, compiled: bool = False) -> nn.Module:
-    """Spread `model`, which is equal on all ranks, in the way of the layout, and compile it block by block.
+    """Spread `model`, which is equal on all ranks, over their devices in the way of the layout.
 
-    Gradients are averaged over the ranks that hold different samples, and over no others. Without a process
+    With `compiled`, its blocks are compiled in place, so that no name changes. Gradients are averaged over the ranks that hold different samples, and over no others. Without a process
     group the model stays as it is.
     """
     mesh, layout = topology.mesh, topology.layout
     if mesh is not None and layout == "pp":
         model.keep_stage(topology.stage, topology.num_stages)
+    model.to(topology.device)
     if mesh is not None and layout == "fsdp+tp":
         for block in model.blocks.values():
             parallelize_module(block, mesh["tensor"], _TENSOR_PARALLEL)

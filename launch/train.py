@@ -84,7 +84,7 @@ def build(options: Options, topology: Topology, text: TextLoader) -> Training:
     gpt = GPT(config, dropout=options.dropout, seed=options.seed, autocast=AMP_DTYPES[options.amp])
     if options.lora_rank is not None:
         add_adapters(gpt, gpt.blocks, rank=options.lora_rank, seed=options.seed)
-    model = parallelise(gpt.to(topology.device), topology, compiled=options.compile)
+    model = parallelise(gpt, topology, compiled=options.compile)
     passes = make_passes(model, config, topology, text)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=options.lr, betas=(0.9, 0.95), weight_decay=0.1)

@@ -6,6 +6,7 @@ Imported by the ranks as well as by the tests.
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,16 @@ from launch.options import parse_options
 from launch.parallel import Topology, arrange
 from launch.train import train
 
-__all__ = ["BATCH_SIZE", "EVERYTHING", "SMALL", "SMALL_CORPUS_BYTES", "events", "steps", "trained"]
+__all__ = [
+    "BATCH_SIZE",
+    "EVERYTHING",
+    "SMALL",
+    "SMALL_CORPUS_BYTES",
+    "events",
+    "steps",
+    "trained",
+    "trained_compiled",
+]
 
 BATCH_SIZE = 10
 """Divides by two ranks only."""
@@ -28,6 +38,12 @@ EVERYTHING = ("--dropout", "0.1", "--amp", "fp16", "--grad-accum", "2", "--seed"
 
 SMALL_CORPUS_BYTES = 4480
 """62 samples: an epoch is six batches and one of two samples, fewer than there are ranks."""
+
+
+def trained_compiled(cache: str, *arguments: Any) -> None:
+    """The same with compiled blocks, whose code is kept in `cache`."""
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache
+    trained(*arguments, "--compile")
 
 
 def trained(directory: str, corpus_bytes: int | None, *flags: str) -> None:

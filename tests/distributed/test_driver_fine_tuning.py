@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dcp_ckpt import list_runs, open_checkpoint
+from dcp_ckpt import export, list_runs, open_checkpoint
 from dcp_ckpt.errors import StateMismatch
 from tests.distributed.driver import SMALL_CORPUS_BYTES, events, steps, trained
 
@@ -51,6 +51,13 @@ def test_a_run_is_fine_tuned_in_a_run_of_its_own(pool, tmp_path):
     assert all(after[key].any() for key in adapters), "adapters were trained"
     trainable = {key.removeprefix("model.") for key in adapters if not key.endswith("lora_scale")}
     assert optimized(f"{tuned}@latest") == trainable
+
+    export(f"{tuned}@latest", tmp_path / "merged.pt", format="torch", fuse_lora=True)
+    merged = torch.load(tmp_path / "merged.pt")
+    assert {f"model.{name}" for name in merged} == before.keys()
+    for name in ("blocks.0.attention.qkv", "blocks.1.mlp_out"):
+        scale, b, a = (after[f"model.{name}.lora_{part}"] for part in ("scale", "b", "a"))
+        torch.testing.assert_close(merged[f"{name}.weight"], before[f"model.{name}.weight"] + scale * b @ a)
 
     with pytest.raises(StateMismatch, match="lora_rank 2 -> 4"):
         start(2, "--lora-rank", "4")

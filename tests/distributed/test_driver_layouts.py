@@ -13,9 +13,17 @@ from dcp_ckpt import ElasticSampler
 from dcp_ckpt.errors import ConfigError
 from launch.data import Windows, read_corpus
 from launch.model import MODEL_SIZES
+from launch.parallel import LAYOUTS
 from launch.precision import WorldGradScaler
 from launch.report import samples_digest
-from tests.distributed.driver import BATCH_SIZE, EVERYTHING, SMALL_CORPUS_BYTES, steps, trained
+from tests.distributed.driver import (
+    BATCH_SIZE,
+    EVERYTHING,
+    SMALL_CORPUS_BYTES,
+    steps,
+    trained,
+    trained_compiled,
+)
 
 pytestmark = pytest.mark.distributed
 
@@ -38,6 +46,24 @@ def test_saves_and_resumes_change_nothing(pool, tmp_path, layout):
         )
     assert steps(saving) == steps(plain)
     assert [step for step, *_ in steps(plain)] == list(range(1, 9))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_compiled_blocks_resume_exactly_and_keep_their_names(pool, tmp_path, layout):
+    flags = ("--parallel", layout, "--dropout", "0.1")
+
+    def start(directory: str, *more: str) -> None:
+        arguments = (str(tmp_path / "cache"), str(tmp_path / directory), SMALL_CORPUS_BYTES, *flags, *more)
+        pool.run(trained_compiled, 2, *arguments, timeout_seconds=500)
+
+    start("plain", "--steps", "4", "--save-strategy", "no")
+    start("saving", "--steps", "2")
+    start("saving", "--steps", "4")
+    assert steps(tmp_path / "saving") == steps(tmp_path / "plain")
+    pool.run(trained, 2, str(tmp_path / "saving"), SMALL_CORPUS_BYTES, *flags, "--steps", "5")
+    assert [step for step, *_ in steps(tmp_path / "saving")] == [1, 2, 3, 4, 5]
 
 
 CHAIN: Sequence[tuple[int, str]] = (
