@@ -160,8 +160,8 @@ def _mesh_shape(layout: str, world_size: int) -> tuple[int, ...]:
 def parallelise(model: GPT, topology: Topology, *, compiled: bool = False) -> nn.Module:
     """Spread `model`, which is equal on all ranks, over their devices in the way of the layout.
 
-    With `compiled`, its blocks are compiled in place, so that no name changes. Gradients are averaged over the ranks that hold different samples, and over no others. Without a process
-    group the model stays as it is.
+    With `compiled`, its blocks are compiled in place, so that no name changes. Gradients are averaged over
+    the ranks that hold different samples, and over no others. Without a process group the model stays whole.
     """
     mesh, layout = topology.mesh, topology.layout
     if mesh is not None and layout == "pp":
