@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from dcp_ckpt.checkpointer import Checkpointer
     from dcp_ckpt.config import CheckpointConfig
     from dcp_ckpt.errors import CheckpointError
-    from dcp_ckpt.lifecycle.runs import Run, list_runs
+    from dcp_ckpt.lifecycle.runs import Run, RunParent, list_runs
     from dcp_ckpt.load.by_path import load_checkpoint
     from dcp_ckpt.load.report import LoadReport
     from dcp_ckpt.ops.checkpoint import Checkpoint, open_checkpoint
@@ -61,6 +61,7 @@ _HOMES = {
     "MeshRoles": "state.mesh_roles",
     "ModelParts": "state.model_parts",
     "Run": "lifecycle.runs",
+    "RunParent": "lifecycle.runs",
     "SaveHandle": "save.handle",
     "TrainState": "state.train_state",
     "VerifyReport": "ops.verify",
@@ -97,6 +98,7 @@ __all__ = [
     "MeshRoles",
     "ModelParts",
     "Run",
+    "RunParent",
     "SaveHandle",
     "TrainState",
     "VerifyReport",

@@ -9,7 +9,7 @@ from typing import Any
 import torch.distributed as dist
 
 from dcp_ckpt.errors import CheckpointError
-from dcp_ckpt.lifecycle.runs import Resume, Run
+from dcp_ckpt.lifecycle.runs import Resume, Run, RunParent
 from dcp_ckpt.lifecycle.runs import open_run as open_run_here
 
 __all__ = ["open_run"]
@@ -21,11 +21,12 @@ def open_run(
     resume: Resume = "auto",
     name: str | None = None,
     config: Mapping[str, Any] | None = None,
+    parent: RunParent | None = None,
 ) -> Run:
     """Choose the run to continue, or create the next one. Called on all ranks, collectively; blocks.
 
-    Without torch.distributed it is the choice of this process. Two jobs that create at the same moment get
-    two numbers.
+    Without torch.distributed it is the choice of this process, else rank 0's arguments count. Two jobs that
+    create at the same moment get two numbers.
 
     Args:
         base: directory or URL that holds the runs; made if missing.
@@ -33,17 +34,18 @@ def open_run(
             "never": a new run; an int: the run of that number.
         name: of a new run; a run that is continued keeps its own.
         config: JSON types; recorded in a new run.
+        parent: the checkpoint that a new run begins from; recorded in it.
 
     Raises:
         CheckpointNotFound: there is no such run; the message lists those that exist.
         ConfigError, StorageError: on every rank.
     """
     if not dist.is_initialized() or dist.get_world_size() == 1:
-        return open_run_here(base, resume=resume, name=name, config=config)
+        return open_run_here(base, resume=resume, name=name, config=config, parent=parent)
     answer: list[Run | CheckpointError | None] = [None]
     if dist.get_rank() == 0:
         try:
-            answer[0] = open_run_here(base, resume=resume, name=name, config=config)
+            answer[0] = open_run_here(base, resume=resume, name=name, config=config, parent=parent)
         except CheckpointError as error:
             answer[0] = error
     dist.broadcast_object_list(answer, src=0)

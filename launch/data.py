@@ -8,6 +8,7 @@ indices into tensors. Called by `train.py`; knows nothing of models or checkpoin
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import sysconfig
 from collections.abc import Iterator, Sequence
@@ -18,7 +19,7 @@ import torch
 
 from dcp_ckpt import ElasticSampler
 
-__all__ = ["IGNORED", "Batch", "Corpus", "Windows", "read_corpus", "training_batches", "validation_batches"]
+__all__ = ["IGNORED", "Batch", "Corpus", "TextLoader", "Windows", "read_corpus"]
 
 IGNORED = -100
 """Target of a position that counts in no loss; the default `ignore_index` of `cross_entropy`."""
@@ -37,11 +38,11 @@ class Corpus:
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """One rank's part of one global batch.
+    """One rank's part of one global batch, of the same size at every step.
 
     Args:
-        inputs: byte values, int64, (samples of this rank, context).
-        targets: the byte after each input, or `IGNORED`; same shape.
+        inputs: byte values, int64, (rows, context); rows beyond the samples of this rank repeat some sample.
+        targets: the byte after each input, or `IGNORED` in those rows; same shape.
         sample_ids: ids of the whole global batch, in its order; the same on every rank.
         num_tokens: targets of the whole global batch that count.
     """
@@ -95,38 +96,78 @@ class Windows:
         return len(self._windows)
 
     def batch(
-        self, indices: Sequence[int], sample_ids: Sequence[int], device: torch.device | str = "cpu"
+        self,
+        indices: Sequence[int],
+        sample_ids: Sequence[int],
+        num_rows: int,
+        device: torch.device | str = "cpu",
     ) -> Batch:
-        """The samples `indices`, this rank's part of `sample_ids`.
+        """The samples `indices`, this rank's part of `sample_ids`, filled up to `num_rows`.
 
-        A rank without samples gets one that counts nothing: all ranks must go through the same collectives.
+        What is filled up counts in no loss. All ranks go through the same collectives, also those that have
+        fewer samples or none, and every step has the same shapes.
         """
-        rows = self._windows[list(indices) or [0]].to(device=device, dtype=torch.int64)
+        filled = [*indices, *[0] * (num_rows - len(indices))]
+        rows = self._windows[filled].to(device=device, dtype=torch.int64)
         inputs, targets = rows[:, :-1], rows[:, 1:].contiguous()
-        if not indices:
-            targets.fill_(IGNORED)
+        targets[len(indices) :] = IGNORED
         num_tokens = len(sample_ids) * self.context
         return Batch(inputs=inputs, targets=targets, sample_ids=sample_ids, num_tokens=num_tokens)
 
 
-def training_batches(
-    windows: Windows, sampler: ElasticSampler, device: torch.device | str = "cpu"
-) -> Iterator[Batch]:
-    """Batches without end, from where the sampler stands."""
-    for indices in sampler:
-        yield windows.batch(indices, sampler.last_global_batch, device)
+class TextLoader:
+    """One rank's share of the text as batches of one shape, the same global batches on any number of ranks.
 
+    Args:
+        corpus: the whole text.
+        context: bytes of a sample.
+        global_batch_size: samples of all ranks in one step.
+        num_micro_batches: parts of equal size that a batch will be cut into.
+        rank: the part of each global batch that this rank trains on; ranks may share one.
+        world_size: the number of parts.
+        seed: of the order of the samples.
+        device: where batches are put.
+    """
 
-def validation_batches(
-    windows: Windows,
-    *,
-    num_batches: int,
-    global_batch_size: int,
-    rank: int,
-    world_size: int,
-    device: torch.device | str = "cpu",
-) -> Iterator[Batch]:
-    """The same first `num_batches` global batches at every call (fewer where the text ends), on any world."""
-    for start in range(0, len(windows), global_batch_size)[:num_batches]:
-        sample_ids = range(start, min(start + global_batch_size, len(windows)))
-        yield windows.batch(sample_ids[rank::world_size], sample_ids, device)
+    def __init__(
+        self,
+        corpus: Corpus,
+        *,
+        context: int,
+        global_batch_size: int,
+        num_micro_batches: int,
+        rank: int,
+        world_size: int,
+        seed: int,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self._train = Windows(corpus.train, context)
+        self._validation = Windows(corpus.validation, context)
+        self._global_batch_size = global_batch_size
+        self._rank, self._world_size = rank, world_size
+        self._device = device
+        self.num_micro_batches = num_micro_batches
+        largest_part = math.ceil(global_batch_size / world_size)
+        self.num_rows = math.ceil(largest_part / num_micro_batches) * num_micro_batches
+        self.sampler = ElasticSampler(
+            num_samples=len(self._train),
+            global_batch_size=global_batch_size,
+            rank=rank,
+            world_size=world_size,
+            seed=seed,
+            fingerprint=f"{corpus.fingerprint}-{context}",
+            drop_last=False,
+        )
+
+    def training(self) -> Iterator[Batch]:
+        """Batches without end, in shuffled order, from where the sampler stands."""
+        for indices in self.sampler:
+            yield self._train.batch(indices, self.sampler.last_global_batch, self.num_rows, self._device)
+
+    def validation(self, num_batches: int) -> Iterator[Batch]:
+        """The same first `num_batches` global batches at every call; fewer where the text ends."""
+        size = self._global_batch_size
+        for start in range(0, len(self._validation), size)[:num_batches]:
+            sample_ids = range(start, min(start + size, len(self._validation)))
+            indices = sample_ids[self._rank :: self._world_size]
+            yield self._validation.batch(indices, sample_ids, self.num_rows, self._device)

@@ -1,6 +1,7 @@
 """A small byte-level GPT in plain torch: what the driver trains.
 
-Knows nothing of ranks, data or checkpoints. Called by `train.py`, which shards it with `parallel.py`.
+Its parts can be taken away without renaming the rest, so that each stage of a pipeline holds its own. Knows
+nothing of ranks, data or checkpoints. Called by `train.py`, which spreads it with `parallel.py`.
 """
 
 from __future__ import annotations
@@ -38,18 +39,18 @@ class Attention(nn.Module):
 
     def __init__(self, config: ModelConfig, dropout: float) -> None:
         super().__init__()
-        self.num_heads = config.num_heads
+        self.head_width = config.width // config.num_heads
         self.dropout = dropout
         self.qkv = nn.Linear(config.width, 3 * config.width)
         self.out = nn.Linear(config.width, config.width)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        batch, length, width = x.shape
-        heads = self.qkv(x).view(batch, length, 3 * self.num_heads, width // self.num_heads)
-        q, k, v = heads.transpose(1, 2).chunk(3, dim=1)
+        # Each head's q, k and v lie side by side, so that a tensor-parallel rank holds whole heads.
+        heads = self.qkv(x).unflatten(-1, (-1, 3 * self.head_width))
+        q, k, v = heads.transpose(1, 2).chunk(3, dim=-1)
         dropout = self.dropout if self.training else 0.0
         y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
-        y = y.transpose(1, 2).reshape(batch, length, width)
+        y = y.transpose(1, 2).flatten(2)
         return F.dropout(self.out(y), self.dropout, self.training)
 
 
@@ -78,18 +79,43 @@ class GPT(nn.Module):
         config: shape of the model.
         dropout: probability, used in training mode only.
         seed: of the initial weights; the same seed gives the same weights on every rank.
+        autocast: dtype that matrix products are computed in; None: that of the parameters.
     """
 
-    def __init__(self, config: ModelConfig, *, dropout: float = 0.0, seed: int = 0) -> None:
+    bytes: nn.Embedding | None
+    positions: nn.Embedding | None
+    norm: nn.LayerNorm | None
+    head: nn.Linear | None
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        dropout: float = 0.0,
+        seed: int = 0,
+        autocast: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
         self.config = config
         self.dropout = dropout
+        self.autocast = autocast
         self.bytes = nn.Embedding(config.vocabulary, config.width)
         self.positions = nn.Embedding(config.context, config.width)
-        self.blocks = nn.ModuleList(Block(config, dropout) for _ in range(config.num_layers))
+        self.blocks = nn.ModuleDict({str(n): Block(config, dropout) for n in range(config.num_layers)})
         self.norm = nn.LayerNorm(config.width)
         self.head = nn.Linear(config.width, config.vocabulary, bias=False)
         self._initialise(torch.Generator().manual_seed(seed))
+
+    def keep_stage(self, stage: int, num_stages: int) -> None:
+        """Drop what is not of this stage of a pipeline; what stays keeps its names."""
+        num_layers = self.config.num_layers
+        kept = range(num_layers * stage // num_stages, num_layers * (stage + 1) // num_stages)
+        for name in [name for name in self.blocks if int(name) not in kept]:
+            del self.blocks[name]
+        if stage > 0:
+            self.bytes = self.positions = None
+        if stage < num_stages - 1:
+            self.norm = self.head = None
 
     @torch.no_grad()
     def _initialise(self, generator: torch.Generator) -> None:
@@ -101,12 +127,16 @@ class GPT(nn.Module):
                 scale = residual if name.endswith(("attention.out.weight", "mlp_out.weight")) else 1.0
                 parameter.normal_(0.0, 0.02 * scale, generator=generator)
 
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Logits (batch, length, vocabulary) of byte values (batch, length), int64."""
-        positions = torch.arange(tokens.shape[1], device=tokens.device)
-        x = self.bytes(tokens) + self.positions(positions)
-        x = F.dropout(x, self.dropout, self.training)
-        for block in self.blocks:
-            x = block(x)
-        logits: torch.Tensor = self.head(self.norm(x))
-        return logits
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Logits (batch, length, vocabulary) of byte values (batch, length), int64.
+
+        A stage of a pipeline takes and gives hidden states (batch, length, width) where it is not the first
+        and not the last.
+        """
+        with torch.autocast(x.device.type, self.autocast, enabled=self.autocast is not None):
+            if self.bytes is not None and self.positions is not None:
+                positions = torch.arange(x.shape[1], device=x.device)
+                x = F.dropout(self.bytes(x) + self.positions(positions), self.dropout, self.training)
+            for block in self.blocks.values():
+                x = block(x)
+            return x if self.norm is None or self.head is None else self.head(self.norm(x))

@@ -15,7 +15,8 @@ from typing import Any, Literal
 __all__ = ["Options", "parse_options"]
 
 _MODEL_SIZES = ("tiny", "small", "base")
-_PARALLEL = {"fsdp": True, "ddp": True, "hsdp": False, "fsdp+tp": False, "pp": False}
+_PARALLEL = ("fsdp", "ddp", "hsdp", "fsdp+tp", "pp")
+_AMP = ("bf16", "fp16")
 _SAVE_STRATEGIES = {"steps": True, "epoch": False, "no": True}
 _OVERLAPS = ("step", "off")
 _RESUMES = ("auto", "never", "must")
@@ -32,9 +33,13 @@ class Options:
     resume: Literal["auto", "never", "must"]
     parallel: str
     model_size: str
+    lora_rank: int | None
+    amp: Literal["bf16", "fp16"] | None
+    compile: bool
     dropout: float
     steps: int
     batch_size: int
+    grad_accum: int
     lr: float
     lr_steps: int
     seed: int
@@ -88,13 +93,8 @@ def parse_options(arguments: Sequence[str] | None = None, *, announce: bool = Tr
     for flag, value in [(flag, parsed.pop(_attribute(flag))) for flag in _NOT_BUILT]:
         if value is not None:
             parser.error(f"{flag} is not available in this version")
-    for flag, choices in (
-        ("--parallel", _PARALLEL),
-        ("--save-strategy", _SAVE_STRATEGIES),
-    ):
-        value = parsed[_attribute(flag)]
-        if not choices[value]:
-            parser.error(f"{flag} {value} is not available in this version")
+    if not _SAVE_STRATEGIES[parsed["save_strategy"]]:
+        parser.error(f"--save-strategy {parsed['save_strategy']} is not available in this version")
     if parsed["resume"] not in _RESUMES:
         parser.error(
             f"--resume {parsed['resume']} is not available in this version, only {', '.join(_RESUMES)}"
@@ -107,10 +107,6 @@ def parse_options(arguments: Sequence[str] | None = None, *, announce: bool = Tr
 _NOT_BUILT = {
     "--epochs": "train for this many epochs instead of --steps",
     "--save-every-minutes": "save when this much time has passed",
-    "--lora-rank": "train low-rank adapters of this rank",
-    "--amp": "automatic mixed precision",
-    "--compile": "compile the model",
-    "--grad-accum": "micro-batches per optimizer step",
     "--workers": "data-loading processes per rank",
 }
 
@@ -168,10 +164,23 @@ def _add_run_flags(group: argparse._ArgumentGroup) -> None:
 
 def _add_training_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--parallel", choices=_PARALLEL, default="fsdp", help="how ranks share the model")
+    group.add_argument(
+        "--lora-rank",
+        type=_count,
+        default=None,
+        help="train adapters of this rank; a run without adapters is fine-tuned in a new run",
+    )
+    group.add_argument(
+        "--amp", nargs="?", choices=_AMP, const="bf16", default=None, help="mixed precision; bf16 if bare"
+    )
+    group.add_argument("--compile", action="store_true", help="compile the blocks of the model")
     group.add_argument("--model-size", choices=_MODEL_SIZES, default="small", help="layers, width, context")
     group.add_argument("--dropout", type=float, default=0.0, help="probability")
     group.add_argument("--steps", type=_count, default=200, help="train up to this step")
     group.add_argument("--batch-size", type=_count, default=120, help="samples a step, over all ranks")
+    group.add_argument(
+        "--grad-accum", type=_count, default=1, help="micro-batches a step; pp: at least one for each stage"
+    )
     group.add_argument("--lr", type=float, default=1e-3, help="peak learning rate")
     group.add_argument(
         "--lr-steps", type=_count, default=2000, help="length of the schedule; extending --steps keeps it"

@@ -14,8 +14,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
-from dcp_ckpt import LoadReport, SaveHandle, errors, list_runs
+from dcp_ckpt import LoadReport, RunParent, SaveHandle, errors, list_runs
 from launch.data import Batch
+from launch.settings import SettingChange
 
 __all__ = ["Reporter", "exit_code", "print_runs", "samples_digest", "stop_code"]
 
@@ -70,13 +71,24 @@ class Reporter:
         if self._speaks:
             print(line, flush=True)
 
-    def resumed(self, loaded: LoadReport, *, world_size: int) -> None:
-        """A checkpoint was loaded on `world_size` ranks."""
-        saved_world_size = loaded.saved_world_size
-        self._write(event="resume", step=loaded.step, from_world=saved_world_size, to_world=world_size)
-        self.say(f"resumed at step {loaded.step}, saved by {saved_world_size} ranks, now {world_size}")
-        for note in loaded.notes:
-            self.say(f"  {note}")
+    def changed(self, changes: Sequence[SettingChange]) -> None:
+        """These settings are not those that the run was started with; prints a table of them."""
+        if not changes:
+            return
+        self.say("settings that differ from those of the run:")
+        for change in changes:
+            self.say(f"  {change!s:<32}  {change.verdict:<9}  {change.reason}")
+
+    def loaded(self, loaded: LoadReport | None, parent: RunParent | None, *, world_size: int) -> None:
+        """A checkpoint was loaded on `world_size` ranks: one of this run, or else the one it begins from."""
+        if loaded is not None:
+            saved_by = loaded.saved_world_size
+            self._write(event="resume", step=loaded.step, from_world=saved_by, to_world=world_size)
+            self.say(f"resumed at step {loaded.step}, saved by {saved_by} ranks, now {world_size}")
+            for note in loaded.notes:
+                self.say(f"  {note}")
+        elif parent is not None:
+            self.say(f"fine-tuning step {parent.step} of {parent.run}")
 
     def stepped(self, *, step: int, last_step: int, loss: float, lr: float, batch: Batch) -> None:
         """One optimizer step was done on `batch` with learning rate `lr`; prints every tenth."""

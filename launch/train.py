@@ -2,7 +2,9 @@
 
     torchrun --standalone --nproc_per_node 8 launch/train.py                # start, or go on with the newest
     torchrun --standalone --nproc_per_node 3 launch/train.py --parallel ddp # continue it on another world
+    torchrun --standalone --nproc_per_node 4 launch/train.py --parallel pp  # or in another layout
     torchrun --standalone --nproc_per_node 8 launch/train.py --steps 400    # extend a finished run
+    torchrun --standalone --nproc_per_node 2 launch/train.py --lora-rank 8  # fine-tune it in a run of its own
     torchrun --standalone --nproc_per_node 8 launch/train.py --resume never --name second
     python launch/train.py                                                  # one process, no process group
     python launch/train.py --list-runs
@@ -13,10 +15,9 @@ Kill it at any moment and start it again: it goes on from its newest checkpoint.
 
 from __future__ import annotations
 
-import math
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,76 +25,29 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-from torch.nn import functional as F
-from torch.optim.lr_scheduler import LambdaLR
 
 from dcp_ckpt import (
     AnyOf,
     BestN,
     CheckpointConfig,
     Checkpointer,
-    ElasticSampler,
     EveryNSteps,
     EverySteps,
     LatestN,
     TrainState,
     errors,
-    open_run,
 )
-from launch.data import IGNORED, Batch, Windows, read_corpus, training_batches, validation_batches
+from launch.data import Batch, Corpus, TextLoader, read_corpus
+from launch.lora import add_adapters
 from launch.model import GPT, MODEL_SIZES
 from launch.options import Options, parse_options
 from launch.parallel import Topology, global_sum, join, parallelise
+from launch.passes import Passes, make_passes
+from launch.precision import AMP_DTYPES, WorldGradScaler
 from launch.report import Reporter, exit_code, print_runs, stop_code
-
-WARM_UP_STEPS = 20
-FINAL_LR_FRACTION = 0.1
-
-
-def lr_factor(step: int, lr_steps: int) -> float:
-    """Share of the peak learning rate at `step`: linear warm-up, cosine, then level."""
-    if step < WARM_UP_STEPS:
-        return (step + 1) / WARM_UP_STEPS
-    progress = min(1.0, (step - WARM_UP_STEPS) / max(1, lr_steps - WARM_UP_STEPS))
-    return FINAL_LR_FRACTION + (1 - FINAL_LR_FRACTION) * 0.5 * (1 + math.cos(math.pi * progress))
-
-
-def loss_sum(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
-    """Sum of the losses of this rank's tokens."""
-    logits = model(batch.inputs)
-    targets = batch.targets.flatten()
-    return F.cross_entropy(logits.flatten(0, 1), targets, ignore_index=IGNORED, reduction="sum")
-
-
-@torch.no_grad()
-def evaluate(
-    model: torch.nn.Module,
-    windows: Windows,
-    options: Options,
-    topology: Topology,
-    should_stop: Callable[[], bool],
-) -> float | None:
-    """Mean loss over the validation windows, the same ones each time; draws nothing from any RNG.
-
-    None when it was broken off, because training is to stop.
-    """
-    model.eval()
-    total = torch.zeros((), dtype=torch.float64, device=topology.device)
-    num_tokens = 0
-    for batch in validation_batches(
-        windows,
-        num_batches=options.eval_iters,
-        global_batch_size=options.batch_size,
-        rank=topology.rank,
-        world_size=topology.world_size,
-        device=topology.device,
-    ):
-        if should_stop():
-            return None
-        total += loss_sum(model, batch).double()
-        num_tokens += batch.num_tokens
-    model.train()
-    return global_sum(total, topology).item() / num_tokens
+from launch.runs import choose_run, restore
+from launch.schedule import WarmUpCosine
+from launch.settings import changed_settings, require_allowed, tags_of
 
 
 def checkpoint_config(options: Options) -> CheckpointConfig:
@@ -111,102 +65,120 @@ def checkpoint_config(options: Options) -> CheckpointConfig:
     )
 
 
-def training_sampler(
-    num_samples: int, fingerprint: str, options: Options, topology: Topology
-) -> ElasticSampler:
-    """This rank's share of the training samples, in shuffled order."""
-    return ElasticSampler(
-        num_samples=num_samples,
-        global_batch_size=options.batch_size,
-        rank=topology.rank,
-        world_size=topology.world_size,
-        seed=options.seed,
-        fingerprint=fingerprint,
-        drop_last=False,
-    )
-
-
 @dataclass(frozen=True, kw_only=True)
 class Training:
     """What is trained, and all of it as the state to save."""
 
     model: torch.nn.Module
+    passes: Passes
     optimizer: torch.optim.Optimizer
-    scheduler: LambdaLR
+    scheduler: WarmUpCosine
+    scaler: WorldGradScaler
     history: list[float]
     state: TrainState
 
 
-def build(options: Options, topology: Topology, sampler: ElasticSampler) -> Training:
+def build(options: Options, topology: Topology, text: TextLoader) -> Training:
     """Equal weights on every rank, then spread over the ranks."""
-    gpt = GPT(MODEL_SIZES[options.model_size], dropout=options.dropout, seed=options.seed)
-    gpt = gpt.to(topology.device)
-    model = parallelise(gpt, gpt.blocks, options.parallel, topology)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=options.lr, betas=(0.9, 0.95), weight_decay=0.1)
-    scheduler = LambdaLR(optimizer, lambda step: lr_factor(step, options.lr_steps))
-    torch.manual_seed(options.seed + 1 + topology.rank)  # dropout differs between ranks
+    config = MODEL_SIZES[options.model_size]
+    gpt = GPT(config, dropout=options.dropout, seed=options.seed, autocast=AMP_DTYPES[options.amp])
+    if options.lora_rank is not None:
+        add_adapters(gpt, gpt.blocks, rank=options.lora_rank, seed=options.seed)
+    model = parallelise(gpt, topology, compiled=options.compile)
+    passes = make_passes(model, config, topology, text)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=options.lr, betas=(0.9, 0.95), weight_decay=0.1)
+    scheduler = WarmUpCosine(optimizer, options.lr_steps)
+    scaler = WorldGradScaler(topology.device.type, enabled=options.amp == "fp16")
+    torch.manual_seed(options.seed + 1 + topology.stream)  # dropout differs between ranks
     history: list[float] = []
     state = TrainState(
         model=model,
         optimizer=optimizer,
         lr_scheduler=scheduler,
-        dataloader=sampler,
+        scaler=scaler if scaler.is_enabled() else None,
+        dataloader=text.sampler,
         extra={"loss_history": history},
+        mesh_roles=topology.roles,
     )
-    return Training(model=model, optimizer=optimizer, scheduler=scheduler, history=history, state=state)
+    return Training(
+        model=model,
+        passes=passes,
+        optimizer=optimizer,
+        scheduler=scheduler,
+        scaler=scaler,
+        history=history,
+        state=state,
+    )
 
 
 def train_step(training: Training, batch: Batch, topology: Topology) -> float:
     """One optimizer step; returns the mean loss over the global batch, the same on all ranks."""
-    loss = loss_sum(training.model, batch)
-    # FSDP and DDP average gradients over ranks: so weighted, the average is the mean over all tokens of the
-    # global batch, also where ranks hold different numbers of them.
-    (loss * (topology.world_size / batch.num_tokens)).backward()  # type: ignore[no-untyped-call]
-    training.optimizer.step()
+    # Every layout averages gradients over the ranks that hold different samples: so weighted, the average is
+    # the mean over all tokens of the global batch, also where ranks hold different numbers of them.
+    weight = torch.tensor(topology.data_size / batch.num_tokens, device=topology.device)
+    loss = training.passes.backward(batch, training.scaler.scale(weight))
+    training.scaler.step(training.optimizer)
+    training.scaler.update()
     training.scheduler.step()
     training.optimizer.zero_grad()
-    return global_sum(loss.detach().double(), topology).item() / batch.num_tokens
+    return global_sum(loss, topology).item() / batch.num_tokens
 
 
-def resume(
-    checkpointer: Checkpointer, state: TrainState, options: Options, topology: Topology, reporter: Reporter
-) -> int:
-    """Load the newest checkpoint of the run; the step it holds, 0 when there is none."""
-    loaded = checkpointer.load(state, which="latest")
-    if loaded is not None:
-        reporter.resumed(loaded, world_size=topology.world_size)
-        return loaded.step
-    if options.resume == "must":
-        raise errors.CheckpointNotFound("--resume must: no checkpoint was committed")
-    return 0
+@torch.no_grad()
+def evaluate(
+    training: Training, batches: Iterable[Batch], topology: Topology, should_stop: Callable[[], bool]
+) -> float | None:
+    """Mean loss over `batches`; draws nothing from any RNG.
+
+    None when it was broken off, because training is to stop.
+    """
+    training.model.eval()
+    total = torch.zeros((), dtype=torch.float64, device=topology.device)
+    num_tokens = 0
+    for batch in batches:
+        if should_stop():
+            return None
+        total += training.passes.loss(batch)
+        num_tokens += batch.num_tokens
+    training.model.train()
+    return global_sum(total, topology).item() / num_tokens
 
 
-def train(options: Options, topology: Topology) -> str | None:
+def train(options: Options, topology: Topology, corpus: Corpus) -> str | None:
     """Train up to `--steps`, from the newest checkpoint of the run if it has one; all ranks call it.
 
     Returns why it stopped before, or None.
     """
     # Data: the order of samples depends on seed and epoch only, so it is the same on any number of ranks.
-    context = MODEL_SIZES[options.model_size].context
-    corpus = read_corpus()
-    train_windows = Windows(corpus.train, context)
-    validation_windows = Windows(corpus.validation, context)
-    fingerprint = f"{corpus.fingerprint}-{context}"
-    sampler = training_sampler(len(train_windows), fingerprint, options, topology)
-
-    training = build(options, topology, sampler)
+    text = TextLoader(
+        corpus,
+        context=MODEL_SIZES[options.model_size].context,
+        global_batch_size=options.batch_size,
+        num_micro_batches=max(options.grad_accum, topology.num_stages),
+        rank=topology.data_rank,
+        world_size=topology.data_size,
+        seed=options.seed,
+        device=topology.device,
+    )
+    training = build(options, topology, text)
 
     # Run: chosen or created once for all ranks, then everything is loaded from its newest checkpoint.
-    choice = options.run_number or options.resume
-    run = open_run(options.run_dir, resume=choice, name=options.name, config=options.as_json())
+    settings = options.as_json() | {"dataset": corpus.fingerprint}
+    run = choose_run(options, settings)
+    changes = changed_settings(run.document.config, settings)
     reporter = Reporter(rank=topology.rank, log_json=options.log_json)
     reporter.say(f"run {run.number} in {run.path}: {topology.world_size} ranks, {options.parallel}")
+    reporter.changed(changes)
+    require_allowed(changes, run.path)
     with Checkpointer(run.path, config=checkpoint_config(options)) as checkpointer:
-        done = resume(checkpointer, training.state, options, topology, reporter)
+        loaded = restore(checkpointer, run, training.state, options)
+        reporter.loaded(loaded, run.document.parent, world_size=topology.world_size)
+        done = loaded.step if loaded else 0
         last_step = max(options.steps, done)
-        batches = training_batches(train_windows, sampler, topology.device)
+        batches = text.training()
         for step in range(done + 1, last_step + 1):
-            lr = float(training.scheduler.get_last_lr()[0])
+            lr = float(training.optimizer.param_groups[0]["lr"])
             batch = next(batches)
             loss = train_step(training, batch, topology)
             training.history.append(loss)
@@ -216,16 +188,15 @@ def train(options: Options, topology: Topology) -> str | None:
             save_due = options.saves and (checkpointer.should_save(step) or is_last)
             metrics = {"loss": loss}
             if step % options.eval_every == 0 or is_last or (save_due and options.keep_best):
-                val_loss = evaluate(
-                    training.model, validation_windows, options, topology, checkpointer.should_stop
-                )
+                validation = text.validation(options.eval_iters)
+                val_loss = evaluate(training, validation, topology, checkpointer.should_stop)
                 if val_loss is None:
                     save_due = save_due or (options.saves and checkpointer.should_save(step))
                 else:
                     metrics["val_loss"] = val_loss
                     reporter.validated(step=step, loss=val_loss)
             if save_due:
-                handle = checkpointer.save(training.state, step=step, metrics=metrics)
+                handle = checkpointer.save(training.state, step=step, metrics=metrics, tags=tags_of(changes))
                 reporter.saving(step=step, handle=handle)
             reporter.poll()
             if checkpointer.should_stop():
@@ -252,8 +223,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if speaks:
                 print_runs(options.run_dir)
             return 0
-        with join(os.environ) as topology:
-            stop_reason = train(options, topology)
+        with join(os.environ, options.parallel) as topology:
+            stop_reason = train(options, topology, read_corpus())
     except errors.CheckpointError as error:
         print(f"train.py: {error}", file=sys.stderr)
         return exit_code(error)

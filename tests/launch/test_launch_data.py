@@ -7,8 +7,7 @@ from itertools import islice
 import pytest
 import torch
 
-from dcp_ckpt import ElasticSampler
-from launch.data import IGNORED, Windows, read_corpus, training_batches, validation_batches
+from launch.data import IGNORED, Corpus, TextLoader, Windows, read_corpus
 
 
 @pytest.fixture
@@ -56,47 +55,66 @@ def test_this_python_has_enough_text():
 def test_targets_are_the_inputs_one_byte_later():
     windows = Windows(torch.arange(11, dtype=torch.uint8), context=5)
     assert len(windows) == 2
-    batch = windows.batch([1], [0, 1])
+    batch = windows.batch([1], [0, 1], num_rows=1)
     assert batch.inputs.tolist() == [[5, 6, 7, 8, 9]]
     assert batch.targets.tolist() == [[6, 7, 8, 9, 10]]
     assert batch.num_tokens == 10
 
 
-def test_rank_without_samples_gets_one_that_counts_nothing():
+def test_what_a_part_is_filled_up_with_counts_nothing():
     windows = Windows(torch.arange(11, dtype=torch.uint8), context=5)
-    batch = windows.batch([], [1])
-    assert batch.inputs.shape == (1, 5)
-    assert (batch.targets == IGNORED).all()
-    assert batch.num_tokens == 5
-    assert windows.batch([0], [0]).targets.tolist() == [[1, 2, 3, 4, 5]]
+    for indices in ([], [1]):
+        batch = windows.batch(indices, [1], num_rows=3)
+        assert batch.inputs.shape == batch.targets.shape == (3, 5)
+        assert batch.targets[: len(indices)].tolist() == [[6, 7, 8, 9, 10]] * len(indices)
+        assert (batch.targets[len(indices) :] == IGNORED).all()
+        assert batch.num_tokens == 5
+    assert windows.batch([0], [0], num_rows=1).targets.tolist() == [[1, 2, 3, 4, 5]]
+
+
+def loader(rank: int, world_size: int, *, batch_size: int, num_micro_batches: int = 1) -> TextLoader:
+    """Over the numbers 0 to 23, for training and for validation, one to a sample but the last."""
+    text = torch.arange(24, dtype=torch.uint8)
+    return TextLoader(
+        Corpus(train=text, validation=text, fingerprint=""),
+        context=1,
+        global_batch_size=batch_size,
+        num_micro_batches=num_micro_batches,
+        rank=rank,
+        world_size=world_size,
+        seed=3,
+    )
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "world_size", "num_micro_batches", "rows"),
+    [(16, 8, 1, 2), (10, 3, 1, 4), (10, 3, 3, 6), (8, 2, 4, 4), (2, 2, 4, 4)],
+)
+def test_rows_hold_the_largest_part_in_equal_micro_batches(batch_size, world_size, num_micro_batches, rows):
+    text = loader(0, world_size, batch_size=batch_size, num_micro_batches=num_micro_batches)
+    assert text.num_rows == rows
+    for batch in (*islice(text.training(), 15), *text.validation(15)):
+        assert batch.inputs.shape == batch.targets.shape == (rows, 1)
 
 
 @pytest.mark.parametrize("world_size", [1, 3, 4])
 def test_an_epoch_has_every_sample_once_on_any_world(world_size):
-    windows = Windows(torch.arange(24, dtype=torch.uint8), context=1)
-    samplers = [
-        ElasticSampler(len(windows), 5, rank, world_size, seed=3, drop_last=False)
-        for rank in range(world_size)
-    ]
-    epochs = [list(islice(training_batches(windows, sampler), 5)) for sampler in samplers]
+    ranks = [loader(rank, world_size, batch_size=5).training() for rank in range(world_size)]
     seen = []
-    for parts in zip(*epochs, strict=True):
+    for parts in zip(*(islice(rank, 5) for rank in ranks), strict=True):
         assert all(part.sample_ids == parts[0].sample_ids for part in parts)
-        real = [part for part in parts if (part.targets != IGNORED).all()]
-        seen += [int(value) for part in real for value in part.inputs.flatten()]
+        seen += [int(value) for part in parts for value in part.inputs[part.targets != IGNORED]]
     assert sorted(seen) == list(range(23))
 
 
 @pytest.mark.parametrize("world_size", [1, 3, 8])
 def test_validation_is_the_same_at_every_call_and_on_any_world(world_size):
-    windows = Windows(torch.arange(24, dtype=torch.uint8), context=1)
+    ranks = [loader(rank, world_size, batch_size=10) for rank in range(world_size)]
 
     def inputs() -> list[int]:
         found = []
-        for rank in range(world_size):
-            for batch in validation_batches(
-                windows, num_batches=9, global_batch_size=10, rank=rank, world_size=world_size
-            ):
+        for rank in ranks:
+            for batch in rank.validation(9):
                 found += batch.inputs[batch.targets != IGNORED].tolist()
         return sorted(found)
 

@@ -53,3 +53,22 @@ def test_it_learns_a_batch():
         optimizer.zero_grad()
         losses.append(loss.item())
     assert losses[-1] < losses[0] / 2
+
+
+def test_stages_put_together_are_the_model_under_the_same_names():
+    config = ModelConfig(num_layers=3, width=32, num_heads=4, context=16)
+    whole, stages = GPT(config), [GPT(config) for _ in range(2)]
+    for number, stage in enumerate(stages):
+        stage.keep_stage(number, 2)
+    assert torch.equal(stages[1](stages[0](tokens())), whole(tokens()))
+    first, second = (stage.state_dict() for stage in stages)
+    assert not first.keys() & second.keys()
+    assert first.keys() | second.keys() == whole.state_dict().keys()
+    assert {"bytes.weight", "blocks.0.mlp_in.weight"} < first.keys()
+    assert {"head.weight", "blocks.2.mlp_in.weight"} < second.keys()
+
+
+def test_autocast_computes_products_in_its_dtype_and_keeps_the_parameters():
+    model = GPT(CONFIG, autocast=torch.bfloat16)
+    assert model(tokens()).dtype == torch.bfloat16
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}

@@ -16,14 +16,7 @@ from launch.options import parse_options
     [
         (["--epochs", "2"], "--epochs"),
         (["--save-every-minutes", "5"], "--save-every-minutes"),
-        (["--lora-rank", "4"], "--lora-rank"),
-        (["--amp"], "--amp"),
-        (["--compile"], "--compile"),
-        (["--grad-accum", "2"], "--grad-accum"),
         (["--workers", "2"], "--workers"),
-        (["--parallel", "hsdp"], "--parallel hsdp"),
-        (["--parallel", "fsdp+tp"], "--parallel fsdp+tp"),
-        (["--parallel", "pp"], "--parallel pp"),
         (["--save-strategy", "epoch"], "--save-strategy epoch"),
         (["--resume", "ask"], "--resume ask"),
         (["--resume", "runs/run-001@100"], "--resume runs/run-001@100"),
@@ -48,6 +41,9 @@ def test_flag_of_a_later_version_is_refused_in_one_line(arguments, named, capsys
         ["--parallel", "magic"],
         ["--step", "3"],
         ["--run-number", "2", "--resume", "never"],
+        ["--amp", "fp8"],
+        ["--grad-accum", "0"],
+        ["--lora-rank", "0"],
     ],
 )
 def test_wrong_flag_is_refused_in_one_line_of_one_rank(arguments, capsys):
@@ -66,6 +62,12 @@ def test_defaults_need_no_flag():
     assert options.saves
     assert options.overlap == "step"
     assert parse_options(["--overlap", "off"]).overlap == "off"
+
+
+def test_bare_amp_means_bfloat16():
+    assert parse_options([]).amp is None
+    assert parse_options(["--amp"]).amp == "bf16"
+    assert parse_options(["--amp", "fp16", "--compile"]).amp == "fp16"
 
 
 def test_options_are_recorded_as_json():
