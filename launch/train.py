@@ -61,6 +61,7 @@ def checkpoint_config(options: Options) -> CheckpointConfig:
         save_when=EverySteps(options.save_every),
         keep=AnyOf(*keep),
         overlap=options.overlap,
+        reuse=options.lora_rank is not None,  # the frozen base is stored once
         stop_after_seconds=None if options.max_minutes is None else 60 * options.max_minutes,
     )
 
