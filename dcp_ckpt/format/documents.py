@@ -7,10 +7,12 @@ errors. Knows no storage; callers pass the path only for the message.
 from __future__ import annotations
 
 import json
+import threading
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, TypeVar
 
 import msgspec
@@ -18,11 +20,13 @@ import msgspec
 from dcp_ckpt.errors import CorruptCheckpoint, FormatTooNew
 from dcp_ckpt.format.fields import Version
 
-__all__ = ["FORMAT_VERSION", "decode_document", "decoding", "encode_json"]
+__all__ = ["FORMAT_VERSION", "decode_document", "decoder_of", "decoding", "encode_json"]
 
 FORMAT_VERSION = 1
 
 _Document = TypeVar("_Document")
+
+_preparing = threading.Lock()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +38,16 @@ class _Header:
 def encode_json(document: Any) -> bytes:
     """Canonical JSON: sorted keys, no white space, UTF-8. Equal documents give equal bytes."""
     return msgspec.json.encode(document, order="sorted")
+
+
+def decoder_of(kind: type[_Document]) -> msgspec.json.Decoder[_Document]:
+    """What decodes JSON into a dataclass; ask for it also before the first `msgspec.convert` into one.
+
+    One thread at a time: msgspec 0.22 lets a second one see what the first has prepared by half for a type,
+    and crashes the process.
+    """
+    with _preparing:
+        return _decoder(kind)
 
 
 @contextmanager
@@ -60,7 +74,7 @@ def decode_document(data: bytes, kind: type[_Document], *, format: str, path: st
         FormatTooNew: written by a newer version of the format.
     """
     with decoding(format, path=path):
-        header = msgspec.json.decode(data, type=_Header)
+        header = decoder_of(_Header).decode(data)
     if header.format != format:
         raise CorruptCheckpoint(f"not a {format} document but {header.format!r:.80}", phase="read", path=path)
     if header.format_version > FORMAT_VERSION:
@@ -71,11 +85,16 @@ def decode_document(data: bytes, kind: type[_Document], *, format: str, path: st
             path=path,
         )
     with decoding(format, path=path):
-        document = msgspec.json.decode(data, type=kind)
+        document = decoder_of(kind).decode(data)
         if encode_json(document) != data:
             # The same bytes again mean that nothing was stated twice; that is quick, and all that we write.
             _check_slowly(data)
     return document
+
+
+@cache
+def _decoder(kind: Any) -> msgspec.json.Decoder[Any]:
+    return msgspec.json.Decoder(kind)
 
 
 def _check_slowly(data: bytes) -> None:

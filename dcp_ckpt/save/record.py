@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
+from dcp_ckpt.format.documents import decoder_of
 from dcp_ckpt.format.manifest import FragmentSummary
 
 __all__ = ["Record", "Report", "SaveKeys", "Verdict", "from_message", "to_message"]
@@ -89,4 +90,5 @@ def to_message(document: Record | Report | Verdict) -> dict[str, Any]:
 
 
 def from_message(kind: type[_Document], message: Any) -> _Document:
+    decoder_of(kind)  # several threads convert
     return msgspec.convert(message, type=kind)
