@@ -12,13 +12,14 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from types import TracebackType
 from typing import Any, TypeVar
 
 import torch.distributed as dist
 
 from dcp_ckpt.config import CheckpointConfig
-from dcp_ckpt.coordination import broadcast, connect, gather, rank_in
+from dcp_ckpt.coordination import broadcast, connect, gather, global_ranks, rank_in
 from dcp_ckpt.errors import (
     CheckpointError,
     CheckpointNotFound,
@@ -33,15 +34,15 @@ from dcp_ckpt.format.names import MAX_STEP
 from dcp_ckpt.lifecycle.catalogue import CheckpointEntry, read_catalogue
 from dcp_ckpt.lifecycle.pins import pin, unpin
 from dcp_ckpt.load.by_path import load_path
-from dcp_ckpt.load.choose import Which, choose
+from dcp_ckpt.load.choose import Which, choose, path_of
 from dcp_ckpt.load.loader import Loader
 from dcp_ckpt.load.report import LoadReport
+from dcp_ckpt.load.selection import Selection
 from dcp_ckpt.save.due import DueSaves
 from dcp_ckpt.save.handle import CheckpointInfo, SaveHandle, info_of
 from dcp_ckpt.save.opening import open_together
 from dcp_ckpt.save.session import Session
 from dcp_ckpt.save.writer_link import WriterLink
-from dcp_ckpt.state.component import Component
 from dcp_ckpt.state.train_state import State, components_of
 from dcp_ckpt.stopping.agreement import Stop
 from dcp_ckpt.stopping.stopper import Stopper
@@ -104,7 +105,7 @@ class Checkpointer:
                 )
             self._stopper = Stopper(self._channel, self._config)
             resources.callback(self._stopper.close)
-            self._global_ranks = _global_ranks(process_group, self._channel.world_size)
+            self._global_ranks = global_ranks(process_group, self._channel.world_size)
             self._resources = resources.pop_all()
 
     def save(
@@ -152,7 +153,16 @@ class Checkpointer:
             self._due.saved()
         return handle
 
-    def load(self, state: State, which: Which = "latest") -> LoadReport | None:
+    def load(
+        self,
+        state: State,
+        which: Which = "latest",
+        *,
+        include: Sequence[str] | None = None,
+        exclude: Sequence[str] = (),
+        rename: Mapping[str, str] | None = None,
+        cast: Sequence[str] = (),
+    ) -> LoadReport | None:
         """Restore the state in place, and make ready to save it. Called on all ranks; blocks.
 
         At its end, also when there was nothing to load, the memory that saves stage in is taken, and free
@@ -163,13 +173,15 @@ class Checkpointer:
             state: as for `save`; filled in place, values are put back through their objects.
             which: "latest", "best", a step, or the path of a checkpoint directory. Only "latest" falls back
                 to an older checkpoint when one is damaged; the damaged one is marked and kept.
+            include, exclude, rename, cast: what to restore, from which names and dtypes; see
+                `load_checkpoint`. What is left out stays exactly as it is, random numbers included.
 
         Returns:
             What was done; None when nothing was ever committed in this run and `which` is "latest".
 
         Raises:
             CheckpointNotFound: there is no such checkpoint.
-            StateMismatch: it does not fit the state; nothing was changed.
+            StateMismatch, ConfigError: it, or an argument, does not fit the state; nothing was changed.
             CorruptCheckpoint: it is damaged, or all of them are.
             StateError: all is loaded, but this state cannot be saved as it is; the message names the key.
             StorageFull: all is loaded, but there is no room on storage for a checkpoint, or no memory on some
@@ -180,18 +192,17 @@ class Checkpointer:
         self._require_open()
         session = self._started()
         self.fence()
+        selection = Selection(include=include, exclude=exclude, rename=rename or {}, cast=cast)
         self._loads += 1
         tag = f"load/{self._loads}"
 
-        def components() -> Sequence[Component]:
-            return components_of(state)
-
-        path = _path_of(which)
+        path, components = path_of(which), partial(components_of, state)
+        storage, channel, config = self._storage, self._channel, self._config
         try:
             if path is not None:
-                report: LoadReport | None = load_path(path, components, self._channel, self._config, tag=tag)
+                report: LoadReport | None = load_path(path, components, channel, config, tag, selection)
             else:
-                loader = Loader(self._storage, self._storage.url, self._channel, self._config, tag=tag)
+                loader = Loader(storage, storage.url, channel, config, tag, selection)
                 report = loader.load(components, which, session.catalogue)
         except (CheckpointNotFound, StateMismatch, FormatTooNew, ConfigError):
             raise
@@ -432,17 +443,3 @@ class Checkpointer:
                 self._session.marks_changed()
 
         self._on_rank_0(what, act)
-
-
-def _path_of(which: Which) -> str | None:
-    """The path that `which` is, or None when it names a checkpoint of the run."""
-    if isinstance(which, os.PathLike):
-        return os.fspath(which)
-    return which if isinstance(which, str) and which not in ("latest", "best") else None
-
-
-def _global_ranks(process_group: dist.ProcessGroup | None, world_size: int) -> list[int]:
-    """The group's ranks as device meshes number them."""
-    if process_group is None or not dist.is_initialized():
-        return list(range(world_size))
-    return dist.get_process_group_ranks(process_group)

@@ -32,6 +32,7 @@ __all__ = [
     "error_fields",
     "error_from_fields",
     "gather",
+    "global_ranks",
     "raise_first",
     "rank_in",
     "reduce",
@@ -162,6 +163,13 @@ def connect(process_group: dist.ProcessGroup | None, *, timeout_seconds: float) 
 def rank_in(process_group: dist.ProcessGroup | None) -> int:
     """This process's rank as `connect` will see it; -1 when it is no member. Asks nobody."""
     return dist.get_rank(process_group) if dist.is_initialized() else 0
+
+
+def global_ranks(process_group: dist.ProcessGroup | None, world_size: int) -> list[int]:
+    """The group's ranks as device meshes number them. Asks nobody."""
+    if process_group is None or not dist.is_initialized():
+        return list(range(world_size))
+    return dist.get_process_group_ranks(process_group)
 
 
 def _connect_store(

@@ -57,7 +57,10 @@ def chunk_problem(entry: TensorEntry, chunk: ChunkEntry) -> str | None:
         offset + size > limit for offset, size, limit in zip(offsets, sizes, shape, strict=True)
     ):
         return f"chunk at {offsets} with sizes {sizes} lies outside of {shape}"
-    num_bytes = prod(sizes) * DTYPES[entry.dtype].item_bytes
+    item_bytes = DTYPES[entry.dtype].item_bytes
+    num_bytes = prod(sizes) * item_bytes
+    if chunk.payload_offset % item_bytes:
+        return f"chunk at {offsets}: an element of {entry.dtype} cannot begin at byte {chunk.payload_offset}"
     if chunk.payload_offset + num_bytes > chunk.container_offset + chunk.container_bytes:
         return f"chunk at {offsets}: {num_bytes} bytes of {entry.dtype} do not fit into its container"
     return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import PurePath
@@ -11,7 +12,7 @@ from dcp_ckpt.lifecycle.catalogue import Catalogue, CheckpointEntry
 from dcp_ckpt.load.report import RejectedCheckpoint
 from dcp_ckpt.policies import AnyOf, BestN, KeepPolicy, SavePolicy
 
-__all__ = ["Candidates", "Which", "choose"]
+__all__ = ["Candidates", "Which", "choose", "path_of"]
 
 Which = str | int | PurePath
 
@@ -26,6 +27,13 @@ class Candidates:
 
     entries: tuple[CheckpointEntry, ...]
     rejected: tuple[RejectedCheckpoint, ...] = ()
+
+
+def path_of(which: Which) -> str | None:
+    """The path that `which` is, or None when it names a checkpoint of the run."""
+    if isinstance(which, os.PathLike):
+        return os.fspath(which)
+    return which if isinstance(which, str) and which not in ("latest", "best") else None
 
 
 def choose(catalogue: Catalogue, which: Which, *, keep: KeepPolicy | None, url: str) -> Candidates:

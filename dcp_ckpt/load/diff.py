@@ -2,35 +2,34 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
-from dcp_ckpt.errors import StateMismatch
-from dcp_ckpt.state.component import Problem, StoredTensor
+from dcp_ckpt.state.component import Problem, StoredState
 from dcp_ckpt.state.placements import local_tensor
 from dcp_ckpt.state.tensors import memory_of
 
-__all__ = ["memory_problems", "mismatch_error", "tensor_problems"]
-
-_SHOWN = 6
+__all__ = ["Answer", "answer", "memory_problems", "of_all_ranks", "tensor_problems"]
 
 
-def tensor_problems(targets: Mapping[str, torch.Tensor], stored: Mapping[str, StoredTensor]) -> list[Problem]:
-    """Shapes and dtypes that differ; names that are not stored."""
+def tensor_problems(targets: Mapping[str, torch.Tensor], stored: StoredState) -> list[Problem]:
+    """Names that are not stored; shapes that differ; dtypes that differ and may not be cast."""
     problems = []
     for name, target in targets.items():
-        entry = stored.get(name)
+        entry = stored.tensors.get(name)
         if entry is None:
             problems.append(Problem(kind="missing", key=name, detail="not in the checkpoint"))
         elif tuple(target.shape) != entry.shape:
             detail = f"checkpoint {list(entry.shape)}, state {list(target.shape)}"
             problems.append(Problem(kind="shape", key=name, detail=detail))
-        elif target.dtype != entry.dtype:
-            problems.append(
-                Problem(kind="dtype", key=name, detail=f"checkpoint {entry.dtype}, state {target.dtype}")
-            )
+        elif target.dtype != entry.dtype and not stored.casts(name):
+            detail = f"checkpoint {entry.dtype}, state {target.dtype}"
+            problems.append(Problem(kind="dtype", key=name, detail=detail))
+        elif not _can_cast(entry.dtype, target.dtype):
+            detail = f"{entry.dtype} cannot be cast to {target.dtype}: values would change their meaning"
+            problems.append(Problem(kind="other", key=name, detail=detail))
     return problems
 
 
@@ -55,21 +54,64 @@ def memory_problems(
     return problems
 
 
-def mismatch_error(
-    problems: Sequence[Problem], stored_names: Iterable[str], *, step: int, path: str
-) -> StateMismatch:
-    """One error for all problems, grouped by kind, with counts, examples and nearest names."""
-    names = list(stored_names)
-    lines = [f"the checkpoint does not fit this state ({len(problems)} problem(s)); nothing was changed"]
-    for kind in ("missing", "unexpected", "shape", "dtype", "other"):
-        members = [problem for problem in problems if problem.kind == kind]
-        if not members:
-            continue
-        lines.append(f"  {kind} ({len(members)}):")
-        for problem in members[:_SHOWN]:
-            near = difflib.get_close_matches(problem.key, names, n=1, cutoff=0.8) if kind == "missing" else []
-            hint = f"; did you mean {near[0]}?" if near else ""
-            lines.append(f"    {problem.key}: {problem.detail}{hint}")
-        if len(members) > _SHOWN:
-            lines.append(f"    ... and {len(members) - _SHOWN} more")
-    return StateMismatch("\n".join(lines), step=step, phase="diff", path=path)
+def _can_cast(stored: torch.dtype, live: torch.dtype) -> bool:
+    """Within floating-point and within complex types, and from integers to those that hold all of them."""
+    if stored == live or (stored.is_floating_point and live.is_floating_point):
+        return True
+    if stored.is_complex or live.is_complex:
+        return stored.is_complex and live.is_complex
+    if stored.is_floating_point or live.is_floating_point or torch.bool in (stored, live):
+        return False
+    narrow, wide = torch.iinfo(stored), torch.iinfo(live)
+    return wide.min <= narrow.min and narrow.max <= wide.max
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """How the problems of one rank differ from those of rank 0.
+
+    Args:
+        more: problems that rank 0 does not have.
+        lacks: indices of rank 0's problems that this rank does not have.
+    """
+
+    more: tuple[Problem, ...]
+    lacks: tuple[int, ...]
+
+
+def answer(first: Sequence[Problem], own: Iterable[Problem]) -> Answer:
+    """This rank's answer to the problems of rank 0."""
+    own = dict.fromkeys(own)
+    known = frozenset(first)
+    return Answer(
+        more=tuple(problem for problem in own if problem not in known),
+        lacks=tuple(index for index, problem in enumerate(first) if problem not in own),
+    )
+
+
+def of_all_ranks(first: Sequence[Problem], answers: Sequence[Answer]) -> list[Problem]:
+    """What does not fit all ranks together; what does not concern all of them names those it does.
+
+    The one place that decides whose problem counts: what a rank lacks counts by itself, but an entry is
+    unexpected only where every rank says so, since each may hold a part of the state.
+
+    Args:
+        answers: of all ranks, in their order.
+    """
+    everywhere = set(range(len(answers)))
+    ranks: dict[Problem, set[int]] = {problem: set(everywhere) for problem in first}
+    for rank, found in enumerate(answers):
+        for index in found.lacks:
+            ranks[first[index]].discard(rank)
+        for problem in found.more:
+            ranks.setdefault(problem, set()).add(rank)
+    return [
+        problem if having == everywhere else replace(problem, detail=f"{problem.detail}{_on(having)}")
+        for problem, having in ranks.items()
+        if having == everywhere or problem.kind != "unexpected"
+    ]
+
+
+def _on(ranks: Iterable[int]) -> str:
+    first, *others = sorted(ranks)
+    return f" (rank {first} and {len(others)} more)" if others else f" (rank {first})"

@@ -1,7 +1,7 @@
 """What no rank asks for, where every rank asks for its own part of the model.
 
 A pipelined model's rank uses a part of a checkpoint, and only all ranks together can say what is left over.
-Called by `load.restore`, on all ranks.
+Called by `load.fit_verdict`, on all ranks.
 """
 
 from __future__ import annotations

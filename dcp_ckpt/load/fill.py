@@ -6,7 +6,6 @@ checked and copied by the thread that read it.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -16,14 +15,16 @@ from dcp_ckpt.errors import CorruptCheckpoint, StorageError
 from dcp_ckpt.format.boxes import Box, tiling_problem
 from dcp_ckpt.format.digests import BLOCK_BYTES, digest
 from dcp_ckpt.format.fragment import ChunkEntry
-from dcp_ckpt.load.ranges import Piece, Read, cover, pieces_of
+from dcp_ckpt.load.ranges import Piece, Read, cover, parts_between, pieces_of
 from dcp_ckpt.load.source import Source
 from dcp_ckpt.storage.base import ByteRange
 
 __all__ = ["Request", "Target", "fill", "fill_requests"]
 
-_UNCHECKED_BLOCK_BYTES = 4096
+_PAGE_BYTES = 4096
 """Without digests a read need not cover whole blocks, only whole pages."""
+
+_LARGEST_ITEM_BYTES = 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +53,7 @@ def fill(source: Source, targets: Mapping[str, Target], *, verify: bool, concurr
     """Fill all targets in place.
 
     Args:
-        targets: by stored name; dtype as stored.
+        targets: by stored name; one of another dtype is cast into.
         verify: check the digest of every block read, where there are digests.
         concurrency: threads that read, check and copy.
 
@@ -73,7 +74,7 @@ def fill(source: Source, targets: Mapping[str, Target], *, verify: bool, concurr
 
 @torch.no_grad()
 def fill_requests(source: Source, requests: Sequence[Request], *, verify: bool, concurrency: int) -> int:
-    """As `fill`, where a tensor may have several targets; a target of another dtype is cast into."""
+    """As `fill`, where a tensor may have several targets."""
     verify = verify and source.has_digests
     pieces: list[Piece] = []
     landings: list[_Landing] = []
@@ -82,10 +83,13 @@ def fill_requests(source: Source, requests: Sequence[Request], *, verify: bool, 
         found = pieces_of(request.name, dtype, request.target.box, request.chunks)
         _require_covered(request.name, request.target.box, found, path=source.directory)
         pieces += found
-        landings += [_Landing(piece, request.target, getattr(torch, dtype)) for piece in found]
+        landings += [_Landing(piece, request.target.local, getattr(torch, dtype)) for piece in found]
     files = {(piece.rank, piece.file) for piece in pieces}
-    block_bytes = BLOCK_BYTES if source.has_digests else _UNCHECKED_BLOCK_BYTES
-    reads = cover(pieces, {key: source.file_bytes(*key) for key in files}, block_bytes=block_bytes)
+    stated = {key: source.file_bytes(*key) for key in files}
+    if source.has_digests:
+        reads = cover(pieces, stated)
+    else:
+        reads = cover(pieces, stated, block_bytes=_PAGE_BYTES, overlap_bytes=_LARGEST_ITEM_BYTES - 1)
 
     def consume(index: int, data: memoryview) -> None:
         read = reads[index]
@@ -93,7 +97,7 @@ def fill_requests(source: Source, requests: Sequence[Request], *, verify: bool, 
             _check(source, read, data, pieces)
         content = torch.frombuffer(data, dtype=torch.uint8)
         for member in read.pieces:
-            landings[member].take(content, read.start)
+            landings[member].take(content, read)
 
     try:
         source.storage.read_ranges(
@@ -107,8 +111,7 @@ def fill_requests(source: Source, requests: Sequence[Request], *, verify: bool, 
             concurrency=concurrency,
         )
     except StorageError as error:
-        stated = {source.file_key(*key): source.file_bytes(*key) for key in files}
-        if damage := source.damage(error, stated):
+        if damage := source.damage(error, {source.file_key(*key): stated[key] for key in files}):
             damage.message += _needed_from(source, damage.path or "", pieces)
             raise damage from error
         raise
@@ -133,7 +136,7 @@ def _needed_from(source: Source, path: str, pieces: Sequence[Piece]) -> str:
     if not wanted:
         return ""
     names = sorted({piece.tensor for piece in wanted})
-    stop = max(piece.start + piece.num_bytes for piece in wanted)
+    stop = max(piece.stop for piece in wanted)
     note = source.file_note(wanted[0].rank, wanted[0].file)
     return f"; bytes {min(piece.start for piece in wanted)} to {stop} of it hold {', '.join(names)}{note}"
 
@@ -151,7 +154,7 @@ def _check(source: Source, read: Read, data: memoryview, pieces: Sequence[Piece]
             {
                 pieces[member].tensor
                 for member in read.pieces
-                if pieces[member].start < stop and start < pieces[member].start + pieces[member].num_bytes
+                if pieces[member].start < stop and start < pieces[member].stop
             }
         )
         raise CorruptCheckpoint(
@@ -163,40 +166,38 @@ def _check(source: Source, read: Read, data: memoryview, pieces: Sequence[Piece]
 
 
 class _Landing:
-    """Where one piece's bytes go: straight into the target, or into a buffer that is copied when full."""
+    """Where one piece goes: each read's elements straight to their places, nothing kept in between."""
 
-    def __init__(self, piece: Piece, target: Target, dtype: torch.dtype) -> None:
-        self._piece = piece
-        self._dtype = dtype
-        self._region = target.local[piece.outer] if piece.outer else target.local
-        self._bytes: torch.Tensor | None = None
-        self._is_direct = False
-        region = self._region
-        is_plain = region.is_cpu and region.is_contiguous() and not region.is_conj() and not region.is_neg()
-        if piece.is_whole and is_plain and region.dtype == dtype:
-            self._bytes = self._region.reshape(-1).view(torch.uint8)
-            self._is_direct = True
-        self._left = piece.num_bytes
-        self._lock = threading.Lock()
-
-    def take(self, source: torch.Tensor, source_start: int) -> None:
-        """Copy the part of `source` (file bytes from `source_start`) that belongs to this piece."""
-        start = max(self._piece.start, source_start)
-        stop = min(self._piece.start + self._piece.num_bytes, source_start + source.numel())
-        with self._lock:
-            if self._bytes is None:
-                self._bytes = torch.empty(self._piece.num_bytes, dtype=torch.uint8, device="cpu")
-        into = self._bytes[start - self._piece.start : stop - self._piece.start]
-        into.copy_(source[start - source_start : stop - source_start])
-        with self._lock:
-            self._left -= stop - start
-            if self._left or self._is_direct:
-                return
-        elements = self._bytes.view(self._dtype)
-        if self._piece.strides is None:
-            rows = elements.view(self._piece.rows)[self._piece.inner]
+    def __init__(self, piece: Piece, local: torch.Tensor, dtype: torch.dtype) -> None:
+        region = local[piece.outer] if piece.outer else local
+        sizes, strides = piece.sizes, piece.strides
+        if piece.is_row_major and region.is_contiguous():
+            region, sizes, strides = region.reshape(-1), (region.numel(),), (1,)
         else:
-            rows = elements.as_strided(self._piece.rows, self._piece.strides)
+            order = sorted(range(len(sizes)), key=strides.__getitem__, reverse=True)
+            region = region.permute(order)
+            sizes, strides = tuple(sizes[dim] for dim in order), tuple(strides[dim] for dim in order)
+        self._region, self._sizes, self._strides = region, sizes, strides
+        self._dtype = dtype
+        self._start = piece.start
+
+    def take(self, content: torch.Tensor, read: Read) -> None:
+        """Copy, and cast, all elements of the piece that begin in `read`, whose bytes are `content`."""
+        item_bytes = self._dtype.itemsize
+        first = -((self._start - read.start) // item_bytes)
+        stop = -((self._start - read.stop) // item_bytes)
         with torch.inference_mode(self._region.is_inference()):
-            self._region.copy_(rows)
-        self._bytes = None
+            self._copy(content, read, first, stop)
+
+    def _copy(self, content: torch.Tensor, read: Read, first: int, stop: int) -> None:
+        item_bytes = self._dtype.itemsize
+        for part in parts_between(self._sizes, self._strides, first, stop):
+            start = self._start + part.first * item_bytes - read.start
+            found = content[start : start + part.span * item_bytes]
+            if start % item_bytes:
+                found = found.clone()  # stock containers begin at any offset
+            elements = found.view(self._dtype)
+            if self._strides != (1,):
+                elements = elements.as_strided(part.sizes, self._strides)
+            place = tuple(slice(o, o + n) for o, n in zip(part.offsets, part.sizes, strict=True))
+            self._region[place].copy_(elements)

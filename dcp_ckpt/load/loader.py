@@ -23,6 +23,7 @@ from dcp_ckpt.lifecycle.marks import write_mark
 from dcp_ckpt.load.choose import Which, choose
 from dcp_ckpt.load.report import LoadReport, RejectedCheckpoint
 from dcp_ckpt.load.restore import Components, Restored, restore
+from dcp_ckpt.load.selection import EVERYTHING, Selection
 from dcp_ckpt.load.source import Source
 from dcp_ckpt.load.stock import open_stock, stock_digest
 from dcp_ckpt.load.stored import StoredCheckpoint
@@ -43,15 +44,23 @@ class Loader:
         storage: a run, or the parent of a step directory.
         url: its name for messages.
         tag: unique in the life of the channel; names the messages of this load.
+        selection: what to restore, and under which names.
     """
 
     def __init__(
-        self, storage: Storage, url: str, channel: Channel, config: CheckpointConfig, *, tag: str
+        self,
+        storage: Storage,
+        url: str,
+        channel: Channel,
+        config: CheckpointConfig,
+        tag: str,
+        selection: Selection = EVERYTHING,
     ) -> None:
         self._storage = storage
         self._url = url
         self._channel = channel
         self._config = config
+        self._selection = selection
         self._tag = tag
         self._started = time.monotonic()
 
@@ -160,6 +169,7 @@ class Loader:
             open_source,
             components,
             self._channel,
+            selection=self._selection,
             tag=tag,
             verify=self._config.verify,
             concurrency=self._num_readers(),
@@ -208,6 +218,8 @@ class Loader:
             saved_world_size=restored.origin.world_size,
             world_size=self._channel.world_size,
             restored=restored.names,
+            reinitialised=restored.reinitialised,
+            cast=restored.cast,
             notes=restored.notes,
             skipped=restored.skipped,
             rejected=tuple(rejected),

@@ -1,15 +1,16 @@
 """Which bytes of which files go where: pure interval arithmetic.
 
-A rank needs boxes of tensors; checkpoints hold chunks in row-major order. A *piece* is what one chunk gives
-to one target: a byte range of a file, and the part of the target it fills. Pieces of one file are then
-covered by *reads* of whole blocks, merged when they are near each other, so each block is read and checked
-once.
+A rank needs boxes of tensors; checkpoints hold chunks of them. A *piece* is what one chunk gives to one
+target: elements at fixed strides in a byte range of a file, and the part of the target that they fill.
+Pieces of one file are covered by *reads* of whole blocks, merged when they are near each other, so each
+block is read and checked once. What one read gives to a piece is a few *parts*, each a box again, so bytes
+go from the memory that they were read into straight to their place.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from dcp_ckpt.format.boxes import Box, intersect
@@ -18,7 +19,7 @@ from dcp_ckpt.format.dtypes import dtype_info
 from dcp_ckpt.format.fragment import ChunkEntry
 from dcp_ckpt.load.source import StridedChunk
 
-__all__ = ["MERGE_GAP_BYTES", "READ_BYTES", "Piece", "Read", "cover", "pieces_of"]
+__all__ = ["MERGE_GAP_BYTES", "READ_BYTES", "Part", "Piece", "Read", "cover", "parts_between", "pieces_of"]
 
 READ_BYTES = 4 * BLOCK_BYTES
 """One read: large enough for the device, small enough to stay in cache while it is checked and copied."""
@@ -26,20 +27,18 @@ READ_BYTES = 4 * BLOCK_BYTES
 MERGE_GAP_BYTES = 256 << 10
 """Blocks with a smaller gap between them are read in one go."""
 
-_LANDING_BYTES = 16 << 20
-
 
 @dataclass(frozen=True, kw_only=True)
 class Piece:
-    """One contiguous byte range of a data file, and what it fills.
+    """What one chunk gives to one target.
 
     Args:
-        tensor: name of the target.
+        tensor: name of the stored tensor.
         rank, file: the data file.
-        start, num_bytes: the range in the file.
-        rows: shape of the range's elements: the chunk's trailing sizes under some of its rows.
-        strides: of those elements, where they do not follow each other row by row.
-        inner: the part of `rows` that is wanted, per dimension.
+        start: of the first element, in bytes from the start of the file.
+        num_bytes: from the first element to the end of the last one, whatever lies between them.
+        sizes: of the box of elements, per dimension.
+        strides: from one element to the next along each dimension, in elements.
         outer: the part of the target that it fills, per dimension.
     """
 
@@ -48,29 +47,54 @@ class Piece:
     file: int
     start: int
     num_bytes: int
-    rows: tuple[int, ...]
-    inner: tuple[slice, ...]
+    sizes: tuple[int, ...]
+    strides: tuple[int, ...]
     outer: tuple[slice, ...]
-    strides: tuple[int, ...] | None = None
 
     @property
-    def is_whole(self) -> bool:
-        """Whether every byte of the range is wanted, in the order in which it is stored."""
-        return self.strides is None and all(
-            part.start == 0 and part.stop == size for part, size in zip(self.inner, self.rows, strict=True)
+    def stop(self) -> int:
+        return self.start + self.num_bytes
+
+    @property
+    def is_row_major(self) -> bool:
+        """Whether its elements follow each other row by row, without gaps."""
+        dense = _row_major(self.sizes)
+        return self.strides == dense or all(
+            stride == wanted or size == 1
+            for size, stride, wanted in zip(self.sizes, self.strides, dense, strict=True)
         )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Read:
-    """One read of whole blocks, and the pieces that take bytes from it."""
+    """One read of whole blocks, and the pieces that take elements from it.
+
+    Args:
+        start, stop: the elements that begin in these bytes of the file are taken from this read.
+        num_bytes: that are read; more than to `stop` where elements may reach beyond it.
+        pieces: their indices.
+    """
 
     rank: int
     file: int
-    first_block: int
     start: int
+    stop: int
     num_bytes: int
     pieces: tuple[int, ...]
+
+    @property
+    def first_block(self) -> int:
+        return self.start // BLOCK_BYTES
+
+
+@dataclass(frozen=True)
+class Part:
+    """A box of a piece: where in the piece, and which `span` elements in file order hold it."""
+
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+    first: int
+    span: int
 
 
 def pieces_of(tensor: str, dtype: str, wanted: Box, chunks: Sequence[tuple[int, ChunkEntry]]) -> list[Piece]:
@@ -81,72 +105,89 @@ def pieces_of(tensor: str, dtype: str, wanted: Box, chunks: Sequence[tuple[int, 
         common = intersect(chunk.box, wanted)
         if common is None:
             continue
-        if isinstance(chunk, StridedChunk):
-            pieces.append(_cut_strided(tensor, item_bytes, wanted, rank, chunk, common))
-        else:
-            pieces += _cut(tensor, item_bytes, wanted, rank, chunk, common)
+        strides = chunk.strides if isinstance(chunk, StridedChunk) else _row_major(chunk.sizes)
+        for box in _near_parts(common, strides, item_bytes):
+            inside = [a - b for a, b in zip(box.offsets, chunk.offsets, strict=True)]
+            outside = [a - b for a, b in zip(box.offsets, wanted.offsets, strict=True)]
+            first = sum(offset * stride for offset, stride in zip(inside, strides, strict=True))
+            pieces.append(
+                Piece(
+                    tensor=tensor,
+                    rank=rank,
+                    file=chunk.file,
+                    start=chunk.payload_offset + first * item_bytes,
+                    num_bytes=_span(box.sizes, strides) * item_bytes,
+                    sizes=box.sizes,
+                    strides=strides,
+                    outer=tuple(
+                        slice(offset, offset + size) for offset, size in zip(outside, box.sizes, strict=True)
+                    ),
+                )
+            )
     return pieces
 
 
-def _cut(tensor: str, item_bytes: int, wanted: Box, rank: int, chunk: ChunkEntry, common: Box) -> list[Piece]:
-    """Cut one chunk's part into bounded groups of rows.
+def _near_parts(box: Box, strides: Sequence[int], item_bytes: int) -> Iterator[Box]:
+    """The box, or its parts where whole blocks lie between them that nobody wants."""
+    dim = 0
+    while dim < len(strides):
+        gap = strides[dim] - _span(box.sizes[dim + 1 :], strides[dim + 1 :])
+        if box.sizes[dim] > 1 and gap * item_bytes < MERGE_GAP_BYTES + 2 * BLOCK_BYTES:
+            break
+        dim += 1
+    for indices in itertools.product(*map(range, box.sizes[:dim])):
+        offsets = (offset + index for offset, index in zip(box.offsets, indices, strict=False))
+        yield Box((*offsets, *box.offsets[dim:]), (*(1 for _ in indices), *box.sizes[dim:]))
 
-    One that cannot go straight into its target (a part of each row, a GPU, another dtype) is held whole.
+
+def parts_between(sizes: Sequence[int], strides: Sequence[int], first: int, stop: int) -> Iterator[Part]:
+    """The elements of a box that lie at positions `first` to `stop` of file order, as few boxes.
+
+    Args:
+        sizes, strides: of the box, strides descending, in elements.
+        first, stop: in elements, counted from the box's first one.
     """
-    sizes = chunk.sizes
-    if not sizes:
-        return [
-            Piece(
-                tensor=tensor, rank=rank, file=chunk.file, start=chunk.payload_offset, num_bytes=item_bytes,
-                rows=(), inner=(), outer=(),
-            )
-        ]  # fmt: skip
-    inside = [c - o for c, o in zip(common.offsets, chunk.offsets, strict=True)]
-    target = [c - o for c, o in zip(common.offsets, wanted.offsets, strict=True)]
-    row_bytes = item_bytes * math.prod(sizes[1:])
-    group = max(1, _LANDING_BYTES // max(row_bytes, 1))
-    pieces = []
-    for first in range(0, common.sizes[0], group):
-        count = min(group, common.sizes[0] - first)
-        rest = list(zip(inside[1:], target[1:], common.sizes[1:], strict=True))
-        pieces.append(
-            Piece(
-                tensor=tensor,
-                rank=rank,
-                file=chunk.file,
-                start=chunk.payload_offset + (inside[0] + first) * row_bytes,
-                num_bytes=count * row_bytes,
-                rows=(count, *sizes[1:]),
-                inner=(slice(0, count), *(slice(i, i + size) for i, _, size in rest)),
-                outer=(
-                    slice(target[0] + first, target[0] + first + count),
-                    *(slice(t, t + size) for _, t, size in rest),
-                ),
-            )
-        )
-    return pieces
+    span = _span(sizes, strides)
+    if first <= 0 and stop >= span:
+        yield Part((0,) * len(sizes), tuple(sizes), 0, span)
+        return
+    if stop <= 0 or first >= span:
+        return
+    size, stride = sizes[0], strides[0]
+    if size == 1:
+        yield from _below(0, sizes, strides, first, stop)
+        return
+    inner = _span(sizes[1:], strides[1:])
+    touched = range(max(0, (first - inner) // stride + 1), min(size, -(-stop // stride)))
+    whole = range(max(touched.start, -(-first // stride)), min(touched.stop, (stop - inner) // stride + 1))
+    if not whole:
+        whole = range(touched.stop, touched.stop)
+    for index in range(touched.start, whole.start):
+        yield from _below(index, sizes, strides, first, stop)
+    if whole:
+        offsets, rest = (whole.start, *(0 for _ in sizes[1:])), tuple(sizes[1:])
+        yield Part(offsets, (len(whole), *rest), whole.start * stride, (len(whole) - 1) * stride + inner)
+    for index in range(whole.stop, touched.stop):
+        yield from _below(index, sizes, strides, first, stop)
 
 
-def _cut_strided(
-    tensor: str, item_bytes: int, wanted: Box, rank: int, chunk: StridedChunk, common: Box
-) -> Piece:
-    """One chunk's part as the range from its first to its last element."""
-    first = sum((c - o) * s for c, o, s in zip(common.offsets, chunk.offsets, chunk.strides, strict=True))
-    span = 1 + sum((size - 1) * stride for size, stride in zip(common.sizes, chunk.strides, strict=True))
-    return Piece(
-        tensor=tensor,
-        rank=rank,
-        file=chunk.file,
-        start=chunk.payload_offset + first * item_bytes,
-        num_bytes=span * item_bytes,
-        rows=common.sizes,
-        inner=tuple(slice(0, size) for size in common.sizes),
-        outer=tuple(
-            slice(c - o, c - o + size)
-            for c, o, size in zip(common.offsets, wanted.offsets, common.sizes, strict=True)
-        ),
-        strides=chunk.strides,
-    )
+def _below(index: int, sizes: Sequence[int], strides: Sequence[int], first: int, stop: int) -> Iterator[Part]:
+    """The parts at one index of the first dimension."""
+    start = index * strides[0]
+    for part in parts_between(sizes[1:], strides[1:], first - start, stop - start):
+        yield Part((index, *part.offsets), (1, *part.sizes), start + part.first, part.span)
+
+
+def _row_major(sizes: Sequence[int]) -> tuple[int, ...]:
+    strides = [1] * len(sizes)
+    for dim in range(len(sizes) - 1, 0, -1):
+        strides[dim - 1] = strides[dim] * sizes[dim]
+    return tuple(strides)
+
+
+def _span(sizes: Sequence[int], strides: Sequence[int]) -> int:
+    """How many elements there are from the first to the last one of a box."""
+    return 1 + sum((size - 1) * stride for size, stride in zip(sizes, strides, strict=True))
 
 
 def cover(
@@ -154,6 +195,7 @@ def cover(
     file_bytes: Mapping[tuple[int, int], int],
     *,
     block_bytes: int = BLOCK_BYTES,
+    overlap_bytes: int = 0,
 ) -> list[Read]:
     """Cover all pieces by reads of whole blocks, in order of file and offset.
 
@@ -161,6 +203,7 @@ def cover(
         pieces: in any order.
         file_bytes: size of each data file, by rank and file index.
         block_bytes: reads start and end at multiples of this.
+        overlap_bytes: how far a read goes on beyond its last block, for elements that lie across its end.
     """
     by_file: dict[tuple[int, int], list[int]] = {}
     for index, piece in enumerate(pieces):
@@ -168,9 +211,19 @@ def cover(
     reads: list[Read] = []
     for (rank, file), members in sorted(by_file.items()):
         members.sort(key=lambda index: pieces[index].start)
+        size_bytes = file_bytes[rank, file]
         for start, stop in _runs([pieces[index] for index in members], block_bytes):
-            end = min(stop, file_bytes[rank, file])
-            reads += _split(rank, file, start, end, members, pieces)
+            for first, end, touching in _split(start, min(stop, size_bytes), members, pieces):
+                reads.append(
+                    Read(
+                        rank=rank,
+                        file=file,
+                        start=first,
+                        stop=end,
+                        num_bytes=min(end + overlap_bytes, size_bytes) - first,
+                        pieces=touching,
+                    )
+                )
     return reads
 
 
@@ -179,7 +232,7 @@ def _runs(pieces: Sequence[Piece], block_bytes: int) -> list[tuple[int, int]]:
     runs: list[tuple[int, int]] = []
     for piece in pieces:
         start = piece.start // block_bytes * block_bytes
-        stop = -(-(piece.start + piece.num_bytes) // block_bytes) * block_bytes
+        stop = -(-piece.stop // block_bytes) * block_bytes
         if runs and start <= runs[-1][1] + MERGE_GAP_BYTES:
             runs[-1] = (runs[-1][0], max(runs[-1][1], stop))
         else:
@@ -188,33 +241,18 @@ def _runs(pieces: Sequence[Piece], block_bytes: int) -> list[tuple[int, int]]:
 
 
 def _split(
-    rank: int, file: int, start: int, end: int, members: Sequence[int], pieces: Sequence[Piece]
-) -> list[Read]:
-    """Split one run into reads, each with the pieces that overlap it."""
-    reads = []
+    start: int, end: int, members: Sequence[int], pieces: Sequence[Piece]
+) -> Iterator[tuple[int, int, tuple[int, ...]]]:
+    """Split one run into the bytes of reads, each with the pieces that overlap them."""
     first = 0
     for offset in range(start, end, READ_BYTES):
         stop = min(offset + READ_BYTES, end)
-        while first < len(members) and _stop(pieces[members[first]]) <= offset:
+        while first < len(members) and pieces[members[first]].stop <= offset:
             first += 1
         touching = []
         for index in members[first:]:
             if pieces[index].start >= stop:
                 break
-            if _stop(pieces[index]) > offset:
+            if pieces[index].stop > offset:
                 touching.append(index)
-        reads.append(
-            Read(
-                rank=rank,
-                file=file,
-                first_block=offset // BLOCK_BYTES,
-                start=offset,
-                num_bytes=stop - offset,
-                pieces=tuple(touching),
-            )
-        )
-    return reads
-
-
-def _stop(piece: Piece) -> int:
-    return piece.start + piece.num_bytes
+        yield offset, stop, tuple(touching)

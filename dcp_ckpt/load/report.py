@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 
-__all__ = ["LoadReport", "RejectedCheckpoint"]
+from dcp_ckpt.load.grouping import grouped
+
+__all__ = ["CastTensor", "LoadReport", "RejectedCheckpoint"]
+
+_MOST_GROUPS = 12
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,8 +21,19 @@ class RejectedCheckpoint:
 
 
 @dataclass(frozen=True, kw_only=True)
+class CastTensor:
+    """A tensor that was converted while it was read; dtypes by torch's names, without `torch.`."""
+
+    name: str
+    stored: str
+    live: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class LoadReport:
     """The outcome of one load, the same on every rank but for bytes and seconds.
+
+    Names are those of the live state.
 
     Args:
         step: the training step of the checkpoint; training goes on with the next one.
@@ -26,8 +42,11 @@ class LoadReport:
         saved_world_size: the number of ranks that saved; 0 when the checkpoint does not say.
         world_size: the number of ranks that loaded.
         restored: names of tensors and values that were put back.
-        notes: what was reinitialised or derived instead of restored.
-        skipped: stored names that nothing in the given state asked for.
+        reinitialised: name -> reason, of state that the checkpoint has nothing for: it starts anew.
+        cast: tensors that were converted to another dtype, as asked; they are in `restored`, too.
+        notes: what else there is to know.
+        skipped: names of what stays as it was, since it is not selected, and of what is stored and nothing
+            in the given state asked for.
         rejected: newer checkpoints that could not be used.
         metrics: as given to `save()`, decoded.
         bytes_read: from storage, by this rank.
@@ -48,17 +67,33 @@ class LoadReport:
     bytes_read: int
     seconds: float
     unverified: tuple[str, ...] = ()
+    reinitialised: Mapping[str, str] = field(default_factory=dict)
+    cast: tuple[CastTensor, ...] = ()
 
     def __str__(self) -> str:
         saved_by = f"{self.saved_world_size} rank(s)" if self.saved_world_size else "stock DCP"
         lines = [
-            f"resumed from step {self.step} ({self.path}), saved by {saved_by}, "
-            f"loaded by {self.world_size}: {len(self.restored)} entries, "
+            f"loaded step {self.step} ({self.path}), saved by {saved_by}, loaded by {self.world_size}: "
             f"{self.bytes_read / 1e6:.1f} MB in {self.seconds:.2f} s"
         ]
         lines += [f"  rejected {rejected.path}: {rejected.reason}" for rejected in self.rejected]
         lines += [f"  not verified: {what}" for what in self.unverified]
-        lines += [f"  {note}" for note in self.notes]
-        if self.skipped:
-            lines.append(f"  {len(self.skipped)} stored entries were not asked for: {self.skipped[0]}, ...")
-        return "\n".join(lines)
+        lines += _counted("restored", self.restored)
+        for reason in dict.fromkeys(self.reinitialised.values()):
+            names = [name for name, why in self.reinitialised.items() if why == reason]
+            lines += _counted("reinitialised", names, why=reason)
+        for dtypes in dict.fromkeys((item.stored, item.live) for item in self.cast):
+            names = [item.name for item in self.cast if (item.stored, item.live) == dtypes]
+            lines += _counted("cast", names, why=f"{dtypes[0]} -> {dtypes[1]}")
+        lines += _counted("skipped", self.skipped)
+        return "\n".join([*lines, *(f"  {note}" for note in self.notes)])
+
+
+def _counted(what: str, names: Iterable[str], *, why: str = "") -> list[str]:
+    """A line for each top-level part of the state; one for all where these are many."""
+    groups = grouped(names, most=_MOST_GROUPS, depth=1)
+    counts = [(group.label, len(group.names)) for group in groups]
+    if len(counts) > _MOST_GROUPS:
+        counts = [("*", sum(count for _, count in counts))]
+    end = f" ({why})" if why else ""
+    return [f"  {label}: {what if count == 1 else f'{count} {what}'}{end}" for label, count in counts]

@@ -184,14 +184,12 @@ def _cost(stored: _NotingStored, wanted: Mapping[str, Box]) -> _Cost:
         pieces += pieces_of(name, stored.tensors[name].dtype, wanted[name], chunks)
     files = {(piece.rank, piece.file) for piece in pieces}
     reads = cover(pieces, {file: stored.file_bytes(*file) for file in files})
-    # A piece of which only some bytes are wanted lands in a buffer of its own before it is copied.
-    landing_bytes = max((piece.num_bytes for piece in pieces if not piece.is_whole), default=0)
-    read_bytes = max((read.num_bytes for read in reads), default=0)
+    largest_bytes = max((read.num_bytes for read in reads), default=0)
     return _Cost(
         needed_bytes=sum(_num_bytes(stored.tensors[name].dtype, box) for name, box in wanted.items()),
         read_bytes=sum(read.num_bytes for read in reads),
         num_reads=len(reads),
-        buffer_bytes=min(_READERS, len(reads)) * (read_bytes + landing_bytes),
+        buffer_bytes=min(_READERS, len(reads)) * largest_bytes,
         fragments=frozenset(stored.asked),
     )
 

@@ -7,7 +7,7 @@ the returned tensors in place and then calls `install`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -61,9 +61,19 @@ class StoredTensor:
     shape: tuple[int, ...]
 
 
+def _everything(name: str) -> bool:
+    return True
+
+
+def _nothing(name: str) -> bool:
+    return False
+
+
 @dataclass(frozen=True, kw_only=True)
 class StoredState:
-    """What a checkpoint holds, before any payload is read.
+    """What a checkpoint holds that this load is to restore, before any payload is read.
+
+    All names are those of the live state, also where the checkpoint has other ones.
 
     Args:
         tensors: by name; a tensor that was found under several names is here under each of them.
@@ -79,6 +89,11 @@ class StoredState:
         world_size: number of ranks that load.
         seed_material: a value that is the same on all ranks and differs between checkpoints and
             between steps; for deriving streams of ranks that have none.
+        is_part: whether the user selected a part of the state.
+        left_out: names that are stored and not selected; they are in none of the other fields.
+        selects: whether the state of that name is to be restored. What is not stays exactly as it is. With a
+            dot behind the name: whether all below it is.
+        casts: whether a tensor of that name may be cast to the dtype of the live one.
     """
 
     tensors: Mapping[str, StoredTensor]
@@ -91,11 +106,22 @@ class StoredState:
     world_size: int
     seed_material: str
     aliases: Mapping[str, str] = field(default_factory=dict)
+    is_part: bool = False
+    left_out: frozenset[str] = frozenset()
+    selects: Callable[[str], bool] = _everything
+    casts: Callable[[str], bool] = _nothing
 
 
 @dataclass(frozen=True, kw_only=True)
 class Problem:
-    """One way in which the checkpoint does not fit; `kind` is missing, unexpected, shape, dtype or other."""
+    """One way in which the checkpoint does not fit.
+
+    Args:
+        kind: "missing" (this rank needs it, the checkpoint does not have it), "unexpected" (the checkpoint
+            has it, this rank has no use for it), "shape", "dtype" or "other".
+        key: the name in the live state.
+        detail: what is wrong, for the message.
+    """
 
     kind: str
     key: str
@@ -113,12 +139,15 @@ class Targets:
         problems: what does not fit, other than shape and dtype of `tensors`.
         elsewhere: what does not fit unless it is another rank's: of a part of the model that is not held
             here. None where every rank judges for itself.
+        reinitialised: name -> reason, of live state that the checkpoint has nothing for and that `install`
+            will start anew.
     """
 
     tensors: Mapping[str, torch.Tensor] = field(default_factory=dict)
     values: frozenset[str] = frozenset()
     problems: tuple[Problem, ...] = ()
     elsewhere: tuple[Problem, ...] | None = None
+    reinitialised: Mapping[str, str] = field(default_factory=dict)
 
 
 class Component(Protocol):
@@ -141,6 +170,6 @@ class Component(Protocol):
         """Put the filled tensors and the values in place.
 
         Returns:
-            Notes for the load report: what was reinitialised or derived instead of restored.
+            Notes for the load report: what the user should know and no list of names says.
         """
         ...

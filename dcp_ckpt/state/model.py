@@ -14,6 +14,7 @@ from torch import nn
 from dcp_ckpt.errors import LoadError
 from dcp_ckpt.state.component import Captured, Path, Problem, StoredState, Targets
 from dcp_ckpt.state.names import ModuleNames, NamedTensor
+from dcp_ckpt.state.partial import with_unselected
 from dcp_ckpt.state.tensors import (
     Fillable,
     fill_shared,
@@ -22,7 +23,13 @@ from dcp_ckpt.state.tensors import (
     unsuitable,
     writable_like,
 )
-from dcp_ckpt.state.tree import StateCollector, join_path, rebuild, stored_under, tree_targets
+from dcp_ckpt.state.tree import (
+    StateCollector,
+    join_path,
+    rebuild,
+    stored_under,
+    tree_targets,
+)
 
 __all__ = ["ModelComponent", "parameter_names"]
 
@@ -53,6 +60,10 @@ class ModelComponent:
     def parameter_names(self) -> dict[int, tuple[str, ...]]:
         """The full names of every parameter, by `id()` of the live object, for the optimizer."""
         return self._names.parameter_names()
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The live parameters and persistent buffers, by each of their names in the model."""
+        return {name: entry.tensor for entry in self._names.tensors() for name in entry.names}
 
     def capture(self) -> Captured:
         collector = StateCollector()
@@ -132,7 +143,10 @@ class ModelComponent:
                 path = (*self._prefix, name)
                 below = stored_under(stored, path, (*targets.values, *targets.tensors))
                 if below:
-                    module.set_extra_state(rebuild(stored, targets, below, depth=len(path)))
+                    state = rebuild(stored, targets, below, depth=len(path))
+                    if stored.is_part:
+                        state = with_unselected(state, module.get_extra_state(), stored, path)
+                    module.set_extra_state(state)
                     break
         return []
 

@@ -6,7 +6,7 @@ cast. Knows parameter names from its caller; knows nothing of modules, files or 
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,6 +14,14 @@ import torch
 
 from dcp_ckpt.errors import StateError
 from dcp_ckpt.state.component import Captured, Path, Problem, StoredState, StoredTensor, Targets
+from dcp_ckpt.state.moments import ParameterState, lacking
+from dcp_ckpt.state.param_groups import (
+    GroupMatch,
+    are_named_groups,
+    kind_problems,
+    listed_params,
+    match_groups,
+)
 from dcp_ckpt.state.tensors import fits
 from dcp_ckpt.state.tree import (
     StateCollector,
@@ -29,7 +37,6 @@ __all__ = ["OptimizerComponent"]
 
 # How the step is computed here, not what was learned: a run that moves to other hardware keeps its own.
 _IMPLEMENTATION = frozenset({"foreach", "fused", "capturable", "differentiable"})
-_MAX_NAMES_SHOWN = 5
 
 
 class OptimizerComponent:
@@ -53,6 +60,20 @@ class OptimizerComponent:
     @property
     def prefix(self) -> Path:
         return self._prefix
+
+    @property
+    def param_names(self) -> Mapping[int, tuple[str, ...]]:
+        """The names of each parameter of the models, by `id()` of the live object."""
+        return self._param_names
+
+    def state_paths(self) -> list[Path]:
+        """Where the state of each of its parameters may be stored, whether it has any or not."""
+        return [
+            (*self._prefix, "state", name)
+            for group in self._optimizer.param_groups
+            for parameter in group["params"]
+            for name in self._param_names.get(id(parameter), ())
+        ]
 
     @property
     def _groups_path(self) -> Path:
@@ -135,15 +156,20 @@ class OptimizerComponent:
             groups.append(members)
         return groups
 
+    def _groups_by_stored_names(
+        self, stored: StoredState, index: Mapping[str, Any]
+    ) -> list[dict[str, torch.Tensor]]:
+        return self._named_groups({*index, *listed_params(stored.values.get(self._groups_name))})
+
     def targets(self, stored: StoredState) -> Targets:
         """Ask for all moments that are stored for this optimizer's parameters.
 
         A moment is filled into the live tensor if one fits, else into a new one that is sharded and placed
-        like its parameter (`step` counters and tensors of other shapes are plain). What the optimizer holds
-        beyond the checkpoint is no problem: `install` removes it.
+        like its parameter (`step` counters and tensors of other shapes are plain). State of parameters for
+        which the checkpoint holds none is reinitialised: `install` removes it.
         """
         index = _by_parameter(stored, self._prefix)
-        groups = self._named_groups({*index, *_params(stored.values.get(self._groups_name))})
+        groups = self._groups_by_stored_names(stored, index)
         tensors: dict[str, torch.Tensor] = {}
         values: set[str] = set()
         for group, members in zip(self._optimizer.param_groups, groups, strict=True):
@@ -154,9 +180,8 @@ class OptimizerComponent:
                         values.add(stored_name)
                         continue
                     tensors[stored_name] = self._state_target(
-                        parameter, stored.tensors[stored_name], step_on_device=on_device
+                        parameter, stored, stored_name, step_on_device=on_device
                     )
-        problems = self._problems(stored, index, groups)
         if self._groups_name in stored.values:
             values.add(self._groups_name)
             for name in referenced_names(stored.values[self._groups_name]):
@@ -164,92 +189,166 @@ class OptimizerComponent:
                     entry = stored.tensors[name]
                     tensors[name] = torch.empty(entry.shape, dtype=entry.dtype, device="cpu")
         known = {*tensors, *values, *(name for names in index.values() for name in names)}
+        problems = self._problems(stored, index, groups)
         problems += [
             _unexpected(name, "the checkpoint has it, the optimizer does not use it")
             for name in stored_under(stored, self._prefix)
             if name not in known
         ]
-        return Targets(tensors=tensors, values=frozenset(values), problems=tuple(problems))
+        return Targets(
+            tensors=tensors,
+            values=frozenset(values),
+            problems=tuple(problems),
+            reinitialised={
+                self._state_name(name): "the checkpoint holds no state of it"
+                for members in groups
+                for name, parameter in members.items()
+                if name not in index and len(self._kept(stored, name, parameter)) < len(self._live(parameter))
+            },
+        )
 
     def _state_target(
-        self, parameter: torch.Tensor, entry: StoredTensor, *, step_on_device: bool
+        self, parameter: torch.Tensor, stored: StoredState, name: str, *, step_on_device: bool
     ) -> torch.Tensor:
+        entry, casts = stored.tensors[name], stored.casts(name)
         key, *rest = entry.path[len(self._prefix) + 2 :]
-        live = self._optimizer.state.get(parameter, {}).get(key)
-        if not rest and isinstance(live, torch.Tensor) and fits(live, entry):
+        live = self._live(parameter).get(key)
+        if not rest and isinstance(live, torch.Tensor) and fits(live, entry, any_dtype=casts):
             return live
         with torch.no_grad():
             if key == "step":
                 device = parameter.device if step_on_device else torch.device("cpu")
                 return torch.empty(entry.shape, dtype=entry.dtype, device=device)
             if entry.shape == tuple(parameter.shape):
-                return torch.empty_like(parameter, dtype=entry.dtype, requires_grad=False)
+                dtype = parameter.dtype if casts else entry.dtype
+                return torch.empty_like(parameter, dtype=dtype, requires_grad=False)
             return torch.empty(entry.shape, dtype=entry.dtype, device=parameter.device)
 
+    def _live(self, parameter: torch.Tensor) -> Mapping[str, Any]:
+        # `state` is a defaultdict: get() does not create what a step would create otherwise.
+        state: Mapping[str, Any] = self._optimizer.state.get(parameter) or {}
+        return state
+
+    def _state_name(self, *path: str) -> str:
+        return join_path((*self._prefix, "state", *path))
+
+    def _kept(self, stored: StoredState, name: str, parameter: torch.Tensor) -> dict[str, Any]:
+        """The live state of a parameter that this load is not to touch."""
+        live = self._live(parameter)
+        return {key: value for key, value in live.items() if not stored.selects(self._state_name(name, key))}
+
     def _problems(
-        self, stored: StoredState, index: Mapping[str, list[str]], groups: Sequence[Mapping[str, Any]]
+        self,
+        stored: StoredState,
+        index: Mapping[str, list[str]],
+        groups: Sequence[Mapping[str, torch.Tensor]],
     ) -> list[Problem]:
         saved = stored.values.get(self._groups_name)
-        if saved is None:
-            return [
-                Problem(kind="missing", key=self._groups_name, detail="the checkpoint has no such optimizer")
-            ]
-        depth = len(self._prefix) + 2
-        state_path = (*self._prefix, "state")
+        if saved is None and stored.selects(self._groups_name):
+            detail = "the checkpoint has no such optimizer"
+            return [Problem(kind="missing", key=self._groups_name, detail=detail)]
+        if saved is not None and not are_named_groups(saved):
+            detail = "is not a list of groups with named params"
+            return [Problem(kind="other", key=self._groups_name, detail=detail)]
         live = {name for members in groups for name in members}
-        problems = _group_problems(self._groups_name, saved, groups)
-        problems += _kind_problems(self._groups_name, saved, self._optimizer.param_groups)
-        problems += [
-            _unexpected(join_path((*state_path, name)), "the optimizer has no such parameter")
-            for name in index
-            if name not in live
+        known = {*index, *listed_params(saved)}
+        problems = [
+            Problem(
+                kind="unexpected", key=self._state_name(name), detail="the optimizer has no such parameter"
+            )
+            for name in sorted(known - live)
+            if self._restores(stored, name)
         ]
-        for members in groups:
-            keys = {
-                name: frozenset(path_of(stored, stored_name)[depth] for stored_name in index[name])
-                for name in members
-                if name in index
-            }
+        if saved is not None:
+            detail = "the optimizer has this parameter, the checkpoint's has not"
             problems += [
-                Problem(
-                    kind="missing",
-                    key=join_path((*state_path, name, key)),
-                    detail="other parameters of its group have it in the checkpoint",
-                )
-                for name, missing in _partial_keys(keys).items()
-                for key in missing
+                Problem(kind="missing", key=self._state_name(name), detail=detail)
+                for name in sorted(live - known)
+                if self._restores(stored, name)
             ]
+            match, live_groups = self._match_groups(saved, stored, groups), self._optimizer.param_groups
+            problems += match.problems
+            problems += kind_problems(
+                self._groups_name, saved, live_groups, match.partners, ignored=_IMPLEMENTATION
+            )
+        for members in groups:
+            problems += self._incomplete(stored, index, members)
         return problems
+
+    def _restores(self, stored: StoredState, name: str) -> bool:
+        """Whether anything of a parameter's state may be restored."""
+        return stored.selects(self._state_name(name) + ".")
+
+    def _match_groups(
+        self, saved: Sequence[Mapping[str, Any]], stored: StoredState, groups: Sequence[Mapping[str, Any]]
+    ) -> GroupMatch:
+        return match_groups(
+            self._groups_name,
+            [group["params"] for group in saved],
+            [list(members) for members in groups],
+            lambda name: self._restores(stored, name),
+        )
+
+    def _incomplete(
+        self, stored: StoredState, index: Mapping[str, list[str]], members: Mapping[str, torch.Tensor]
+    ) -> list[Problem]:
+        """State that would be a part only of what a parameter needs."""
+        depth = len(self._prefix) + 2
+        left_out = self._left_out_keys(stored, members)
+        states = {
+            name: ParameterState(
+                restored=frozenset(path_of(stored, found)[depth] for found in index.get(name, ())),
+                left_out=frozenset(left_out.get(name, ())),
+                live=frozenset(self._live(parameter)),
+                kept=frozenset(self._kept(stored, name, parameter)),
+            )
+            for name, parameter in members.items()
+        }
+        return [
+            Problem(
+                kind="other" if lack.is_asked else "missing",
+                key=self._state_name(lack.parameter, lack.key),
+                detail=lack.why,
+            )
+            for lack in lacking(states)
+        ]
+
+    def _left_out_keys(self, stored: StoredState, members: Mapping[str, Any]) -> dict[str, set[str]]:
+        """The keys of each parameter's stored state that are not selected."""
+        root = self._state_name("")
+        found: dict[str, set[str]] = {}
+        for left_out in stored.left_out:
+            if not left_out.startswith(root):
+                continue
+            name, _, key = left_out.removeprefix(root).rpartition(".")
+            while name and name not in members:
+                name, _, key = name.rpartition(".")
+            found.setdefault(name, set()).add(key)
+        return found
 
     def install(self, stored: StoredState, targets: Targets) -> list[str]:
         """Put moments and hyper-parameters in place; state that the checkpoint does not have is removed."""
         index = _by_parameter(stored, self._prefix)
-        groups = self._named_groups({*index, *_params(stored.values.get(self._groups_name))})
-        notes = []
+        groups = self._groups_by_stored_names(stored, index)
         for members in groups:
             for name, parameter in members.items():
+                kept = self._kept(stored, name, parameter)
                 names = index.get(name, [])
-                lacking = [n for n in names if n not in targets.tensors and n not in targets.values]
-                if lacking:
-                    notes.append(f"optimizer state of {name} was reset: {lacking[0]} was not restored")
-                if not names or lacking:
+                restored = rebuild(stored, targets, names, depth=len(self._prefix) + 2)
+                if restored or kept:
+                    self._optimizer.state[parameter] = {**kept, **restored}
+                else:
                     self._optimizer.state.pop(parameter, None)
-                    continue
-                self._optimizer.state[parameter] = rebuild(
-                    stored, targets, names, depth=len(self._prefix) + 2
-                )
-        if self._groups_name in targets.values:
-            saved = attach_tensors(stored.values[self._groups_name], targets.tensors)
-            # What other ranks' parts of the model have in these groups is no reason.
-            if any(found.kind == "other" for found in _group_problems(self._groups_name, saved, groups)):
-                return [*notes, f"{self._groups_name} was kept: its groups are not those of the checkpoint"]
-            notes += self._install_groups(saved)
-        return notes
+        if self._groups_name not in targets.values:
+            return []
+        saved = attach_tensors(stored.values[self._groups_name], targets.tensors)
+        return self._install_groups(saved, self._match_groups(saved, stored, groups).partners)
 
-    def _install_groups(self, saved: Iterable[Mapping[str, Any]]) -> list[str]:
+    def _install_groups(self, saved: Sequence[Mapping[str, Any]], partners: Mapping[int, int]) -> list[str]:
         notes = []
-        for index, (group, values) in enumerate(zip(self._optimizer.param_groups, saved, strict=True)):
-            for key, value in values.items():
+        for index, partner in partners.items():
+            group = self._optimizer.param_groups[index]
+            for key, value in saved[partner].items():
                 if key == "params":
                     continue
                 if key in _IMPLEMENTATION and key in group:
@@ -294,73 +393,6 @@ def _by_parameter(stored: StoredState, prefix: Path) -> dict[str, list[str]]:
         if path[:depth] == state_path and len(path) > depth + 1:
             index.setdefault(path[depth], []).append(name)
     return index
-
-
-def _partial_keys(keys: Mapping[str, frozenset[str]]) -> dict[str, list[str]]:
-    """What parameters lack, by name: those whose keys are a part only of another parameter's keys.
-
-    Optimizers that give parameters of one group different keys (Adafactor) do not nest them.
-    """
-    kinds = set(keys.values())
-    lacking = {kind: max((k for k in kinds if kind < k), key=len, default=kind) - kind for kind in kinds}
-    return {name: sorted(lacking[kind]) for name, kind in keys.items() if lacking[kind]}
-
-
-def _params(saved: Any) -> list[str]:
-    """The names of all parameters in stored groups; none where these are not what this module stores."""
-    return [name for group in saved for name in group["params"]] if _are_groups(saved) else []
-
-
-def _are_groups(saved: Any) -> bool:
-    return isinstance(saved, list) and all(
-        isinstance(group, dict) and isinstance(group.get("params"), list) for group in saved
-    )
-
-
-def _group_problems(key: str, saved: Any, groups: Sequence[Mapping[str, Any]]) -> list[Problem]:
-    """What keeps the stored groups from being these; `unexpected` are parameters that these do not have."""
-    if not _are_groups(saved):
-        return [Problem(kind="other", key=key, detail="is not a list of groups with named params")]
-    if len(saved) != len(groups):
-        detail = f"the checkpoint has {len(saved)} groups, the optimizer has {len(groups)}"
-        return [Problem(kind="other", key=key, detail=detail)]
-    problems = []
-    for index, (group, members) in enumerate(zip(saved, groups, strict=True)):
-        stored_names = set(group["params"])
-        problems += [
-            _unexpected(f"{key}[{index}].{name}", "the optimizer does not have this parameter in the group")
-            for name in group["params"]
-            if name not in members
-        ]
-        live_only = [name for name in members if name not in stored_names]
-        if live_only:
-            detail = f"only in the optimizer: {_listed(live_only)}"
-            problems.append(Problem(kind="other", key=f"{key}[{index}]", detail=detail))
-    return problems
-
-
-def _kind_problems(key: str, saved: Any, groups: Sequence[Mapping[str, Any]]) -> list[Problem]:
-    """Where each side has settings that the other does not know, two kinds of optimizers met.
-
-    On one side alone there may be more: schedulers leave settings in groups, and versions of torch add some.
-    """
-    problems = []
-    for index, (group, live) in enumerate(zip(saved, groups, strict=False)) if _are_groups(saved) else ():
-        stored_only = sorted(group.keys() - live.keys() - _IMPLEMENTATION)
-        live_only = sorted(live.keys() - group.keys() - _IMPLEMENTATION)
-        if stored_only and live_only:
-            detail = (
-                f"another kind of optimizer: only the checkpoint has {_listed(stored_only)}, only this one "
-                f"has {_listed(live_only)}"
-            )
-            problems.append(Problem(kind="other", key=f"{key}[{index}]", detail=detail))
-    return problems
-
-
-def _listed(names: Sequence[str]) -> str:
-    shown = ", ".join(names[:_MAX_NAMES_SHOWN]) or "none"
-    more = len(names) - _MAX_NAMES_SHOWN
-    return f"{shown} and {more} more" if more > 0 else shown
 
 
 def _unexpected(key: str, detail: str) -> Problem:

@@ -33,6 +33,11 @@ class PartComponent:
         self._parameter_of = parameter_of
 
     @property
+    def component(self) -> Component:
+        """The component that is wrapped."""
+        return self._component
+
+    @property
     def prefix(self) -> Path:
         return self._component.prefix
 

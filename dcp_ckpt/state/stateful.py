@@ -17,6 +17,7 @@ from dcp_ckpt.errors import CheckpointError, LoadError, StateError
 from dcp_ckpt.state.component import Captured, Component, Path, Problem, StoredState, Targets
 from dcp_ckpt.state.model import ModelComponent, parameter_names
 from dcp_ckpt.state.optimizer import OptimizerComponent
+from dcp_ckpt.state.partial import with_unselected
 from dcp_ckpt.state.tensors import Fillable, fits, unsuitable
 from dcp_ckpt.state.tree import (
     StateCollector,
@@ -71,6 +72,8 @@ class StatefulComponent:
         names = stored_under(stored, self._prefix, (*targets.values, *targets.tensors))
         if names:
             state = rebuild(stored, targets, names, depth=len(self._prefix))
+            if stored.is_part:
+                state = with_unselected(state, self._stateful.state_dict(), stored, self._prefix)
             _load_into(self._stateful, state, join_path(self._prefix))
         return []
 
@@ -113,7 +116,7 @@ class DictComponent:
 
     def capture(self) -> Captured:
         collector = StateCollector()
-        for component in self._components():
+        for component in self.components():
             collector.add_captured(component.capture())
         for path, _, leaf in self._leaves():
             collector.add_leaf(path, leaf)
@@ -123,12 +126,14 @@ class DictComponent:
         tensors: dict[str, torch.Tensor] = {}
         values: set[str] = set()
         problems: list[Problem] = []
-        components = self._components()
+        reinitialised: dict[str, str] = {}
+        components = self.components()
         for component in components:
             part = component.targets(stored)
             tensors.update(part.tensors)
             values.update(part.values)
             problems += part.problems
+            reinitialised.update(part.reinitialised)
         fillable = Fillable(stored)
         for path, _, leaf in self._leaves():
             part = _leaf_targets(stored, path, leaf, fillable)
@@ -143,14 +148,19 @@ class DictComponent:
             for name in stored_under(stored, self._prefix)
             if name not in known
         ]
-        return Targets(tensors=tensors, values=frozenset(values), problems=tuple(problems))
+        return Targets(
+            tensors=tensors,
+            values=frozenset(values),
+            problems=tuple(problems),
+            reinitialised=reinitialised,
+        )
 
     def install(self, stored: StoredState, targets: Targets) -> list[str]:
         notes: list[str] = []
-        for component in self._components():
+        for component in self.components():
             notes += component.install(stored, targets)
         for path, parent, leaf in list(self._leaves()):
-            names = names_under((*targets.values, *targets.tensors), path)
+            names = _leaf_names(targets, path, leaf)
             if names:
                 _put(parent, path[-1], leaf, rebuild(stored, targets, names, depth=len(path)))
         return notes
@@ -161,8 +171,8 @@ class DictComponent:
             if not isinstance(leaf, (nn.Module, torch.optim.Optimizer, Stateful)):
                 yield path, parent, leaf
 
-    def _components(self) -> list[Component]:
-        """The objects in the dictionary: models first, since they name the optimizers' parameters."""
+    def components(self) -> list[Component]:
+        """Adapters of the objects in it: models first, since they name the optimizers' parameters."""
         entries = [(path, leaf) for path, _, leaf in _entries(self._mapping, self._prefix)]
         models = {path: self._model(path, leaf) for path, leaf in entries if isinstance(leaf, nn.Module)}
         self._models = models
@@ -217,6 +227,14 @@ def _leaf_targets(stored: StoredState, path: Path, leaf: Any, fillable: Fillable
         }
         return Targets(tensors=tensors, values=frozenset({name}))
     return Targets(problems=(_missing(path),))
+
+
+def _leaf_names(targets: Targets, path: Path, leaf: Any) -> list[str]:
+    """What was asked for a leaf: itself, or all that lies below an empty dictionary."""
+    name = join_path(path)
+    if name in targets.values or name in targets.tensors:
+        return [name]
+    return names_under((*targets.values, *targets.tensors), path) if type(leaf) is dict and not leaf else []
 
 
 def _tensors_inside(path: Path, leaf: Any) -> dict[str, torch.Tensor]:

@@ -83,9 +83,9 @@ def _end_bytes(tensor: torch.Tensor) -> int:
     return int(start + (last + 1) * tensor.itemsize)
 
 
-def fits(live: torch.Tensor, stored: StoredTensor) -> bool:
-    """Whether `live` has the stored dtype and global shape, and memory to fill."""
-    is_alike = live.dtype == stored.dtype and tuple(live.shape) == stored.shape
+def fits(live: torch.Tensor, stored: StoredTensor, *, any_dtype: bool = False) -> bool:
+    """Whether `live` has the stored global shape, and dtype if that counts, and memory to fill."""
+    is_alike = tuple(live.shape) == stored.shape and (any_dtype or live.dtype == stored.dtype)
     return is_alike and unsuitable(live) is None
 
 

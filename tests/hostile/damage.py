@@ -156,6 +156,11 @@ def one_byte_further(fragment: Fragment) -> Fragment:
     return with_chunk(payload_offset=chunk.container_offset + chunk.container_bytes - 8)(fragment)
 
 
+def at_an_odd_place(fragment: Fragment) -> Fragment:
+    """An element would lie across the end of a block."""
+    return with_chunk(payload_offset=fragment.chunks[0].payload_offset - 1)(fragment)
+
+
 def half_and_nothing(fragment: Fragment) -> Fragment:
     """One half of the rows, and in the place of the other a chunk without rows."""
     chunk = fragment.chunks[0]
@@ -216,6 +221,7 @@ BYTES = {
 
 TABLES = {
     "a chunk outside of its container": Damage(edit_fragment(1, one_byte_further, sign=True), FRAGMENT[1]),
+    "a chunk at an odd place": Damage(edit_fragment(1, at_an_odd_place, sign=True), FRAGMENT[1]),
     "a chunk outside of its file": Damage(
         edit_fragment(1, with_chunk(payload_offset=1 << 40, container_offset=1 << 40), sign=True), FRAGMENT[1]
     ),

@@ -1,43 +1,100 @@
-"""Which bytes go where: pieces are small enough to be held beside their targets."""
+"""What a read gives to a piece, as arithmetic: every element once, and no more bytes than blocks ask for."""
 
 from __future__ import annotations
+
+import itertools
+import random
 
 import pytest
 
 from dcp_ckpt.format.boxes import Box
 from dcp_ckpt.format.fragment import ChunkEntry
-from dcp_ckpt.load.ranges import pieces_of
+from dcp_ckpt.load.ranges import MERGE_GAP_BYTES, READ_BYTES, cover, parts_between, pieces_of
+
+MIB = 1 << 20
 
 
-def chunk_of(offsets: list[int], sizes: list[int]) -> ChunkEntry:
+def positions(sizes: tuple[int, ...], strides: tuple[int, ...]) -> dict[tuple[int, ...], int]:
+    """The place of each element in file order."""
+    return {
+        index: sum(i * stride for i, stride in zip(index, strides, strict=True))
+        for index in itertools.product(*map(range, sizes))
+    }
+
+
+def random_layout(rng: random.Random) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Sizes and descending strides: dense, with gaps, expanded, or overlapping."""
+    sizes = tuple(rng.choice([1, 1, 2, 3, 5, 7]) for _ in range(rng.randint(0, 4)))
+    strides: list[int] = []
+    stride = 1
+    for size in reversed(sizes):
+        stride = max(strides[-1] if strides else 0, stride + rng.choice([-1, 0, 0, 0, 1, 9]))
+        strides.append(stride)
+        stride *= size
+    return sizes, tuple(reversed(strides))
+
+
+@pytest.mark.parametrize("first_seed", range(0, 600, 100))
+def test_the_parts_between_all_cuts_make_up_the_box(first_seed: int) -> None:
+    for seed in range(first_seed, first_seed + 100):
+        rng = random.Random(seed)
+        sizes, strides = random_layout(rng)
+        wanted = positions(sizes, strides)
+        span = max(wanted.values()) + 1
+        cuts = sorted({-3, span + 2, *(rng.randint(0, span) for _ in range(rng.randint(0, 6)))})
+        found: dict[tuple[int, ...], int] = {}
+        for first, stop in itertools.pairwise(cuts):
+            parts = list(parts_between(sizes, strides, first, stop))
+            for part in parts:
+                inside = positions(part.sizes, strides)
+                assert max(inside.values()) + 1 == part.span, seed
+                assert first <= part.first <= part.first + part.span <= max(stop, first), seed
+                for index, place in inside.items():
+                    whole = tuple(o + i for o, i in zip(part.offsets, index, strict=True))
+                    assert whole not in found, seed
+                    found[whole] = part.first + place
+        assert found == wanted, seed
+
+
+def test_a_dense_box_is_cut_into_few_parts() -> None:
+    sizes, strides = (50, 40, 30), (1200, 30, 1)
+    for first in range(0, 60_000, 777):
+        assert len(list(parts_between(sizes, strides, first, first + 9_999))) <= 5
+
+
+def chunk(sizes: tuple[int, ...]) -> ChunkEntry:
     return ChunkEntry(
-        tensor="w",
-        offsets=offsets,
-        sizes=sizes,
+        tensor="t",
+        offsets=[0] * len(sizes),
+        sizes=list(sizes),
         file=0,
         payload_offset=4096,
         container_offset=0,
-        container_bytes=0,
+        container_bytes=1 << 40,
     )
 
 
 @pytest.mark.parametrize(
-    ("offsets", "sizes"),
-    [([0, 0], [8192, 8192]), ([0, 4096], [8192, 4096]), ([100, 0], [4000, 8192]), ([8000, 8000], [100, 100])],
-    ids=["whole", "columns", "rows", "corner"],
+    ("shape", "offsets", "sizes"),
+    [
+        ((16, 2048, 1024), (0, 512, 0), (16, 512, 1024)),
+        ((4, 16 << 20), (0, 8 << 20), (4, 4 << 20)),
+        ((3, 4, 8 << 20), (0, 1, 1 << 20), (3, 2, 1 << 20)),
+    ],
+    ids=["experts by rows", "long rows", "both"],
 )
-def test_pieces_are_bounded_and_tile_what_is_wanted(offsets: list[int], sizes: list[int]) -> None:
-    """On its way into a part of each row, onto a GPU or into another dtype a piece is held whole."""
-    wanted = Box.whole((8192, 8192))
-    pieces = pieces_of("w", "float32", wanted, [(0, chunk_of(offsets, sizes))])
-    assert max(piece.num_bytes for piece in pieces) <= 16 << 20
-    position, row = 4096, offsets[0]
-    for piece in pieces:
-        assert piece.start == position
-        assert piece.is_whole
-        assert piece.outer[0].start == row
-        assert piece.outer[1] == slice(offsets[1], offsets[1] + sizes[1])
-        position += piece.num_bytes
-        row = piece.outer[0].stop
-    assert position == 4096 + 4 * sizes[0] * sizes[1]
-    assert row == offsets[0] + sizes[0]
+def test_what_lies_far_from_what_is_wanted_is_not_read(
+    shape: tuple[int, ...], offsets: tuple[int, ...], sizes: tuple[int, ...]
+) -> None:
+    wanted = Box(offsets, sizes)
+    pieces = pieces_of("t", "float32", wanted, [(0, chunk(shape))])
+    reads = cover(pieces, {(0, 0): 1 << 40})
+    read_bytes = sum(read.num_bytes for read in reads)
+    assert read_bytes <= 4 * wanted.num_elements + 2 * MIB * len(pieces)
+    assert all(read.num_bytes <= READ_BYTES for read in reads)
+
+
+def test_near_rows_are_one_piece() -> None:
+    wanted = Box((0, 100), (5000, 50))
+    assert MERGE_GAP_BYTES > 4 * 1000
+    assert len(pieces_of("t", "float32", wanted, [(0, chunk((5000, 1000)))])) == 1

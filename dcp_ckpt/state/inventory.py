@@ -1,0 +1,109 @@
+"""What a live state consists of, by name: what globs can mean, and where renamed entries belong.
+
+Owns the look at all components together. Reads, changes nothing. Called by a load that restores a part, or
+under other names, or from a state that DCP flattened.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from dcp_ckpt.errors import StateError
+from dcp_ckpt.format.values import decode_value
+from dcp_ckpt.state.component import Captured, Component, Path
+from dcp_ckpt.state.model import ModelComponent
+from dcp_ckpt.state.optimizer import OptimizerComponent
+from dcp_ckpt.state.part import PartComponent
+from dcp_ckpt.state.partial import inside_of_values
+from dcp_ckpt.state.stateful import DictComponent
+from dcp_ckpt.state.tree import join_path
+
+__all__ = ["Inventory", "LiveParameter", "take_inventory"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LiveParameter:
+    """A parameter of a model.
+
+    Args:
+        key: the name by which optimizers know it.
+        shape: its global shape.
+    """
+
+    key: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inventory:
+    """The names of one rank's live state.
+
+    Args:
+        names: of all that a save would store now, and of the parameters that optimizers may keep state for;
+            tensors inside of a value have none of their own.
+        nodes: the path of every entry and of everything above one, by name.
+        values: path and decoded content of every value that a save would store now.
+        parameters: those of all models, by each of their names in the whole state.
+        optimizers: where their state is stored.
+    """
+
+    names: frozenset[str]
+    nodes: Mapping[str, Path]
+    values: Sequence[tuple[Path, Any]]
+    parameters: Mapping[str, LiveParameter]
+    optimizers: tuple[Path, ...]
+
+
+def take_inventory(components: Sequence[Component]) -> Inventory:
+    """Look at everything. Local to the rank; `state_dict()` of the user's objects is called."""
+    paths: list[Path] = []
+    values: list[tuple[Path, Any]] = []
+    for component in components:
+        captured = _captured(component)
+        paths += [*captured.tensors, *captured.values, *captured.per_rank] or [component.prefix]
+        values += [
+            (path, decode_value(value, path=join_path(path))) for path, value in captured.values.items()
+        ]
+    inside = inside_of_values({join_path(path): value for path, value in values})
+    parts = list(_parts(components))
+    optimizers = [part for part in parts if isinstance(part, OptimizerComponent)]
+    models = [part for part in parts if isinstance(part, ModelComponent)]
+    kept_for = [path for optimizer in optimizers for path in optimizer.state_paths()]
+    nodes = {join_path(path[:depth]): path[:depth] for path in paths for depth in range(len(path) + 1)}
+    return Inventory(
+        names=frozenset(map(join_path, (*paths, *kept_for))) - {"", *inside},
+        nodes=nodes,
+        values=values,
+        parameters=_parameters(models, optimizers),
+        optimizers=tuple(optimizer.prefix for optimizer in optimizers),
+    )
+
+
+def _captured(component: Component) -> Captured:
+    try:
+        return component.capture()
+    except StateError:
+        return Captured()  # what cannot be saved as it is now may well be loaded into
+
+
+def _parts(components: Sequence[Component]) -> Iterator[Component]:
+    """All components, and those of the objects inside of dictionaries."""
+    for component in components:
+        component = component.component if isinstance(component, PartComponent) else component
+        yield component
+        if isinstance(component, DictComponent):
+            yield from component.components()
+
+
+def _parameters(
+    models: Sequence[ModelComponent], optimizers: Sequence[OptimizerComponent]
+) -> dict[str, LiveParameter]:
+    keys = {key: name for optimizer in optimizers for key, name in optimizer.param_names.items()}
+    return {
+        join_path((*model.prefix, name)): LiveParameter(key=keys[id(tensor)][0], shape=tuple(tensor.shape))
+        for model in models
+        for name, tensor in model.tensors().items()
+        if id(tensor) in keys
+    }
