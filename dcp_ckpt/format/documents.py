@@ -9,11 +9,11 @@ from __future__ import annotations
 import json
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import msgspec
 
@@ -47,7 +47,7 @@ def decoder_of(kind: type[_Document]) -> msgspec.json.Decoder[_Document]:
     and crashes the process.
     """
     with _preparing:
-        return _decoder(kind)
+        return _decoder(cast(Hashable, kind))
 
 
 @contextmanager
