@@ -67,14 +67,18 @@ def payload_order(dtypes: Sequence[str]) -> list[int]:
     return sorted(range(len(dtypes)), key=lambda number: -dtype_info(dtypes[number]).item_bytes)
 
 
-def header(tensors: Sequence[tuple[str, str, tuple[int, ...]]]) -> bytes:
+def header(
+    tensors: Sequence[tuple[str, str, tuple[int, ...]]], aliases: Mapping[str, str] | None = None
+) -> bytes:
     """What a file begins with; the tensors' bytes follow without gaps.
 
     Args:
         tensors: name, dtype and sizes of each, in the order of their bytes.
+        aliases: further name of a tied tensor -> the name that it has here; only told, as by
+            `safetensors.torch.save_model`.
     """
-    # Every loader of transformers asks for it: that the tensors are those of torch.
-    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    # Every loader of transformers asks for the format: that the tensors are those of torch.
+    entries: dict[str, object] = {"__metadata__": {**(aliases or {}), "format": "pt"}}
     end = 0
     for name, dtype, sizes in tensors:
         start, end = end, end + dtype_info(dtype).item_bytes * math.prod(sizes)

@@ -21,15 +21,16 @@ def tensor_pickle(dtype: str, sizes: Sequence[int]) -> bytes:
     return pickle.PROTO + b"\x02" + _tensor(dtype, sizes, "0") + pickle.STOP
 
 
-def dict_pickle(tensors: Iterable[tuple[str, str, Sequence[int]]]) -> bytes:
+def dict_pickle(tensors: Iterable[tuple[Sequence[str], str, Sequence[int]]]) -> bytes:
     """A dictionary of tensors in the given order; the bytes of number i are the record `data/<i>`.
 
     Args:
-        tensors: name, dtype and sizes of each.
+        tensors: names, dtype and sizes of each; under several names it is tied when it is loaded.
     """
     items = [
         _text(name) + _tensor(dtype, sizes, str(number))
-        for number, (name, dtype, sizes) in enumerate(tensors)
+        for number, (names, dtype, sizes) in enumerate(tensors)
+        for name in names
     ]
     parts = [pickle.PROTO + b"\x02", pickle.EMPTY_DICT, pickle.MARK, *items, pickle.SETITEMS, pickle.STOP]
     return b"".join(parts)

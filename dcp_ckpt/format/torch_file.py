@@ -19,13 +19,15 @@ __all__ = ["torch_file_framing"]
 _ALIGNMENT_BYTES = 64
 
 
-def torch_file_framing(tensors: Sequence[tuple[str, str, tuple[int, ...]]]) -> Generator[bytes, int, None]:
+def torch_file_framing(
+    tensors: Sequence[tuple[Sequence[str], str, tuple[int, ...]]],
+) -> Generator[bytes, int, None]:
     """The bytes before the first tensor, between two, and after the last, which are one more than tensors.
 
     Their lengths do not depend on the CRCs.
 
     Args:
-        tensors: name, dtype and sizes of each, contiguous and row-major, in the order of their bytes.
+        tensors: names, dtype and sizes of each, contiguous and row-major, in the order of their bytes.
 
     Yields:
         The bytes up to those of the next tensor; sent in return: the CRC-32 of that tensor's bytes.

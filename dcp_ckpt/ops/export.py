@@ -154,7 +154,7 @@ def _files(
     if request.format == "safetensors":
         default = _SHARD_BYTES if place.name is None else None
         return safetensors_files(plan, name=place.name, max_shard_bytes=request.max_shard_bytes or default)
-    described = [(tensor.name, tensor.dtype, tensor.shape) for tensor in plan.tensors]
+    described = [(tensor.names, tensor.dtype, tensor.shape) for tensor in plan.tensors]
     return [
         PlannedFile(
             name=place.name or "",

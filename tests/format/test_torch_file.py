@@ -15,7 +15,9 @@ from dcp_ckpt.format.torch_file import torch_file_framing
 UINT32_MAX = 0xFFFFFFFF
 
 
-def write(path: Path, tensors: Sequence[tuple[str, str, tuple[int, ...]]], payloads: Sequence[bytes]) -> int:
+def write(
+    path: Path, tensors: Sequence[tuple[Sequence[str], str, tuple[int, ...]]], payloads: Sequence[bytes]
+) -> int:
     """A file of these payloads, which may be shorter than stated: the rest are holes. Its stated length."""
     framing = torch_file_framing(tensors)
     with path.open("wb") as file:
@@ -30,14 +32,14 @@ def write(path: Path, tensors: Sequence[tuple[str, str, tuple[int, ...]]], paylo
 
 
 def test_lengths_do_not_depend_on_the_crc(tmp_path: Path) -> None:
-    tensors = [("a", "uint8", (3,)), ("b", "float32", ()), ("c", "bool", (0, 2))]
+    tensors = [(["a"], "uint8", (3,)), (["b"], "float32", ()), (["c"], "bool", (0, 2))]
     framing = torch_file_framing(tensors)
     lengths = [len(next(framing))] + [len(framing.send(0)) for _ in tensors]
     assert write(tmp_path / "x", tensors, [b"abc", bytes(4), b""]) == sum(lengths) + 7
 
 
 def test_payloads_are_aligned_and_their_crc_is_right(tmp_path: Path) -> None:
-    tensors = [(f"layer.{n}.ü", "uint8", (n,)) for n in range(70)]
+    tensors = [([f"layer.{n}.ü"], "uint8", (n,)) for n in range(70)]
     write(tmp_path / "x", tensors, [bytes([n]) * n for n in range(70)])
     with zipfile.ZipFile(tmp_path / "x") as archive:
         assert archive.testzip() is None
@@ -52,7 +54,7 @@ def test_payloads_are_aligned_and_their_crc_is_right(tmp_path: Path) -> None:
 @pytest.mark.parametrize("size", [UINT32_MAX - 100, UINT32_MAX, 5 << 30], ids=["below", "at", "above"])
 def test_beyond_4_gib(tmp_path: Path, size: int) -> None:
     """In a file of holes: the record itself, and one that starts behind it."""
-    tensors = [("large", "uint8", (size,)), ("behind", "int16", (2,))]
+    tensors = [(["large"], "uint8", (size,)), (["behind"], "int16", (2,))]
     write(tmp_path / "x", tensors, [b"\x01", b"\x02\x00\x03\x00"])
     with zipfile.ZipFile(tmp_path / "x") as archive:
         assert archive.getinfo("archive/data/0").file_size == size
@@ -64,7 +66,7 @@ def test_beyond_4_gib(tmp_path: Path, size: int) -> None:
 
 @pytest.mark.slow
 def test_more_records_than_two_bytes_count(tmp_path: Path) -> None:
-    tensors = [(str(n), "uint8", (1,)) for n in range(66_000)]
+    tensors = [([str(n)], "uint8", (1,)) for n in range(66_000)]
     write(tmp_path / "x", tensors, [bytes([n % 251]) for n in range(66_000)])
     with zipfile.ZipFile(tmp_path / "x") as archive:
         assert len(archive.infolist()) == 66_003

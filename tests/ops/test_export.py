@@ -154,12 +154,29 @@ def test_models_alone_and_their_tied_tensors_once(
     ref, model, _ = trained
     report = export(ref, tmp_path)
     same_bits(read_safetensors(tmp_path), state_dict)
+    with safe_open(tmp_path / "model.safetensors", framework="pt") as opened:
+        assert opened.metadata() == {"format": "pt", "head.weight": "embedding.weight"}
     assert report.left_out.keys() == {"not of a model"}
     other = TiedModel(seed=1)
     missing, unexpected = load_model(other, tmp_path / "model.safetensors")
     assert (set(missing), list(unexpected)) == (set(), [])
     assert other.head.weight is other.embedding.weight
     same_bits(dict(other.state_dict()), dict(model.state_dict()))
+
+
+def test_a_torch_file_and_a_dcp_directory_have_tied_tensors_under_all_names(
+    trained: tuple[str, TiedModel, Any], tmp_path: Path
+) -> None:
+    ref, model, _ = trained
+    report = export(ref, tmp_path / "model.pt", format="torch")
+    found = torch.load(report.path, weights_only=True)
+    same_bits(found, dict(model.state_dict()))
+    assert found["head.weight"].data_ptr() == found["embedding.weight"].data_ptr()
+    TiedModel(seed=1).load_state_dict(found)
+    export(ref, tmp_path / "stock", format="dcp")
+    target = {"model": {name: torch.zeros_like(one) for name, one in model.state_dict().items()}}
+    stock_load(target, checkpoint_id=tmp_path / "stock")
+    same_bits(target["model"], dict(model.state_dict()))
 
 
 def test_shards_are_described_by_the_index(

@@ -119,6 +119,27 @@ def test_a_merged_state_for_stock_dcp_has_the_names_of_the_plain_model(tmp_path:
     same_bits(state["model"], merged_in_memory(model))
 
 
+def test_an_adapter_on_one_of_several_tied_names_unties_it(tmp_path: Path) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.embedding = nn.Embedding(13, 8)
+            self.head = Adapted(8, 13, rank=2, dtype=torch.float32)
+            self.embedding.weight = self.head.weight
+
+    model = Net()
+    ref = saved(tmp_path / "run", TrainState(model=model))
+    report = export(ref, tmp_path / "model.pt", format="torch", fuse_lora=True)
+    assert report.notes == (
+        "model.head.weight is tied to other names, which keep the weight without its adapter: load it untied",
+    )
+    found = torch.load(report.path, weights_only=True)
+    assert torch.equal(found["embedding.weight"], model.embedding.weight)
+    delta = model.head.lora_scale.item() * (model.head.lora_b @ model.head.lora_a)
+    assert torch.equal(found["head.weight"], model.embedding.weight + delta)
+
+
 def peft_model() -> dict[str, torch.Tensor]:
     """What `peft` calls a model with one adapted layer, and a head that is trained whole."""
     torch.manual_seed(0)

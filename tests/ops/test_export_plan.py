@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
@@ -11,7 +12,12 @@ from dcp_ckpt.ops.exporting.plan import Contents, ExportPlan, plan_export
 from dcp_ckpt.ops.exporting.request import ExportRequest
 
 
-def contents(*paths: tuple[str | int, ...], values: tuple[str, ...] = (), dtype: str = "float32") -> Contents:
+def contents(
+    *paths: tuple[str | int, ...],
+    values: tuple[str, ...] = (),
+    dtype: str = "float32",
+    aliases: Mapping[str, str] | None = None,
+) -> Contents:
     entries = {
         ".".join(map(str, path)): TensorEntry(
             path=list(map(str, path)), dtype=dtype, shape=[2], mesh=None, placements=[], owners=[[0, 1]]
@@ -20,6 +26,7 @@ def contents(*paths: tuple[str | int, ...], values: tuple[str, ...] = (), dtype:
     }
     return Contents(
         tensors=entries,
+        aliases=aliases or {},
         values=values,
         paths={".".join(map(str, path)): path for path in paths} | {name: (name,) for name in values},
         left_out={},
@@ -90,6 +97,17 @@ def test_layers_follow_each_other_as_numbers() -> None:
 )
 def test_what_names_lose(paths: list[tuple[str | int, ...]], options: dict[str, Any], prefix: str) -> None:
     assert plan(contents(*paths), **options).prefix == prefix
+
+
+def test_a_tied_tensor_is_one_with_the_names_that_were_chosen() -> None:
+    paths = [("model", "a.head"), ("model", "b.embedding")]
+    what = contents(*paths, aliases={"model.a.head": "model.b.embedding"})
+    for format in ("safetensors", "torch", "dcp"):
+        prefix = "model." if format == "dcp" else ""
+        (tensor,) = plan(what, format=format).tensors
+        assert tensor.names == (f"{prefix}b.embedding", f"{prefix}a.head")
+        (tensor,) = plan(what, format=format, exclude=("*.embedding",)).tensors
+        assert tensor.names == (f"{prefix}a.head",)
 
 
 def test_floating_dtypes_are_converted_and_no_others() -> None:

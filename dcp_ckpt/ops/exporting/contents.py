@@ -36,6 +36,7 @@ def read_contents(
     values, left_out = _values(checkpoint, names) if with_values else ({}, {})
     contents = Contents(
         tensors=source.tensors,
+        aliases={other: name for name, others in checkpoint.aliases.items() for other in others},
         values=tuple(values) if with_values else tuple(names),
         paths=_paths(checkpoint, source),
         left_out=left_out,

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import io
 import pickle
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from dcp_ckpt.format.containers import SLAB_ALIGNMENT_BYTES, tensor_framing
 from dcp_ckpt.format.names import DCP_METADATA
+from dcp_ckpt.format.stock_metadata import FlatPath
 from dcp_ckpt.ops.exporting.files import PlannedFile, document, plain_framing
-from dcp_ckpt.ops.exporting.plan import ExportPlan, ExportTensor, ExportValue
+from dcp_ckpt.ops.exporting.plan import ExportPlan
 
 __all__ = ["DCP_DATA_FILE", "dcp_files"]
 
@@ -79,17 +80,18 @@ def _metadata(plan: ExportPlan, places: Mapping[str, tuple[int, int]]) -> bytes:
 
     described: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
     stored: dict[MetadataIndex, _StorageInfo] = {}
+    paths: dict[str, FlatPath] = {}
     for tensor in plan.tensors:
         offsets, sizes = torch.Size([0] * len(tensor.shape)), torch.Size(tensor.shape)
-        described[tensor.name] = TensorStorageMetadata(
+        entry = TensorStorageMetadata(
             properties=TensorProperties(dtype=getattr(torch, tensor.dtype)),
             size=sizes,
             chunks=[ChunkStorageMetadata(offsets=offsets, sizes=sizes)],
         )
-        stored[MetadataIndex(tensor.name, offsets, 0)] = _StorageInfo(DCP_DATA_FILE, *places[tensor.name])
+        for name, path in ((tensor.name, tensor.path), *tensor.aliases):
+            described[name], paths[name] = entry, path
+            stored[MetadataIndex(name, offsets, 0)] = _StorageInfo(DCP_DATA_FILE, *places[tensor.name])
     for value in plan.values:
-        described[value.name] = BytesStorageMetadata()
+        described[value.name], paths[value.name] = BytesStorageMetadata(), value.path
         stored[MetadataIndex(value.name)] = _StorageInfo(DCP_DATA_FILE, *places[value.name])
-    exported: Iterable[ExportTensor | ExportValue] = (*plan.tensors, *plan.values)
-    paths = {one.name: one.path for one in exported}
     return pickle.dumps(Metadata(state_dict_metadata=described, planner_data=paths, storage_data=stored))

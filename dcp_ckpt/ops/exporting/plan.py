@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from dcp_ckpt.errors import StateMismatch
@@ -27,12 +27,15 @@ class Contents:
     """What a checkpoint holds, by stored name.
 
     Args:
+        tensors: tied ones under each of their names.
+        aliases: a further name of a tied tensor -> the one that it is stored under.
         paths: of every tensor and value in the nested state.
         values: the names of those that can be exported at all.
         left_out: values that cannot, with the reason.
     """
 
     tensors: Mapping[str, TensorEntry]
+    aliases: Mapping[str, str]
     values: tuple[str, ...]
     paths: Mapping[str, FlatPath]
     left_out: Mapping[str, str]
@@ -48,6 +51,7 @@ class ExportTensor:
         stored: its name in the checkpoint.
         dtype: in the export.
         adapter: what is added to it.
+        aliases: its other names and their paths, where it is tied.
     """
 
     name: str
@@ -57,6 +61,12 @@ class ExportTensor:
     dtype: str
     shape: tuple[int, ...]
     adapter: Adapter | None = None
+    aliases: tuple[tuple[str, FlatPath], ...] = ()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All of them, `name` first."""
+        return (self.name, *(name for name, _ in self.aliases))
 
     @property
     def num_bytes(self) -> int:
@@ -126,13 +136,15 @@ def plan_export(contents: Contents, request: ExportRequest) -> ExportPlan:
         merging = plan_merging(shapes, request.lora_alpha)
     stored = [name for name in sorted(selection.tensors, key=_in_order) if name not in merging.consumed]
     prefix = choose_prefix({name: paths[name] for name in contents.tensors}, stored, request)
-    tensors = tuple(_tensor(name, contents, request, merging, prefix.text) for name in stored)
+    tied = _tied(stored, contents.aliases, merging)
+    tensors = tuple(_tensor(names, contents, request, merging, prefix.text) for names in tied)
     values = tuple(
         ExportValue(name=_without(prefix.text, name), path=_path(name, paths[name], prefix.text), stored=name)
         for name in selection.values
     )
     _refuse_shared_names((*tensors, *values))
     notes = [prefix.note] if prefix.note else []
+    notes += _untied(stored, contents.aliases, merging)
     if not request.fuse_lora and has_adapters(stored):
         notes.append(
             "there are LoRA adapters, exported as they are: fuse_lora merges them into their weights"
@@ -151,23 +163,54 @@ def _in_order(name: str) -> list[tuple[int, str]]:
     return [(int(part) if part.isdecimal() else -1, part) for part in re.split(r"([0-9]+)", name)]
 
 
+def _tied(stored: Sequence[str], aliases: Mapping[str, str], merging: Merging) -> list[list[str]]:
+    """The names of each tensor, that which it is stored under first."""
+    found: dict[tuple[str, bool], list[str]] = {}
+    for name in stored:
+        # What an adapter is added to is another tensor from then on.
+        is_merged = name in merging.adapters
+        same = name if is_merged else aliases.get(name, name)
+        names = found.setdefault((same, is_merged), [])
+        names.insert(0 if name == same else len(names), name)
+    return list(found.values())
+
+
+def _untied(stored: Sequence[str], aliases: Mapping[str, str], merging: Merging) -> list[str]:
+    """What to say of tied weights that adapters make different ones."""
+    sizes = Counter(aliases.get(name, name) for name in stored)
+    return [
+        f"{name} is tied to other names, which keep the weight without its adapter: load it untied"
+        for name in merging.adapters
+        if sizes[aliases.get(name, name)] > 1
+    ]
+
+
 def _tensor(
-    stored: str, contents: Contents, request: ExportRequest, merging: Merging, prefix: str
+    names: Sequence[str], contents: Contents, request: ExportRequest, merging: Merging, prefix: str
 ) -> ExportTensor:
-    entry, path = contents.tensors[stored], contents.paths[stored]
-    name = merging.names.get(stored, stored)
-    if name != stored:
-        path = _renamed(path, name)
+    """A tensor from its names in the checkpoint."""
+    stored = names[0]
+    entry = contents.tensors[stored]
     is_floating = "float" in entry.dtype
+    (name, path), *aliases = (_exported(one, contents.paths[one], merging, prefix) for one in names)
     return ExportTensor(
-        name=_without(prefix, name),
-        path=_path(name, path, prefix),
+        name=name,
+        path=path,
         stored=stored,
         stored_dtype=entry.dtype,
         dtype=request.dtype if request.dtype and is_floating else entry.dtype,
         shape=tuple(entry.shape),
         adapter=merging.adapters.get(stored),
+        aliases=tuple(aliases),
     )
+
+
+def _exported(stored: str, path: FlatPath, merging: Merging, prefix: str) -> tuple[str, FlatPath]:
+    """The name and the path in the export."""
+    name = merging.names.get(stored, stored)
+    if name != stored:
+        path = _renamed(path, name)
+    return _without(prefix, name), _path(name, path, prefix)
 
 
 def _without(prefix: str, name: str) -> str:
@@ -190,6 +233,7 @@ def _renamed(path: FlatPath, name: str) -> FlatPath:
 def _refuse_shared_names(exported: Iterable[ExportTensor | ExportValue]) -> None:
     taken: dict[str, str] = {}
     for one in exported:
-        other = taken.setdefault(one.name, one.stored)
-        if other != one.stored:
-            raise StateMismatch(f"{other} and {one.stored} would both be called {one.name}: exclude one")
+        for name in one.names if isinstance(one, ExportTensor) else (one.name,):
+            other = taken.setdefault(name, one.stored)
+            if other != one.stored:
+                raise StateMismatch(f"{other} and {one.stored} would both be called {name}: exclude one")

@@ -84,7 +84,8 @@ def _shards(tensors: Sequence[ExportTensor], max_bytes: int | None) -> list[list
 
 def _file(name: str, tensors: Sequence[ExportTensor]) -> PlannedFile:
     ordered = tuple(tensors[number] for number in payload_order([tensor.dtype for tensor in tensors]))
-    start = header([(tensor.name, tensor.dtype, tensor.shape) for tensor in ordered])
+    aliases = {alias: tensor.name for tensor in ordered for alias, _ in tensor.aliases}
+    start = header([(tensor.name, tensor.dtype, tensor.shape) for tensor in ordered], aliases)
     if len(start) > MOST_HEADER_BYTES:
         raise StateMismatch(
             f"the header of {name} would have {len(start)} bytes, and readers accept {MOST_HEADER_BYTES}: "
