@@ -21,7 +21,7 @@ from dcp_ckpt import CheckpointConfig, Checkpointer, MeshRoles, ModelParts, Trai
 
 __all__ = ["Pipeline", "load_whole", "resume", "train"]
 
-CONFIG = CheckpointConfig(keep=None, timeout_seconds=40.0)
+CONFIG = CheckpointConfig(keep=None, timeout_seconds=40.0, overlap="step")
 WIDTH, NUM_LAYERS, NUM_MICROBATCHES, ROWS = 5, 6, 4, 8
 
 

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial, Shard, distribute_tensor
 
 from dcp_ckpt import CheckpointConfig, Checkpointer, MeshRoles, TrainState, load_checkpoint
 from dcp_ckpt.errors import CheckpointError
@@ -99,6 +99,10 @@ def without_roles(place: Place) -> Any:
     return of_stage(place, mesh_roles=None)
 
 
+def a_partial_sum(place: Place) -> Any:
+    return of_stage(place, extra={"sum": DTensor.from_local(torch.ones(3), place.mesh["dp"], [Partial()])})
+
+
 WRONG: Mapping[str, Callable[[Place], Any]] = {
     make.__name__: make
     for make in (
@@ -108,6 +112,7 @@ WRONG: Mapping[str, Callable[[Place], Any]] = {
         undeclared,
         declared_and_different,
         without_roles,
+        a_partial_sum,
     )
 }
 

@@ -13,8 +13,9 @@ import torch
 from torch import nn
 from torch.distributed.checkpoint.state_dict_loader import load as stock_load
 
-from dcp_ckpt import open_checkpoint, verify
+from dcp_ckpt import open_checkpoint, plan_load, verify
 from dcp_ckpt.dcp import Reader
+from dcp_ckpt.testing.ranks import RankPool
 from tests.layouts.models import Layout, Model, known, same_bits
 from tests.layouts.programs import STEP, load_all, save_all
 from tests.layouts.training import MOMENTS, UNTOUCHED, VALUES
@@ -80,6 +81,20 @@ def test_every_layout_loads_into_every_other(pool, saved, loaded):
     require_equal(pool, saved, {(layout, loaded) for layout in LAYOUTS})
 
 
+EIGHT = ("rep2.fsdp2.tp2", "pp2.fsdp2.sp2", "pp2.rep2.fsdp2", "efsdp2.ep4")
+
+
+@pytest.mark.slow
+def test_three_dimensions_on_eight_ranks(tmp_path):
+    with RankPool(8) as pool:
+        pool.run(save_all, 8, str(tmp_path), EIGHT, timeout_seconds=100)
+        pairs = [*itertools.product(EIGHT, EIGHT)]
+        for found in pool.run(load_all, 8, str(tmp_path), pairs, timeout_seconds=100):
+            assert {pair: names for pair, names in found.items() if names} == {}
+        (alone,) = pool.run(load_all, 1, str(tmp_path), [(layout, "alone") for layout in EIGHT])
+        assert not any(alone.values())
+
+
 def whole_tensors() -> dict[str, torch.Tensor]:
     """What one process holds, by stored name."""
     model = Model()
@@ -111,6 +126,7 @@ def test_what_is_stored_does_not_depend_on_the_layout(saved, layout):
         ]
         assert checkpoint.read_value("lr_scheduler")["last_epoch"] == 3
         assert {name: checkpoint.read_value(f"extra.{name}") for name in VALUES} == VALUES
+        assert plan_load(checkpoint, 1).needed_bytes == sum(tensor.nbytes for tensor in right.values())
 
 
 def parameter_groups(model: nn.Module) -> list[set[str]]:

@@ -10,7 +10,7 @@ from torch.distributed.tensor import DTensor
 from torch.multiprocessing.spawn import spawn
 
 from dcp_ckpt.errors import ConfigError, StateError
-from dcp_ckpt.state import ElasticSampler, TrainState, components_of
+from dcp_ckpt.state import ElasticSampler, ModelParts, TrainState, components_of
 from tests.state import in_memory
 
 
@@ -76,6 +76,78 @@ def test_several_models_and_optimizers_have_names_of_their_own():
     assert "optimizer.0.state.b.weight.momentum_buffer" in names
     sequence = in_memory.save(TrainState(model=[a, b], rng=False).components())
     assert sequence.names == {"model.0.weight", "model.0.bias", "model.1.weight", "model.1.bias"}
+
+
+class Nested(nn.Module):
+    """A module with a parameter of its own beside another module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(1))
+        self.inner = nn.Linear(1, 1, bias=False)
+
+
+def test_keys_may_be_module_names_that_begin_like_each_other():
+    """One optimizer and scheduler for each module's own parameters."""
+
+    def make(lr: float) -> Any:
+        torch.manual_seed(0)
+        model = nn.ModuleDict({"block": Nested()})
+        own: dict[str, list[nn.Parameter]] = {
+            name: list(module.parameters(recurse=False)) for name, module in model.named_modules()
+        }
+        optimizers = {
+            name: torch.optim.SGD(p, lr=lr * len(name), momentum=0.9) for name, p in own.items() if p
+        }
+        schedulers = {
+            name: torch.optim.lr_scheduler.StepLR(one, len(name)) for name, one in optimizers.items()
+        }
+        return TrainState(model=model, optimizer=optimizers, lr_scheduler=schedulers, rng=False)
+
+    source, target = make(0.1), make(0.7)
+    assert list(source.optimizer) == ["block", "block.inner"]
+    for parameter in source.model.parameters():
+        parameter.grad = torch.full_like(parameter, 0.5)
+    for optimizer in source.optimizer.values():
+        optimizer.step()
+    source.lr_scheduler["block.inner"].last_epoch = 5
+    in_memory.load(in_memory.save(source.components()), target.components())
+    for name in source.optimizer:
+        for key in ("state", "param_groups"):
+            assert target.optimizer[name].state_dict()[key] == source.optimizer[name].state_dict()[key]
+        assert target.lr_scheduler[name].state_dict() == source.lr_scheduler[name].state_dict()
+
+
+def test_a_parameter_of_two_optimizers_has_its_state_in_each():
+    def make() -> Any:
+        model = nn.Linear(1, 1, bias=False)
+        optimizers = {
+            "slow": torch.optim.AdamW(model.parameters(), lr=0.1),
+            "fast": torch.optim.SGD(model.parameters(), lr=0.2, momentum=0.5),
+        }
+        return TrainState(model=model, optimizer=optimizers, rng=False)
+
+    source, target = make(), make()
+    source.model.weight.grad = torch.ones(1, 1)
+    for optimizer in source.optimizer.values():
+        optimizer.step()
+    in_memory.load(in_memory.save(source.components()), target.components())
+    assert target.optimizer["slow"].state[target.model.weight]["step"] == 1
+    assert torch.equal(
+        target.optimizer["fast"].state[target.model.weight]["momentum_buffer"], torch.ones(1, 1)
+    )
+
+
+def test_parts_of_a_model_make_one_space_of_names():
+    first, second = (nn.ModuleDict({"layers": nn.ModuleDict({key: nn.Linear(1, 1)})}) for key in "05")
+    state = TrainState(model=ModelParts([first, second]), rng=False)
+    assert in_memory.save(state.components()).names == {
+        "model.layers.0.weight", "model.layers.0.bias", "model.layers.5.weight", "model.layers.5.bias",
+    }  # fmt: skip
+    with pytest.raises(StateError, match=r"two tensors of the model have the name 'layers\.0\.weight'"):
+        TrainState(
+            model=ModelParts([first, nn.ModuleDict({"layers": nn.ModuleDict({"0": nn.Linear(1, 1)})})])
+        ).components()
 
 
 def test_a_model_container_is_one_model():
