@@ -139,9 +139,11 @@ class Reporter:
         info = handle.result()
         stall, durable = info.stall_seconds, info.durable_seconds
         self._write(event="save", step=step, stall_seconds=stall, durable_seconds=durable, bytes=info.bytes)
-        rate = info.bytes / 1e6 / durable if durable else 0.0
+        written = (info.bytes - info.shared_bytes) / 1e6
+        shared = f" and {info.shared_bytes / 1e6:.1f} MB unchanged" if info.shared_bytes else ""
+        rate = written / durable if durable else 0.0
         self.say(
-            f"saved step {step}: {info.bytes / 1e6:.1f} MB, stalled {stall * 1e3:.0f} ms, "
+            f"saved step {step}: {written:.1f} MB{shared}, stalled {stall * 1e3:.0f} ms, "
             f"durable after {durable * 1e3:.0f} ms ({rate:.0f} MB/s)"
         )
 

@@ -52,6 +52,9 @@ def test_a_run_is_fine_tuned_in_a_run_of_its_own(pool, tmp_path):
     trainable = {key.removeprefix("model.") for key in adapters if not key.endswith("lora_scale")}
     assert optimized(f"{tuned}@latest") == trainable
 
+    with open_checkpoint(f"{tuned}@latest") as checkpoint:
+        base_bytes = sum(tensor.nbytes for tensor in before.values())
+        assert checkpoint.manifest.shared_bytes >= base_bytes, "the base was written once"
     export(f"{tuned}@latest", tmp_path / "merged.pt", format="torch", fuse_lora=True)
     merged = torch.load(tmp_path / "merged.pt")
     assert {f"model.{name}" for name in merged} == before.keys()
