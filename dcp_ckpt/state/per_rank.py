@@ -15,7 +15,13 @@ from dcp_ckpt.errors import StateError
 from dcp_ckpt.format.values import InlineTensor, encode_value
 from dcp_ckpt.state.component import Captured, Path, Problem, StoredState, Targets
 from dcp_ckpt.state.inline import to_inline
-from dcp_ckpt.state.keying import NOTHING_SHARED, Keying, live_keying, saved_keying, source_rank
+from dcp_ckpt.state.keying import (
+    NOTHING_SHARED,
+    all_places_known,
+    live_keying,
+    saved_keying,
+    source_rank,
+)
 from dcp_ckpt.state.mesh_roles import MeshRoles
 from dcp_ckpt.state.stateful import Stateful, load_into, missing, put
 from dcp_ckpt.state.tensors import check_tensor
@@ -111,19 +117,12 @@ class PerRankComponent:
         if not stored.saved_world_size:
             return None
         saved, live = saved_keying(stored), live_keying(stored, self._roles)
-        if all(_same_place(rank, live, saved) is not None for rank in live.ranks):
-            return _same_place(stored.rank, live, saved)
+        if all_places_known(live, saved) and live.peers.keys() <= saved.peers.keys():
+            return source_rank(stored.rank, live, saved, NOTHING_SHARED)
         return stored.rank if stored.saved_world_size == stored.world_size else None
 
     def _name(self, key: str) -> str:
         return join_path((*self._prefix, key))
-
-
-def _same_place(rank: int, live: Keying, saved: Keying) -> int | None:
-    """The saved rank that stood exactly where `rank` stands, along every dimension of both meshes."""
-    if any(index and name not in saved.peers for name, index in live.place(rank).peers.items()):
-        return None
-    return source_rank(rank, live, saved, NOTHING_SHARED)
 
 
 def _tensor_problems(name: str, live: torch.Tensor, stored: Any) -> list[Problem]:

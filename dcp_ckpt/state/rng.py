@@ -38,6 +38,7 @@ from dcp_ckpt.state.keying import (
     NOTHING_SHARED,
     Keying,
     Shared,
+    all_places_known,
     live_keying,
     saved_keying,
     source_rank,
@@ -103,7 +104,7 @@ class RngComponent:
     def _plan(self, stored: StoredState) -> _Plan:
         saved, live = saved_keying(stored), live_keying(stored, self._roles)
         own = source_rank(stored.rank, live, saved, NOTHING_SHARED)
-        if own is not None and _all_keep(live, saved):
+        if own is not None and all_places_known(live, saved):
             return _Plan(live, saved, dict.fromkeys(self._saved(stored, own), NOTHING_SHARED))
         first = self._saved(stored, saved.rank_at(0, {}))
         others = {
@@ -177,10 +178,6 @@ class _Plan:
         """The dimensions along which the streams of peers differed."""
         shared = self.shared.get(kind)
         return [] if shared is None else [name for name in self.saved.peers if name not in shared.by_peers]
-
-
-def _all_keep(live: Keying, saved: Keying) -> bool:
-    return all(source_rank(rank, live, saved, NOTHING_SHARED) is not None for rank in live.ranks)
 
 
 def _samples(saved: Keying) -> dict[str | None, list[int]]:

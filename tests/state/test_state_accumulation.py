@@ -237,7 +237,7 @@ def test_a_tensor_that_cannot_be_watched_breaks_no_step(monkeypatch, caplog):
     def refuse(tensor: torch.Tensor) -> torch.Tensor:
         raise RuntimeError("no storage")
 
-    monkeypatch.setattr(accumulation, "local_tensor", refuse)
+    monkeypatch.setattr(accumulation, "_own_part", refuse)
     backward(model)
     optimizer.step()
     assert "are not seen" in caplog.text

@@ -98,7 +98,7 @@ def test_a_position_of_its_own_is_refused_with_advice_where_the_data_size_differ
     for problem in problems:
         assert (problem.kind, problem.key) == ("other", "dataloader")
         assert counts in problem.detail
-        assert "exclude 'dataloader'" in problem.detail
+        assert 'exclude=("dataloader",)' in problem.detail
         assert "dcp_ckpt.data.ElasticLoader" in problem.detail
 
 
