@@ -43,7 +43,7 @@ from dcp_ckpt.save.handle import CheckpointInfo, SaveHandle, info_of
 from dcp_ckpt.save.opening import open_together
 from dcp_ckpt.save.session import Session
 from dcp_ckpt.save.writer_link import WriterLink
-from dcp_ckpt.state.train_state import State, components_of
+from dcp_ckpt.state.train_state import State, components_of, components_to_save
 from dcp_ckpt.stopping.agreement import Stop
 from dcp_ckpt.stopping.stopper import Stopper
 
@@ -148,7 +148,7 @@ class Checkpointer:
                 step=step,
             )
         saver = self._started().saver
-        handle = saver.save(lambda: components_of(state), step=step, metrics=metrics or {}, tags=tags)
+        handle = saver.save(lambda: components_to_save(state), step=step, metrics=metrics or {}, tags=tags)
         if self._due is not None:
             self._due.saved()
         return handle

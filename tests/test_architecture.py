@@ -36,7 +36,7 @@ LAYERS: tuple[tuple[tuple[str, ...], str], ...] = (
         "each is one concern on its own; save and load put them together",
     ),
     (("save", "load", "stopping"), "one attempt each; none knows another or who decides when"),
-    (("checkpointer", "runs", "ops", "dcp"), "independent doors to the same machinery"),
+    (("checkpointer", "runs", "ops", "dcp", "data"), "independent doors to the same machinery"),
     (("__init__",), "the public names, collected from below"),
     (
         ("cli", "integrations", "testing", "__main__"),
@@ -52,13 +52,13 @@ FRIENDS = {("__main__", "cli")}
 
 TORCH_UNITS = {
     "state", "save", "load", "checkpointer", "runs", "coordination", "dcp", "testing", "launch", "benchmarks",
-    "store_channel",
+    "store_channel", "data",
 }  # fmt: skip
 # They import it when they first read a tensor, so that the command line starts without it.
 LAZY_TORCH_UNITS = {"ops"}
 OBJECT_STORE_PACKAGES = {"aiobotocore", "botocore", "fsspec", "s3fs"}
 OBJECT_STORE_FOLDERS = ("dcp_ckpt/storage/objects/", "dcp_ckpt/testing/")
-PUBLIC_SUBMODULES = {"dcp_ckpt.dcp", "dcp_ckpt.errors", "dcp_ckpt.testing"}
+PUBLIC_SUBMODULES = {"dcp_ckpt.data", "dcp_ckpt.dcp", "dcp_ckpt.errors", "dcp_ckpt.testing"}
 VAGUE_NAMES = {"utils", "util", "helpers", "helper", "common", "misc"}
 MODULE_LINES_MAX = 449
 FUNCTION_LINES_MAX = 60

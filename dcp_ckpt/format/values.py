@@ -6,13 +6,15 @@ import base64
 import math
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable
+from dataclasses import dataclass
 from enum import Enum
 from typing import Any, TypeVar
 
 from dcp_ckpt.errors import CorruptCheckpoint, StateError
 from dcp_ckpt.format.documents import encode_json
+from dcp_ckpt.format.dtypes import DTYPES, shape_problem
 
-__all__ = ["MAX_DEPTH", "TensorRef", "ValueRef", "decode_value", "encode_value"]
+__all__ = ["MAX_DEPTH", "InlineTensor", "TensorRef", "ValueRef", "decode_value", "encode_value"]
 
 MAX_DEPTH = 200
 _SAFE_INT = 1 << 53
@@ -45,11 +47,26 @@ class ValueRef(_Ref):
     """Stands for a value in the outline of a dictionary; the value is stored under `name`."""
 
 
+@dataclass(frozen=True)
+class InlineTensor:
+    """A small tensor as a part of the value itself.
+
+    Args:
+        dtype: torch's name for it, without `torch.`.
+        shape: its sizes.
+        data: the elements, row-major and little-endian, without gaps.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    data: bytes
+
+
 def encode_value(value: Any, *, path: str) -> Any:
     """Turn a Python value into plain JSON types.
 
     Args:
-        value: the value; tensors in it must have been replaced by `TensorRef`.
+        value: the value; tensors in it must have been replaced by `TensorRef` or `InlineTensor`.
         path: named in the error.
 
     Raises:
@@ -184,13 +201,16 @@ _ENCODERS: dict[type, Callable[[Any, str, int], Any]] = {
     OrderedDict: lambda value, path, depth: {"$ordered": _pairs(value, path, depth)},
     Counter: lambda value, path, depth: {"$counter": _pairs(value, path, depth)},
     deque: lambda value, path, depth: {"$deque": [_items(value, path, depth), value.maxlen]},
+    InlineTensor: lambda value, path, depth: {
+        "$inline": [value.dtype, list(value.shape), _base64(value.data)]
+    },
     TensorRef: lambda value, path, depth: {"$tensor": _encode_str(value.name, path, depth)},
     ValueRef: lambda value, path, depth: {"$value": _encode_str(value.name, path, depth)},
 }
 
 
 def decode_value(encoded: Any, *, path: str) -> Any:
-    """The inverse of `encode_value`; tensors come back as `TensorRef`.
+    """The inverse of `encode_value`; tensors come back as `TensorRef` or `InlineTensor`.
 
     Raises:
         CorruptCheckpoint: the JSON is not a typed value.
@@ -289,10 +309,24 @@ def _decode_array(dtype: Any, data: Any) -> Any:
 
 def _decode_ndarray(encoded: Any) -> Any:
     dtype, shape, data = _fields(encoded, 3)
-    sizes = [_is(int, size) for size in _is(list, shape)]
+    return _decode_array(dtype, data).reshape(_decode_shape(shape))
+
+
+def _decode_shape(encoded: Any) -> list[int]:
+    sizes = [_is(int, size) for size in _is(list, encoded)]
     if min(sizes, default=0) < 0:
         raise ValueError(f"unknown shape {sizes}")
-    return _decode_array(dtype, data).reshape(sizes)
+    return sizes
+
+
+def _decode_inline(encoded: Any) -> InlineTensor:
+    dtype, shape, text = _fields(encoded, 3)
+    sizes, data = _decode_shape(shape), _decode_bytes(text)
+    if problem := shape_problem(_is(str, dtype), sizes):
+        raise ValueError(problem)
+    if len(data) != math.prod(sizes) * DTYPES[dtype].item_bytes:
+        raise ValueError(f"{len(data)} bytes in the place of a tensor of {dtype} of shape {sizes}")
+    return InlineTensor(dtype, tuple(sizes), data)
 
 
 def _decode_npscalar(encoded: Any) -> Any:
@@ -316,6 +350,7 @@ _DECODERS: dict[str, Callable[[Any], Any]] = {
     "$deque": _decode_deque,
     "$ndarray": _decode_ndarray,
     "$npscalar": _decode_npscalar,
+    "$inline": _decode_inline,
     "$tensor": lambda name: TensorRef(_is(str, name)),
     "$value": lambda name: ValueRef(_is(str, name)),
 }

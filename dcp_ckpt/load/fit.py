@@ -155,7 +155,7 @@ def _named(
         regrouped = regroup(state, flat_paths, live.values)
         state = regrouped.state
         stored_names |= {new: stored_names.get(old, old) for new, old in regrouped.stored_names.items()}
-    names = live.names.union(state.tensors, state.values, state.per_rank, unreadable)
+    names = live.names.union(state.tensors, state.values, state.per_rank_names, unreadable)
     names -= inside_of_values(state.values).keys()
     return _Named(state=state, stored_names=stored_names, names=names, live=live, unreadable=unreadable)
 
@@ -184,7 +184,7 @@ def _selected(state: StoredState, selection: Selection) -> StoredState:
     inside = inside_of_values(state.values)
     chosen = {
         name
-        for name in (*state.tensors, *state.values, *state.per_rank)
+        for name in (*state.tensors, *state.values, *state.per_rank_names)
         if selection.selects(inside.get(name, name))
     }
     # An outline tells the order of all its leaves or of none.
@@ -195,9 +195,11 @@ def _selected(state: StoredState, selection: Selection) -> StoredState:
         aliases={name: stored for name, stored in state.aliases.items() if name in chosen},
         values={name: value for name, value in state.values.items() if name in chosen},
         value_paths={name: path for name, path in state.value_paths.items() if name in chosen},
-        per_rank={name: value for name, value in state.per_rank.items() if name in chosen},
+        per_rank_of=lambda rank: {
+            name: value for name, value in state.per_rank_of(rank).items() if selection.selects(name)
+        },
         is_part=True,
-        left_out=frozenset((*state.tensors, *state.values, *state.per_rank)) - chosen,
+        left_out=frozenset((*state.tensors, *state.values, *state.per_rank_names)) - chosen,
         selects=selection.selects,
         casts=selection.casts,
     )

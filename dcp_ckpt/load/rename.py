@@ -73,7 +73,7 @@ class _Renaming:
         self, state: StoredState, flat_paths: Mapping[str, FlatPath] | None, others: Iterable[str]
     ) -> None:
         self._state = state
-        self._names = {name: name for name in (*state.tensors, *state.values, *state.per_rank, *others)}
+        self._names = {name: name for name in (*state.tensors, *state.values, *state.per_rank_names, *others)}
         self._paths = {name: entry.path for name, entry in state.tensors.items()} | dict(state.value_paths)
         self._flat_paths = None if flat_paths is None else dict(flat_paths)
         self._values = dict(state.values)
@@ -123,7 +123,9 @@ class _Renaming:
                 },
                 aliases={names[alias]: names[stored] for alias, stored in state.aliases.items()},
                 value_paths={names[stored]: self._paths[stored] for stored in state.value_paths},
-                per_rank={names[stored]: value for stored, value in state.per_rank.items()},
+                per_rank_of=lambda rank: {
+                    names.get(stored, stored): value for stored, value in state.per_rank_of(rank).items()
+                },
             ),
             flat_paths=None if flat is None else {names[stored]: path for stored, path in flat.items()},
             names=names,

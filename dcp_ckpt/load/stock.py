@@ -142,7 +142,7 @@ class StockSource:
             },
             values=values,
             value_paths={name: tuple(map(str, self.metadata.paths[name])) for name in values},
-            per_rank={},
+            per_rank_of=lambda saved_rank: {},
             step=self.origin.step,
             saved_world_size=0,
             rank=rank,

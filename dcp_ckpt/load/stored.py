@@ -81,9 +81,11 @@ class StoredCheckpoint:
         import torch
 
         from dcp_ckpt.state.component import StoredState, StoredTensor
+        from dcp_ckpt.state.keying import take_keying
 
         manifest = self.manifest
-        per_rank = self.per_rank(rank) if manifest.world_size == world_size else {}
+        values = self._decoded(self.values, self._stored_by)
+        keying = take_keying(values, manifest.world_size)
         return StoredState(
             tensors={
                 name: StoredTensor(
@@ -92,15 +94,20 @@ class StoredCheckpoint:
                 for name, entry in self.tensors.items()
             },
             aliases=self.aliases,
-            values=self._decoded(self.values, self._stored_by),
-            value_paths={name: tuple(entry.path) for name, entry in self.values.items()},
-            per_rank=self._decoded(per_rank, dict.fromkeys(per_rank, rank)),
+            values=values,
+            value_paths={name: tuple(self.values[name].path) for name in values},
+            keying=keying,
+            per_rank_of=self._per_rank_of,
             step=manifest.step,
             saved_world_size=0 if DCP_SAVE_TAG in manifest.tags else manifest.world_size,
             rank=rank,
             world_size=world_size,
             seed_material=f"{manifest.run_id}/{manifest.attempt}/{manifest.step}",
         )
+
+    def _per_rank_of(self, rank: int) -> Mapping[str, object]:
+        values = self.per_rank(rank)
+        return self._decoded(values, dict.fromkeys(values, rank))
 
     def per_rank(self, rank: int) -> Mapping[str, ValueEntry]:
         """The values of one saved rank."""

@@ -38,7 +38,7 @@ from dcp_ckpt.save.staging import Stager, capture
 from dcp_ckpt.save.step_policy import StepPolicy
 from dcp_ckpt.save.writer_link import WriterLink
 from dcp_ckpt.state.component import Captured, Component
-from dcp_ckpt.state.rng import undisturbed_streams
+from dcp_ckpt.state.generators import undisturbed_streams
 from dcp_ckpt.storage.base import Storage
 from dcp_ckpt.storage.listed import listed_once
 

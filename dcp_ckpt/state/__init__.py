@@ -9,8 +9,9 @@ from dcp_ckpt.state.model import ModelComponent
 from dcp_ckpt.state.model_parts import ModelParts
 from dcp_ckpt.state.optimizer import OptimizerComponent
 from dcp_ckpt.state.part import PartComponent
+from dcp_ckpt.state.per_rank import PerRankComponent
 from dcp_ckpt.state.rng import RngComponent
-from dcp_ckpt.state.stateful import DictComponent, PerRankComponent, Stateful, StatefulComponent
+from dcp_ckpt.state.stateful import DictComponent, Stateful, StatefulComponent
 from dcp_ckpt.state.train_state import TrainState, components_of
 
 __all__ = [

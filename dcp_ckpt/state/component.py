@@ -9,9 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
+
+if TYPE_CHECKING:
+    from dcp_ckpt.state.keying import Keying
 
 from dcp_ckpt.state.mesh_roles import Holders
 
@@ -80,8 +83,9 @@ class StoredState:
         aliases: name -> the name under which the same tensor is stored, of those further names.
         values: replicated values by name, decoded (tensors inside are `TensorRef`).
         value_paths: the path of each replicated value.
-        per_rank: this rank's values by name, decoded; those of saved rank r when this is rank r of
-            a world of the same size, else empty.
+        keying: the places of the ranks that saved; None where each was a data-parallel coordinate of its own.
+        per_rank_of: the values of one saved rank by name, decoded. Reads its fragment at the first call, and
+            raises CorruptCheckpoint when that is missing or damaged.
         step: training step.
         saved_world_size: number of ranks that saved; 0 for a checkpoint of plain `dcp.save`, which holds
             nothing of single ranks.
@@ -99,17 +103,23 @@ class StoredState:
     tensors: Mapping[str, StoredTensor]
     values: Mapping[str, Any]
     value_paths: Mapping[str, Path]
-    per_rank: Mapping[str, Any]
+    per_rank_of: Callable[[int], Mapping[str, Any]]
     step: int
     saved_world_size: int
     rank: int
     world_size: int
     seed_material: str
     aliases: Mapping[str, str] = field(default_factory=dict)
+    keying: Keying | None = None
     is_part: bool = False
     left_out: frozenset[str] = frozenset()
     selects: Callable[[str], bool] = _everything
     casts: Callable[[str], bool] = _nothing
+
+    @property
+    def per_rank_names(self) -> tuple[str, ...]:
+        """The names of the values that the first rank has for itself; mostly, all have the same."""
+        return tuple(self.per_rank_of(0)) if self.saved_world_size else ()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,7 +20,7 @@ from dcp_ckpt.state.partial import inside_of_values
 from dcp_ckpt.state.stateful import DictComponent
 from dcp_ckpt.state.tree import join_path
 
-__all__ = ["Inventory", "LiveParameter", "take_inventory"]
+__all__ = ["Inventory", "LiveParameter", "every_component", "take_inventory"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +67,7 @@ def take_inventory(components: Sequence[Component]) -> Inventory:
             (path, decode_value(value, path=join_path(path))) for path, value in captured.values.items()
         ]
     inside = inside_of_values({join_path(path): value for path, value in values})
-    parts = list(_parts(components))
+    parts = list(every_component(components))
     optimizers = [part for part in parts if isinstance(part, OptimizerComponent)]
     models = [part for part in parts if isinstance(part, ModelComponent)]
     kept_for = [path for optimizer in optimizers for path in optimizer.state_paths()]
@@ -88,7 +88,7 @@ def _captured(component: Component) -> Captured:
         return Captured()  # what cannot be saved as it is now may well be loaded into
 
 
-def _parts(components: Sequence[Component]) -> Iterator[Component]:
+def every_component(components: Sequence[Component]) -> Iterator[Component]:
     """All components, and those of the objects inside of dictionaries."""
     for component in components:
         component = component.component if isinstance(component, PartComponent) else component

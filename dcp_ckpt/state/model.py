@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from dcp_ckpt.errors import LoadError
+from dcp_ckpt.state.accumulation import mid_accumulation, unreduced_parameter
 from dcp_ckpt.state.component import Captured, Path, Problem, StoredState, Targets
 from dcp_ckpt.state.names import ModuleNames, NamedTensor
 from dcp_ckpt.state.partial import with_unselected
@@ -64,6 +65,16 @@ class ModelComponent:
     def tensors(self) -> dict[str, torch.Tensor]:
         """The live parameters and persistent buffers, by each of their names in the model."""
         return {name: entry.tensor for entry in self._names.tensors() for name in entry.names}
+
+    def require_step_boundary(self) -> None:
+        """Refuse to be saved in the middle of a gradient accumulation.
+
+        Raises:
+            StateError: FSDP2 holds gradients that it has not reduced yet.
+        """
+        unreduced = unreduced_parameter(self._module)
+        if unreduced is not None:
+            raise mid_accumulation(self.parameter_names().get(id(unreduced), ("a parameter",))[0])
 
     def capture(self) -> Captured:
         collector = StateCollector()

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from dcp_ckpt.errors import StateError
+from dcp_ckpt.state.accumulation import StepWatch, mid_accumulation, runs_hooks, watch_steps
 from dcp_ckpt.state.component import Captured, Path, Problem, StoredState, StoredTensor, Targets
 from dcp_ckpt.state.moments import ParameterState, lacking
 from dcp_ckpt.state.param_groups import (
@@ -48,14 +49,20 @@ class OptimizerComponent:
         optimizer: any `torch.optim.Optimizer`, before or after its first step, with or without gradients.
         param_names: `id(parameter)` to its names: its own, and further ones where it is tied, under which a
             checkpoint may know it. A snapshot: build the component anew for each save or load.
+        watch: over the steps of all optimizers of the state; None means of this one.
     """
 
     def __init__(
-        self, prefix: Path, optimizer: torch.optim.Optimizer, param_names: Mapping[int, tuple[str, ...]]
+        self,
+        prefix: Path,
+        optimizer: torch.optim.Optimizer,
+        param_names: Mapping[int, tuple[str, ...]],
+        watch: StepWatch | None = None,
     ) -> None:
         self._prefix = prefix
         self._optimizer = optimizer
         self._param_names = param_names
+        self._watch = watch or watch_steps([optimizer])
 
     @property
     def prefix(self) -> Path:
@@ -83,6 +90,16 @@ class OptimizerComponent:
     def _groups_name(self) -> str:
         return join_path(self._groups_path)
 
+    def require_step_boundary(self) -> None:
+        """Refuse to be saved in the middle of a gradient accumulation.
+
+        Raises:
+            StateError: a parameter has gradients that no step has used.
+        """
+        pending = self._watch.pending()
+        if pending is not None:
+            raise mid_accumulation(self._param_names.get(id(pending), ("a parameter",))[0])
+
     def capture(self) -> Captured:
         """Describe moments and groups.
 
@@ -107,7 +124,7 @@ class OptimizerComponent:
             )
         collector.add_value(self._groups_path, groups)
         captured = replace(collector.captured(), joins={self._groups_path: "params"})
-        if not _runs_hooks(self._optimizer):
+        if not runs_hooks(self._optimizer):
             return captured
         return replace(captured, optimizers=(self._optimizer,), step_writes=self._step_writes(captured))
 
@@ -328,6 +345,7 @@ class OptimizerComponent:
 
     def install(self, stored: StoredState, targets: Targets) -> list[str]:
         """Put moments and hyper-parameters in place; state that the checkpoint does not have is removed."""
+        self._watch.forget()
         index = _by_parameter(stored, self._prefix)
         groups = self._groups_by_stored_names(stored, index)
         for members in groups:
@@ -359,11 +377,6 @@ class OptimizerComponent:
                     continue
                 group[key] = _merged(group.get(key), value)
         return notes
-
-
-def _runs_hooks(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether `step()` calls the hooks that are registered; a wrapper may skip `Optimizer.__init__`."""
-    return hasattr(optimizer, "_optimizer_step_pre_hooks") and getattr(type(optimizer).step, "hooked", False)
 
 
 def _merged(live: Any, value: Any) -> Any:

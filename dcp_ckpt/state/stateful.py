@@ -1,7 +1,7 @@
 """Objects with `state_dict()` and `load_state_dict()`, and nested dictionaries loaded in place.
 
-Owns how user state comes and goes: schedulers, scalers, loaders, `extra`, `per_rank` and plain
-dictionaries. Knows no file and no rank.
+Owns how user state that is equal on all ranks comes and goes: schedulers, scalers, elastic loaders, `extra`
+and plain dictionaries. Knows no file and no rank.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from dcp_ckpt.errors import CheckpointError, LoadError, StateError
+from dcp_ckpt.state.accumulation import watch_steps
 from dcp_ckpt.state.component import Captured, Component, Path, Problem, StoredState, Targets
 from dcp_ckpt.state.model import ModelComponent, parameter_names
 from dcp_ckpt.state.optimizer import OptimizerComponent
@@ -21,7 +22,6 @@ from dcp_ckpt.state.partial import with_unselected
 from dcp_ckpt.state.tensors import Fillable, fits, unsuitable
 from dcp_ckpt.state.tree import (
     StateCollector,
-    attach_tensors,
     by_name,
     is_branch,
     join_path,
@@ -32,7 +32,7 @@ from dcp_ckpt.state.tree import (
     tree_targets,
 )
 
-__all__ = ["DictComponent", "PerRankComponent", "Stateful", "StatefulComponent"]
+__all__ = ["DictComponent", "Stateful", "StatefulComponent", "load_into", "missing", "put"]
 
 
 @runtime_checkable
@@ -66,7 +66,7 @@ class StatefulComponent:
         targets = tree_targets(stored, self._prefix, live, Fillable(stored))
         if targets.tensors or targets.values:
             return targets
-        return Targets(problems=(_missing(self._prefix),))
+        return Targets(problems=(missing(self._prefix),))
 
     def install(self, stored: StoredState, targets: Targets) -> list[str]:
         names = stored_under(stored, self._prefix, (*targets.values, *targets.tensors))
@@ -74,11 +74,19 @@ class StatefulComponent:
             state = rebuild(stored, targets, names, depth=len(self._prefix))
             if stored.is_part:
                 state = with_unselected(state, self._stateful.state_dict(), stored, self._prefix)
-            _load_into(self._stateful, state, join_path(self._prefix))
+            load_into(self._stateful, state, join_path(self._prefix))
         return []
 
 
-def _load_into(stateful: Stateful, state: Any, name: str) -> None:
+def load_into(stateful: Stateful, state: Any, name: str) -> None:
+    """Give a loaded state to the object that it is of.
+
+    Args:
+        name: of that state, for the message.
+
+    Raises:
+        LoadError: the object refused it.
+    """
     try:
         stateful.load_state_dict(state)
     except CheckpointError:
@@ -162,7 +170,7 @@ class DictComponent:
         for path, parent, leaf in list(self._leaves()):
             names = _leaf_names(targets, path, leaf)
             if names:
-                _put(parent, path[-1], leaf, rebuild(stored, targets, names, depth=len(path)))
+                put(parent, path[-1], leaf, rebuild(stored, targets, names, depth=len(path)))
         return notes
 
     def _leaves(self) -> Iterator[tuple[Path, dict[str, Any], Any]]:
@@ -180,9 +188,13 @@ class DictComponent:
             (model, path[len(self._prefix) :] if len(models) > 1 else ()) for path, model in models.items()
         )
         components: list[Component] = list(models.values())
+        watch = watch_steps(
+            [leaf for _, leaf in entries if isinstance(leaf, torch.optim.Optimizer)],
+            next((leaf for _, leaf in entries if isinstance(leaf, torch.amp.GradScaler)), None),
+        )
         for path, leaf in entries:
             if isinstance(leaf, torch.optim.Optimizer):
-                components.append(OptimizerComponent(path, leaf, names))
+                components.append(OptimizerComponent(path, leaf, names, watch))
             elif isinstance(leaf, Stateful) and not isinstance(leaf, nn.Module):
                 components.append(StatefulComponent(path, leaf))
         return components
@@ -207,7 +219,7 @@ def _leaf_targets(stored: StoredState, path: Path, leaf: Any, fillable: Fillable
     name = join_path(path)
     if type(leaf) is dict and not leaf:
         below = tree_targets(stored, path, {}, fillable)
-        return below if below.tensors or below.values else Targets(problems=(_missing(path),))
+        return below if below.tensors or below.values else Targets(problems=(missing(path),))
     if name in stored.tensors:
         if not isinstance(leaf, torch.Tensor) or fits(leaf, stored.tensors[name]):
             return Targets(tensors={name: fillable.choose(leaf, name)})
@@ -226,7 +238,7 @@ def _leaf_targets(stored: StoredState, path: Path, leaf: Any, fillable: Fillable
             if inner in stored.tensors
         }
         return Targets(tensors=tensors, values=frozenset({name}))
-    return Targets(problems=(_missing(path),))
+    return Targets(problems=(missing(path),))
 
 
 def _leaf_names(targets: Targets, path: Path, leaf: Any) -> list[str]:
@@ -243,8 +255,8 @@ def _tensors_inside(path: Path, leaf: Any) -> dict[str, torch.Tensor]:
     return by_name(collector.captured().tensors)
 
 
-def _put(parent: dict[str, Any], key: str, live: Any, value: Any) -> None:
-    """Make the live object equal to `value`, in place where it can change."""
+def put(parent: dict[str, Any], key: str, live: Any, value: Any) -> None:
+    """Make the live object, an entry of `parent`, equal to `value`: in place where it can change."""
     if live is value:
         return
     same_kind = type(live) is type(value)
@@ -257,78 +269,8 @@ def _put(parent: dict[str, Any], key: str, live: Any, value: Any) -> None:
         parent[key] = value
 
 
-class PerRankComponent:
-    """Values of this rank only: one per entry of a dictionary, or the state of an object in it.
-
-    On a world of another size nobody can say whose values are whose: they are left untouched.
-    """
-
-    def __init__(self, prefix: Path, mapping: dict[str, Any]) -> None:
-        self._prefix = prefix
-        self._mapping = mapping
-
-    @property
-    def prefix(self) -> Path:
-        return self._prefix
-
-    def capture(self) -> Captured:
-        """Encode the values.
-
-        Raises:
-            StateError: a tensor, or a type that cannot be stored exactly.
-        """
-        per_rank: dict[Path, Any] = {}
-        for key, item in self._mapping.items():
-            path = (*self._prefix, key)
-            collector = StateCollector()
-            collector.add_value(path, item.state_dict() if isinstance(item, Stateful) else item)
-            if collector.captured().tensors or isinstance(item, torch.Tensor):
-                raise StateError(
-                    f"{join_path(path)} holds a tensor, and per-rank state holds values only; convert it "
-                    "with tensor.numpy(), or put a DTensor into extra"
-                )
-            per_rank.update(collector.captured().values)
-        return Captured(per_rank=per_rank)
-
-    def targets(self, stored: StoredState) -> Targets:
-        if stored.saved_world_size != stored.world_size:
-            return Targets()
-        known = {join_path((*self._prefix, key)) for key in self._mapping}
-        saved = names_under(stored.per_rank, self._prefix)
-        problems = [
-            _missing((*self._prefix, key))
-            for key in self._mapping
-            if join_path((*self._prefix, key)) not in stored.per_rank
-        ]
-        problems += [
-            Problem(kind="unexpected", key=name, detail="the checkpoint has it, per_rank does not")
-            for name in saved
-            if name not in known
-        ]
-        return Targets(problems=tuple(problems))
-
-    def install(self, stored: StoredState, targets: Targets) -> list[str]:
-        if not stored.saved_world_size:
-            name = join_path(self._prefix)
-            return [f"{name}: not restored, plain dcp.save stores nothing of single ranks"]
-        if stored.saved_world_size != stored.world_size:
-            return [
-                f"{join_path(self._prefix)}: saved on {stored.saved_world_size} ranks, loaded on "
-                f"{stored.world_size}; left untouched"
-            ]
-        for key, live in list(self._mapping.items()):
-            name = join_path((*self._prefix, key))
-            if name not in stored.per_rank:
-                continue
-            value = attach_tensors(stored.per_rank[name], {})
-            if isinstance(live, Stateful):
-                _load_into(live, value, name)
-            else:
-                _put(self._mapping, key, live, value)
-        return []
-
-
-def _missing(path: Path) -> Problem:
+def missing(path: Path) -> Problem:
+    """That the checkpoint lacks something which the live state has."""
     return Problem(
         kind="missing", key=join_path(path), detail="the live state has it, the checkpoint does not"
     )

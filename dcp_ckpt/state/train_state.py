@@ -9,22 +9,28 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import nn
 
 from dcp_ckpt.errors import ConfigError
+from dcp_ckpt.state.accumulation import watch_steps
 from dcp_ckpt.state.component import Component, Path
+from dcp_ckpt.state.inventory import every_component
+from dcp_ckpt.state.keying import KeyingComponent
+from dcp_ckpt.state.loaders import loader_component
 from dcp_ckpt.state.mesh_roles import MeshRoles
 from dcp_ckpt.state.model import ModelComponent, parameter_names
 from dcp_ckpt.state.optimizer import OptimizerComponent
 from dcp_ckpt.state.part import PartComponent
+from dcp_ckpt.state.per_rank import PerRankComponent
 from dcp_ckpt.state.rng import RngComponent
-from dcp_ckpt.state.stateful import DictComponent, PerRankComponent, Stateful, StatefulComponent
+from dcp_ckpt.state.stateful import DictComponent, Stateful, StatefulComponent
 from dcp_ckpt.state.tree import join_path
 
-__all__ = ["State", "TrainState", "components_of"]
+__all__ = ["State", "TrainState", "components_of", "components_to_save"]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -40,10 +46,13 @@ class TrainState:
         optimizer: optimizers over parameters of these models.
         lr_scheduler: anything with `state_dict()` and `load_state_dict()`.
         scaler: a GradScaler or the like.
-        dataloader: a sampler or loader whose state is equal on all ranks, such as `ElasticSampler`; one whose
-            state differs between ranks belongs into `per_rank`.
+        dataloader: a sampler or loader. An elastic one (`dcp_ckpt.data`, or any with a true `is_elastic`) has
+            one position for all ranks and continues on any number. The position of another is each rank's
+            own:
+            it is restored where the data-parallel size is the same, and refused elsewhere.
         extra: replicated state by name: values, tensors, objects with `state_dict()`, nested.
-        per_rank: values of this rank only; restored on a world of the same size.
+        per_rank: values of this rank only, small tensors included; restored where every rank stands where one
+            stood at the save.
         rng: keep the global random number generators of this rank.
         mesh_roles: which ranks share their data and which their part of the model, where that is not "none"
             and "all": tensor, context and pipeline parallelism.
@@ -62,6 +71,12 @@ class TrainState:
     mesh_roles: MeshRoles | None = None
     _models: dict[Path, ModelComponent] = field(default_factory=dict, init=False, repr=False)
 
+    def __post_init__(self) -> None:
+        # From here on, so that already the first save is known to stand between two steps or not to.
+        watch_steps(
+            [part for _, part in _parts("optimizer", self.optimizer, torch.optim.Optimizer)], self.scaler
+        )
+
     def components(self) -> list[Component]:
         """The components in load order. Local, cheap, and read anew: call it for each save and load.
 
@@ -71,32 +86,39 @@ class TrainState:
         """
         models = self._model_components()
         names = parameter_names((model, model.prefix[1:]) for model in models)
+        optimizers = _parts("optimizer", self.optimizer, torch.optim.Optimizer)
+        watch = watch_steps([optimizer for _, optimizer in optimizers], self.scaler)
         components: list[Component] = [
             self._of_part(model, lambda path: join_path(path[1:])) for model in models
         ]
         components += [
-            self._of_part(OptimizerComponent(path, optimizer, names), _moment_of(path))
-            for path, optimizer in _parts("optimizer", self.optimizer, torch.optim.Optimizer)
+            self._of_part(OptimizerComponent(path, optimizer, names, watch), _moment_of(path))
+            for path, optimizer in optimizers
         ]
         components += [
             self._of_part(StatefulComponent(path, scheduler), None)
             for path, scheduler in _parts("lr_scheduler", self.lr_scheduler, Stateful)
         ]
-        for name, stateful in (("scaler", self.scaler), ("dataloader", self.dataloader)):
-            if stateful is None:
-                continue
-            if not isinstance(stateful, Stateful):
-                raise ConfigError(f"{name} has no state_dict() and load_state_dict()")
-            components.append(StatefulComponent((name,), stateful))
+        if self.scaler is not None:
+            components.append(StatefulComponent(("scaler",), _stateful("scaler", self.scaler)))
+        if self._keying is not None:
+            components.append(self._keying)
+        if self.dataloader is not None:
+            loader = _stateful("dataloader", self.dataloader)
+            components.append(loader_component(("dataloader",), loader, self.mesh_roles))
         if self.extra is not None:
             components.append(DictComponent(("extra",), self.extra))
         if self.per_rank is not None:
-            components.append(PerRankComponent(("per_rank",), self.per_rank))
+            components.append(PerRankComponent(("per_rank",), self.per_rank, self.mesh_roles))
         # Last: whatever is installed before may draw random numbers.
         if self.rng:
-            components.append(RngComponent())
+            components.append(RngComponent(roles=self.mesh_roles))
         _refuse_repeated([component.prefix for component in components])
         return components
+
+    @cached_property
+    def _keying(self) -> KeyingComponent | None:
+        return None if self.mesh_roles is None else KeyingComponent(self.mesh_roles)
 
     def _of_part(self, component: Component, parameter_of: Callable[[Path], str] | None) -> Component:
         """The component as one that only some ranks have, where the model is cut into parts."""
@@ -130,6 +152,26 @@ def components_of(state: State) -> list[Component]:
     if isinstance(state, dict):
         return [DictComponent((), state)]
     raise ConfigError(f"the state must be a TrainState or a dict, not {type(state).__qualname__}")
+
+
+def components_to_save(state: State) -> list[Component]:
+    """The components of a state that is about to be saved.
+
+    Raises:
+        ConfigError: neither a TrainState nor a dictionary.
+        StateError: this is the middle of a gradient accumulation.
+    """
+    components = components_of(state)
+    for component in every_component(components):
+        if isinstance(component, ModelComponent | OptimizerComponent):
+            component.require_step_boundary()
+    return components
+
+
+def _stateful(name: str, given: Any) -> Stateful:
+    if not isinstance(given, Stateful):
+        raise ConfigError(f"{name} has no state_dict() and load_state_dict()")
+    return given
 
 
 def _parts(name: str, given: Any, kind: Any) -> list[tuple[Path, Any]]:

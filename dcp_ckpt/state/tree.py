@@ -15,8 +15,9 @@ from typing import Any
 import torch
 
 from dcp_ckpt.errors import CorruptCheckpoint, StateError
-from dcp_ckpt.format.values import MAX_DEPTH, TensorRef, ValueRef, encode_value
+from dcp_ckpt.format.values import MAX_DEPTH, InlineTensor, TensorRef, ValueRef, encode_value
 from dcp_ckpt.state.component import Captured, Path, StoredState, Targets
+from dcp_ckpt.state.inline import from_inline
 from dcp_ckpt.state.tensors import Fillable, check_tensor
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "path_of",
     "rebuild",
     "referenced_names",
+    "replace_tensors",
     "stored_under",
     "tree_targets",
 ]
@@ -156,7 +158,17 @@ class StateCollector:
         """
         name = self._claim(path)
         found: dict[Path, torch.Tensor] = {}
-        copied = _detach(value, path, found)
+
+        def refer(inner: Path, tensor: torch.Tensor) -> TensorRef:
+            if inner in found:
+                raise StateError(
+                    f"two tensors have the name {join_path(inner)!r}; keys that differ in type only "
+                    "cannot be told apart"
+                )
+            found[inner] = tensor
+            return TensorRef(join_path(inner))
+
+        copied = replace_tensors(value, path, refer)
         self._values[path] = encode_value(copied, path=name)
         if not found:
             self._stock[path] = copied
@@ -238,28 +250,26 @@ def _outline(branch: Any, path: Path) -> Any:
     return TensorRef(name) if isinstance(branch, torch.Tensor) else ValueRef(name)
 
 
-def _detach(value: Any, path: Path, found: dict[Path, torch.Tensor]) -> Any:
-    """A copy of `value` in which tensors are replaced by `TensorRef`; `found` receives them by path."""
+def replace_tensors(value: Any, path: Path, replace: Callable[[Path, torch.Tensor], Any]) -> Any:
+    """A copy of `value` with every tensor in it replaced by what `replace` makes of its path and itself.
+
+    Raises:
+        StateError: nested too deeply, or tensors in a set; and what `replace` raises.
+    """
     kind = type(value)
     if kind in _ATOMS:
         return value
     _check_depth(path)
     if isinstance(value, torch.Tensor):
-        if path in found:
-            raise StateError(
-                f"two tensors have the name {join_path(path)!r}; keys that differ in type only "
-                "cannot be told apart"
-            )
-        found[path] = value
-        return TensorRef(join_path(path))
+        return replace(path, value)
     if kind in _MAPPINGS:
         copied = _MAPPINGS[kind]()
         for key, item in value.items():
-            copied[key] = item if type(item) in _ATOMS else _detach(item, (*path, str(key)), found)
+            copied[key] = item if type(item) in _ATOMS else replace_tensors(item, (*path, str(key)), replace)
         return copied
     if kind in _SEQUENCES:
         items = [
-            item if type(item) in _ATOMS else _detach(item, (*path, str(index)), found)
+            item if type(item) in _ATOMS else replace_tensors(item, (*path, str(index)), replace)
             for index, item in enumerate(value)
         ]
         return deque(items, value.maxlen) if kind is deque else kind(items)
@@ -313,6 +323,8 @@ def attach_tensors(
         return _referred(value.name, tensors)
     if kind is ValueRef:
         return attach_tensors(_referred(value.name, values), tensors)
+    if kind is InlineTensor:
+        return from_inline(value)
     if kind in _MAPPINGS:
         copied = _MAPPINGS[kind]()
         for key, item in value.items():

@@ -6,6 +6,7 @@ Called by the checkpointer on the main thread; `ignore_stop_signals` by processe
 from __future__ import annotations
 
 import logging
+import multiprocessing
 import os
 import signal
 import threading
@@ -25,6 +26,8 @@ log = logging.getLogger(__name__)
 _SAME_SIGNAL_SECONDS = 1.0
 """A scheduler signals every process of a job, and the launcher passes its own on: that is one signal."""
 _HANDLER_SECONDS = 1.0
+_TRAINER_SECONDS = 1.0
+"""How often a data-loading process looks whether its trainer is there."""
 
 
 class SignalWatch(Closing):
@@ -170,10 +173,29 @@ def ignore_stop_signals(worker_id: int = 0) -> None:
     """Let SIGTERM and SIGINT pass by this process: the `worker_init_fn` of a DataLoader.
 
     torchrun signals a trainer together with its data-loading processes. Without this they end at once, and
-    the training fails for want of data before it can save.
+    the training fails for want of data before it can save. They still leave with their trainer: when it ends
+    them, and within a second when it is gone, also where they wait for it to take what they have made.
 
     Args:
         worker_id: given by the DataLoader; not used.
     """
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
+    trainer = multiprocessing.parent_process()
+    if trainer is None:
+        return
+    # What is blocked is not lost: the thread takes it, and sees who sent it.
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+    threading.Thread(
+        target=_leave_with, args=(trainer.pid, os.getppid()), name="dcp_ckpt-trainer", daemon=True
+    ).start()
+
+
+def _leave_with(trainer: int | None, parent: int) -> None:
+    """End this process when `trainer` asks for it, or when `parent`, itself or its fork server, is gone."""
+    while os.getppid() == parent:
+        received = signal.sigtimedwait([signal.SIGTERM], _TRAINER_SECONDS)
+        if received is not None and received.si_pid == trainer:
+            break
+    # torch's own handler leaves with 0, too: its loader takes anything else for a failure.
+    os._exit(0)

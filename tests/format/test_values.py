@@ -16,7 +16,14 @@ from hypothesis import strategies as st
 
 from dcp_ckpt.errors import CorruptCheckpoint, StateError
 from dcp_ckpt.format.documents import encode_json
-from dcp_ckpt.format.values import MAX_DEPTH, TensorRef, ValueRef, decode_value, encode_value
+from dcp_ckpt.format.values import (
+    MAX_DEPTH,
+    InlineTensor,
+    TensorRef,
+    ValueRef,
+    decode_value,
+    encode_value,
+)
 from tests.format.exact_values import leaves, nested, same
 
 
@@ -24,7 +31,8 @@ def through_json(value: Any) -> Any:
     return decode_value(msgspec.json.decode(encode_json(encode_value(value, path="v"))), path="v")
 
 
-values = nested(leaves | st.text().map(TensorRef) | st.text().map(ValueRef))
+inline_tensors = st.binary(max_size=8).map(lambda data: InlineTensor("uint8", (len(data), 1), data))
+values = nested(leaves | st.text().map(TensorRef) | st.text().map(ValueRef) | inline_tensors)
 
 
 @given(values)
@@ -217,6 +225,13 @@ def test_depth_has_a_limit_that_both_sides_keep():
         {"$ndarray": ["|O", [1], "AAAAAAAAAAA="]},
         {"$npscalar": ["<f4", ""]},
         {"$npscalar": ["|O", "AAAAAAAAAAA="]},
+        {"$inline": ["uint8", [1]]},
+        {"$inline": ["uint8", [2], "AA=="]},
+        {"$inline": ["uint8", [-1], "AA=="]},
+        {"$inline": ["uint8", 1, "AA=="]},
+        {"$inline": ["int128", [1], "AA=="]},
+        {"$inline": [8, [1], "AA=="]},
+        {"$inline": ["float32", [0, 4611686018427387904], ""]},
         [{"deep": {"$new": 1}}],
     ],
     ids=repr,
@@ -247,6 +262,7 @@ plain_json = st.recursive(
                     "$deque",
                     "$ndarray",
                     "$npscalar",
+                    "$inline",
                     "x",
                 ]
             ),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from dcp_ckpt.format.documents import encode_json
 from dcp_ckpt.format.values import decode_value
 from dcp_ckpt.state import Captured, Component, Path, Problem, StoredState, StoredTensor
+from dcp_ckpt.state.keying import take_keying
 from dcp_ckpt.state.tensors import once_each
 
 
@@ -26,18 +27,21 @@ class InMemory:
     values: dict[str, bytes] = field(default_factory=dict)
     per_rank: dict[str, bytes] = field(default_factory=dict)
     aliases: dict[str, str] = field(default_factory=dict)
+    per_rank_of: dict[int, dict[str, bytes]] = field(default_factory=dict)
 
     def stored(self, *, rank: int = 0, world_size: int = 1) -> StoredState:
-        same_world = world_size == self.world_size
+        values = {name: _decode(data) for name, data in self.values.items()}
+        keying = take_keying(values, self.world_size)
         return StoredState(
             tensors={
                 name: StoredTensor(path=self.paths[name], dtype=tensor.dtype, shape=tuple(tensor.shape))
                 for name, tensor in self._named().items()
             },
             aliases=self.aliases,
-            values={name: _decode(data) for name, data in self.values.items()},
-            value_paths={name: self.paths[name] for name in self.values},
-            per_rank={name: _decode(data) for name, data in self.per_rank.items()} if same_world else {},
+            values=values,
+            value_paths={name: self.paths[name] for name in values},
+            keying=keying,
+            per_rank_of=self._decoded_of,
             step=7,
             saved_world_size=self.world_size,
             rank=rank,
@@ -47,6 +51,10 @@ class InMemory:
 
     def _named(self) -> dict[str, torch.Tensor]:
         return self.payloads | {alias: self.payloads[name] for alias, name in self.aliases.items()}
+
+    def _decoded_of(self, rank: int) -> dict[str, Any]:
+        assert 0 <= rank < self.world_size
+        return {name: _decode(data) for name, data in self.per_rank_of.get(rank, self.per_rank).items()}
 
     @property
     def names(self) -> set[str]:
@@ -76,6 +84,16 @@ def save(components: Iterable[Component], *, world_size: int = 1) -> InMemory:
         for path in (*captured.tensors, *captured.values, *captured.per_rank):
             assert ".".join(path) not in saved.paths
             saved.paths[".".join(path)] = path
+    return saved
+
+
+def save_ranks(make: Callable[[int], Iterable[Component]], world_size: int) -> InMemory:
+    """What `world_size` ranks save together; `make` gives the components of one, as it stands then."""
+    saved = InMemory(world_size=world_size)
+    for rank in range(world_size):
+        own = save(make(rank), world_size=world_size)
+        saved.per_rank_of[rank] = own.per_rank
+        saved.values, saved.paths = own.values, own.paths
     return saved
 
 

@@ -139,12 +139,13 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Tra
     root = tmp_path_factory.mktemp("optimizers")
     trainings = {kind: Training(kind) for kind in KINDS}
     with Checkpointer(root, config=CheckpointConfig(keep=None, dcp_metadata="never")) as checkpointer:
-        for index, training in enumerate(trainings.values()):
+        for index, (kind, training) in enumerate(trainings.items()):
 
-            def save(moment: int, index: int = index, training: Training = training) -> None:
+            def save(moment: int, training: Training = training, index: int = index) -> None:
                 checkpointer.save(training.state, step=index * 3 + moment).result(30)
 
-            save(BEFORE)
+            save(BEFORE, Training(kind))
+            # Before the first state is made: later ones would be the beginning of an accumulation.
             training.backward(99)
             gradients = [parameter.grad for parameter in training.model.parameters()]
             before = [gradient.clone() for gradient in gradients]

@@ -127,6 +127,60 @@ def test_another_dataset_is_refused_and_nothing_changes(change):
     assert sampler.samples_consumed == 0
 
 
+def test_another_dataset_begins_the_epoch_anew_when_told_to(caplog):
+    (sampler,) = world(1, drop_last=False)
+    draw([sampler], 7)
+    assert (sampler.epoch, sampler.samples_consumed) == (1, 24)
+    other = ElasticSampler(60, BATCH, 0, 1, seed=9, allow_other_dataset=True)
+    other.load_state_dict(sampler.state_dict())
+    assert (other.epoch, other.samples_consumed) == (1, 0)
+    assert "epoch 1 begins anew" in caplog.text
+    anew = ElasticSampler(60, BATCH, 0, 1, seed=3)
+    anew.set_epoch(1)
+    assert draw([other], 5) == draw([anew], 5)
+    other.load_state_dict(other.state_dict())
+    assert other.samples_consumed == 60, "its own state keeps its position"
+
+
+def test_a_state_of_something_else_is_refused():
+    (sampler,) = world(1)
+    for state in ({}, {"position": 3}, [1]):
+        with pytest.raises(StateMismatch, match="not the state of an ElasticSampler"):
+            sampler.load_state_dict(state)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "smallest"),
+    [
+        ({"num_samples": 53, "global_batch_size": 12, "world_size": 4}, 3),
+        ({"num_samples": 53, "global_batch_size": 12, "world_size": 4, "drop_last": False}, 1),
+        ({"num_samples": 53, "global_batch_size": 12, "world_size": 6, "drop_last": False}, 0),
+        ({"num_samples": 48, "global_batch_size": 12, "world_size": 12, "drop_last": False}, 1),
+    ],
+)
+def test_the_smallest_part_is_that_of_the_last_batch(arguments, smallest):
+    sampler = ElasticSampler(rank=0, seed=0, **arguments)
+    assert sampler.smallest_part == smallest
+    parts = [
+        len(part.indices)
+        for rank in range(arguments["world_size"])
+        for part in ElasticSampler(rank=rank, seed=0, **arguments).rest_of_epoch()
+    ]
+    assert min(parts) == smallest
+
+
+def test_looking_ahead_consumes_nothing_and_sees_what_comes():
+    samplers = world(3, drop_last=False)
+    draw(samplers, 2)
+    ahead = [list(sampler.rest_of_epoch()) for sampler in samplers]
+    assert all(sampler.samples_consumed == 2 * BATCH for sampler in samplers)
+    assert [part.start for part in ahead[1]] == [28, 40, 49]
+    coming = draw(samplers, 3)
+    assert [[*chain(*(part.indices for part in parts))] for parts in zip(*ahead, strict=True)] == coming
+    assert all(sampler.is_epoch_over for sampler in samplers)
+    assert list(samplers[0].rest_of_epoch()) == []
+
+
 @pytest.mark.parametrize(
     "arguments",
     [

@@ -3,14 +3,13 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-import numpy
 import pytest
 import torch
 from torch import nn
 from torch.optim import lr_scheduler
 
 from dcp_ckpt.errors import LoadError, StateError
-from dcp_ckpt.state import DictComponent, PerRankComponent, StatefulComponent, components_of
+from dcp_ckpt.state import DictComponent, StatefulComponent, components_of
 from tests.state import in_memory
 
 
@@ -161,35 +160,3 @@ def test_names_of_objects_and_entries_may_not_collide():
 def test_keys_at_the_top_must_be_strings():
     with pytest.raises(StateError, match="keys at this level"):
         in_memory.save(components_of({1: 2}))  # type: ignore[dict-item]
-
-
-def test_per_rank_values_come_back_on_the_same_world():
-    source = {"seen": [1, 2], "array": numpy.arange(3), "counter": Counter({4: 5})}
-    live: dict[str, Any] = {"seen": [], "array": None, "counter": Counter()}
-    seen = live["seen"]
-    saved = in_memory.save([PerRankComponent(("per_rank",), source)], world_size=2)
-    assert in_memory.load(saved, [PerRankComponent(("per_rank",), live)], world_size=2) == []
-    assert seen == [1, 2]
-    assert live["seen"] is seen
-    assert live["array"].tolist() == [0, 1, 2]
-    assert live["counter"].count == {4: 5}
-
-
-def test_per_rank_values_are_left_untouched_on_another_world():
-    saved = in_memory.save([PerRankComponent(("per_rank",), {"seen": [1]})], world_size=2)
-    live = {"seen": [7], "new": 1}
-    (note,) = in_memory.load(saved, [PerRankComponent(("per_rank",), live)], world_size=3)
-    assert "left untouched" in note
-    assert live == {"seen": [7], "new": 1}
-
-
-def test_per_rank_keys_on_one_side_only_are_problems():
-    saved = in_memory.save([PerRankComponent(("per_rank",), {"a": 1})])
-    found = in_memory.problems_of(saved, [PerRankComponent(("per_rank",), {"b": 1})])
-    assert {(p.kind, p.key) for p in found} == {("missing", "per_rank.b"), ("unexpected", "per_rank.a")}
-
-
-@pytest.mark.parametrize("value", [torch.ones(1), [torch.ones(1)], Counter(torch.ones(1))])
-def test_per_rank_tensors_are_refused(value):
-    with pytest.raises(StateError, match=r"per_rank\.bad"):
-        PerRankComponent(("per_rank",), {"bad": value}).capture()

@@ -170,8 +170,8 @@ def test_paths_that_contradict_each_other_are_corrupt():
     names = {"a": ("a",), "a.b": ("a", "b")}
     stored = StoredState(
         tensors={n: StoredTensor(path=p, dtype=torch.float32, shape=()) for n, p in names.items()},
-        values={}, value_paths={}, per_rank={}, step=0, saved_world_size=1, rank=0, world_size=1,
-        seed_material="",
+        values={}, value_paths={}, per_rank_of=lambda rank: {}, step=0, saved_world_size=1, rank=0,
+        world_size=1, seed_material="",
     )  # fmt: skip
     with pytest.raises(CorruptCheckpoint, match=r"a\.b"):
         rebuild(stored, Targets(tensors={n: torch.ones(()) for n in names}), names, depth=0)

@@ -1,0 +1,94 @@
+"""Data-loading processes let stop signals pass, and leave with their trainer however it ends."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.eventually import eventually
+
+ROOT = Path(__file__).resolve().parents[2]
+
+LOADERS = """
+import os, signal, sys
+from torch.utils.data import DataLoader
+from dcp_ckpt import ignore_stop_signals
+from dcp_ckpt.data import ElasticLoader, ElasticSampler
+from tests.data.datasets import Heavy, Numbers
+
+def elastic(dataset, context):
+    sampler = ElasticSampler(len(dataset), 2, 0, 1, seed=0)
+    settings = {"num_workers": 1, "prefetch_factor": 4, "collate_fn": list}
+    return ElasticLoader(dataset, sampler, multiprocessing_context=context, **settings)
+
+def plain(dataset):
+    settings = {"num_workers": 1, "worker_init_fn": ignore_stop_signals, "collate_fn": list}
+    return DataLoader(dataset, batch_size=2, **settings)
+
+if __name__ == "__main__":
+    dataset = Heavy() if "heavy" in sys.argv else Numbers()
+    loaders = [elastic(dataset, "fork"), plain(dataset)]
+    if "spawn" in sys.argv:
+        loaders.append(elastic(dataset, "spawn"))
+    live = [iter(loader) for loader in loaders]
+    for batches in live:
+        next(batches)
+    children = open(f"/proc/self/task/{os.getpid()}/children").read().split()
+    print(*children, flush=True)
+    if "signals" in sys.argv:
+        for child in children:
+            os.system(f"kill -TERM {child}; kill -INT {child}")  # as torchrun does, which is not the trainer
+        for batches in live:
+            [next(batches) for _ in range(10)]
+        print("still there", flush=True)
+    if "wait" in sys.argv:
+        signal.pause()
+"""
+
+
+@pytest.fixture
+def program(tmp_path: Path) -> list[str]:
+    path = tmp_path / "loaders.py"
+    path.write_text(LOADERS)
+    return [sys.executable, str(path)]
+
+
+def start(program: list[str], *arguments: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [*program, *arguments], stdout=subprocess.PIPE, text=True, env={"PYTHONPATH": str(ROOT)}
+    )
+
+
+def is_running(pid: str) -> bool:
+    stat = Path(f"/proc/{pid}/stat")
+    return stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z"
+
+
+def test_they_outlast_the_signals_of_a_launcher_and_leave_at_the_end_of_their_trainer(program):
+    with start(program, "spawn", "signals") as trainer:
+        try:
+            # Iterations are under way when it ends, so the workers are told by SIGTERM as well.
+            printed, _ = trainer.communicate(timeout=60)
+        finally:
+            trainer.kill()
+    children, last = printed.splitlines()
+    assert last == "still there"
+    assert trainer.returncode == 0
+    assert len(children.split()) >= 3
+    assert eventually(lambda: not any(map(is_running, children.split())), timeout_seconds=10)
+
+
+def test_they_leave_when_their_trainer_is_killed_while_they_wait_for_it(program):
+    with start(program, "heavy", "wait") as trainer:
+        try:
+            assert trainer.stdout is not None
+            children = trainer.stdout.readline().split()
+            assert len(children) == 2
+            assert all(map(is_running, children))
+        finally:
+            trainer.send_signal(signal.SIGKILL)
+    assert eventually(lambda: not any(map(is_running, children)), timeout_seconds=20)
