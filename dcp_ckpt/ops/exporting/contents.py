@@ -39,6 +39,7 @@ def read_contents(
         values=tuple(values) if with_values else tuple(names),
         paths=_paths(checkpoint, source),
         left_out=left_out,
+        aliases={alias: name for name, others in checkpoint.aliases.items() for alias in others},
     )
     return contents, values
 

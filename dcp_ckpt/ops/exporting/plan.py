@@ -8,8 +8,8 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field
 
 from dcp_ckpt.errors import StateMismatch
 from dcp_ckpt.format.dtypes import dtype_info
@@ -30,12 +30,14 @@ class Contents:
         paths: of every tensor and value in the nested state.
         values: the names of those that can be exported at all.
         left_out: values that cannot, with the reason.
+        aliases: the further names of tied tensors -> the name that each is stored under.
     """
 
     tensors: Mapping[str, TensorEntry]
     values: tuple[str, ...]
     paths: Mapping[str, FlatPath]
     left_out: Mapping[str, str]
+    aliases: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,12 +121,13 @@ def plan_export(contents: Contents, request: ExportRequest) -> ExportPlan:
         {name: paths[name] for name in contents.values},
         request,
     )
+    names = _without_repetition(selection.tensors, contents.aliases, request)
     merging = Merging(adapters={}, names={}, consumed={})
     if request.fuse_lora:
-        chosen = {name: contents.tensors[name] for name in selection.tensors}
+        chosen = {name: contents.tensors[name] for name in names}
         shapes = {name: (entry.dtype, tuple(entry.shape)) for name, entry in chosen.items()}
         merging = plan_merging(shapes, request.lora_alpha)
-    stored = [name for name in sorted(selection.tensors, key=_in_order) if name not in merging.consumed]
+    stored = [name for name in sorted(names, key=_in_order) if name not in merging.consumed]
     prefix = choose_prefix({name: paths[name] for name in contents.tensors}, stored, request)
     tensors = tuple(_tensor(name, contents, request, merging, prefix.text) for name in stored)
     values = tuple(
@@ -144,6 +147,19 @@ def plan_export(contents: Contents, request: ExportRequest) -> ExportPlan:
         left_out={**selection.left_out, **merging.consumed, **contents.left_out},
         notes=tuple(notes),
     )
+
+
+def _without_repetition(
+    names: Collection[str], aliases: Mapping[str, str], request: ExportRequest
+) -> list[str]:
+    """Tied tensors under each of their names, as `state_dict()` has them, or once.
+
+    Once where loaders tie them again, and where what is merged into one would be missing from the others.
+    """
+    if request.format != "safetensors" and not request.fuse_lora:
+        return list(names)
+    chosen = set(names)
+    return [name for name in names if aliases.get(name) not in chosen]
 
 
 def _in_order(name: str) -> list[tuple[int, str]]:
