@@ -129,7 +129,12 @@ class OptimizerComponent:
         return replace(captured, optimizers=(self._optimizer,), step_writes=self._step_writes(captured))
 
     def _step_writes(self, captured: Captured) -> frozenset[int]:
-        """Parameters that are trained, and their moments: of frozen ones a step writes nothing."""
+        """Parameters that are trained, and their moments: of frozen ones a step writes nothing.
+
+        Settings that are tensors are not among them: schedulers write the learning rate.
+        """
+        section = (*self._prefix, "state")
+        moments = {id(t) for path, t in captured.tensors.items() if path[: len(section)] == section}
         parameters = [p for group in self._optimizer.param_groups for p in group["params"]]
         trained = {id(parameter) for parameter in parameters if parameter.requires_grad}
         frozen = {
@@ -138,7 +143,7 @@ class OptimizerComponent:
             if id(parameter) not in trained
             for value in state.values()
         }
-        return frozenset(trained.union(map(id, captured.tensors.values())) - frozen)
+        return frozenset((trained | moments) - frozen)
 
     def _capture_state(self, collector: StateCollector, name: str, state: Mapping[str, Any]) -> None:
         for key, value in state.items():
