@@ -29,6 +29,7 @@ def test_every_optimizer_comes_back_on_another_layout(pool, tmp_path, recipe):
         for found in pool.run(load_all, Layout(loaded).world_size, str(tmp_path), pairs, recipe):
             assert {pair: names for pair, names in found.items() if names} == {}
     checkpoints = [open_checkpoint(tmp_path / layout / STEP) for layout in ("fsdp4", "pp4")]
-    assert checkpoints[0].keys() == checkpoints[1].keys()
+    names = [{*checkpoint.keys()} for checkpoint in checkpoints]
+    assert names[0] == names[1] - {"mesh_roles"}
     for checkpoint in checkpoints:
         checkpoint.close()

@@ -127,6 +127,9 @@ def test_a_step_that_a_scaler_skips_is_a_boundary(is_told):
         before = weight(model, 0).detach().clone()
         scaler.step(optimizer)
         scaler.update()
+        if is_told and number == 2:  # as on a rank where all is finite, since another one has the shard
+            assert gradient is not None
+            gradient.nan_to_num_(posinf=0.0)
         assert torch.equal(before, weight(model, 0)) == (number in (2, 4))
         save(state)
 
@@ -294,7 +297,7 @@ def test_steps_that_cannot_be_seen_make_no_false_alarm():
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 def test_a_compiled_step_makes_no_false_alarm():
     model = Net()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, fused=True)
     train_with(model, optimizer, torch.compile(optimizer.step, backend="eager"))
 
 

@@ -196,6 +196,7 @@ def labelled(drawn: Sequence[float], upcoming: Sequence[float]) -> list[int | st
         (mesh(dp=2, tp=2), mesh(dp=3, tp=2), same_in_tp, ["a", "a", "b", "b", "c", "c"], "torch derived"),
         (mesh(dp=2, tp=2), mesh(dp=1, tp=2), all_distinct, ["a", "b"], "and index in tp"),
         (mesh(dp=2, tp=2), mesh(dp=3, tp=2), same_in_dp, [0, 1, 0, 1, 0, 1], "torch continued"),
+        (mesh(dp=2, tp=2), mesh(dp=3, tp=3), same_in_dp, [0, 1, "a"] * 3, "torch kept on 6 rank(s)"),
         (mesh(dp=2, tp=2), world(4), same_in_tp, ["a", "b", "c", "d"], "torch derived"),
         (
             mesh(pp=2, dp=2, tp=2),
