@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, IterableDataset, default_collate
 
 from dcp_ckpt.closing import Closing
 from dcp_ckpt.data.batches import BatchDataset, WorkerStart
-from dcp_ckpt.errors import ConfigError
+from dcp_ckpt.errors import ConfigError, StateMismatch
 from dcp_ckpt.state.data import ElasticSampler, Part
 
 __all__ = ["ElasticLoader"]
@@ -96,7 +96,8 @@ class ElasticLoader(Closing):
             )
         self._sampler = sampler
         self._takes_empty = collate_fn is not None
-        self._refuse_empty_parts()
+        if problem := self._empty_part(sampler.samples_consumed):
+            raise ConfigError(problem)
         self._generator = torch.Generator()  # the global one would be drawn from by every iteration
         self._settings: dict[str, Any] = {
             "dataset": BatchDataset(dataset, collate_fn or default_collate),
@@ -118,8 +119,7 @@ class ElasticLoader(Closing):
 
     @property
     def sampler(self) -> ElasticSampler:
-        """Where the training stands; its `last_global_batch` is that of the batch that was handed out
-        last."""
+        """Where the training stands; `last_global_batch` is that of the batch that was handed out last."""
         return self._sampler
 
     @property
@@ -147,16 +147,18 @@ class ElasticLoader(Closing):
 
     def state_problem(self, state: Any) -> str | None:
         """Why `load_state_dict` would refuse a state, or None."""
-        return self._sampler.state_problem(state)
+        return self._sampler.state_problem(state) or self._empty_part(state["samples_consumed"])
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where `state` stands, also with another world or global batch size.
 
         Raises:
-            StateMismatch: it belongs to another dataset. Nothing was changed.
+            StateMismatch: it belongs to another dataset, or leaves a batch of which some rank has no sample.
+                Nothing was changed.
         """
+        if problem := self.state_problem(state):
+            raise StateMismatch(problem)
         self._sampler.load_state_dict(state)
-        self._refuse_empty_parts()
 
     def close(self) -> None:
         """End the workers. Idempotent."""
@@ -196,13 +198,14 @@ class ElasticLoader(Closing):
         """Forget what was made ahead; ends workers that are not persistent."""
         self._ahead = None
 
-    def _refuse_empty_parts(self) -> None:
-        if not self._takes_empty and not self._sampler.smallest_part:
-            raise ConfigError(
-                "in the last batch of an epoch some rank has no samples, and default_collate makes no batch "
-                "of none; use drop_last=True, another global batch size, or a collate_fn that takes an "
-                "empty list"
-            )
+    def _empty_part(self, samples_consumed: int) -> str | None:
+        """Why some batch cannot be made on some rank, or None."""
+        if self._takes_empty or self._sampler.smallest_part(samples_consumed):
+            return None
+        return (
+            "in the last batch of an epoch some rank has no samples, and default_collate makes no batch of "
+            "none; use drop_last=True, another global batch size, or a collate_fn that takes an empty list"
+        )
 
 
 @contextmanager

@@ -138,10 +138,9 @@ class ElasticSampler:
         """Whether no batch of the current epoch is left."""
         return not self._has_batch(self._consumed)
 
-    @property
-    def smallest_part(self) -> int:
-        """The fewest samples that a rank gets in a batch, of this epoch or a later one."""
-        full, left = self._global_batch_size, self._num_samples - self._consumed
+    def smallest_part(self, samples_consumed: int = 0) -> int:
+        """The fewest samples that a rank gets in a batch, after a position in an epoch and in later ones."""
+        full, left = self._global_batch_size, max(self._num_samples - samples_consumed, 0)
         remainders = [] if self._drop_last else [left % full, self._num_samples % full]
         return min(size for size in (full, *remainders) if size) // self._world_size
 

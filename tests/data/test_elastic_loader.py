@@ -248,10 +248,13 @@ def test_a_rank_without_samples_needs_a_collate_function_that_takes_none():
         with loader(rank=rank, world_size=6) as made:
             parts.append(list(made)[-1])
     assert [len(part) for part in parts] == [0, 1, 1, 1, 1, 1]
-    position = {**sampler().state_dict(), "samples_consumed": 20}
     made = ElasticLoader(datasets.Numbers(48), ElasticSampler(48, 12, 0, 5, 3, drop_last=False))
-    with pytest.raises(ConfigError, match="some rank has no samples"):
-        made.load_state_dict({**position, "num_samples": 48})
+    for consumed, is_refused in ((12, False), (19, False), (20, True)):  # the last batch has 12, 5, 4
+        state = {**made.state_dict(), "samples_consumed": consumed}
+        assert (made.state_problem(state) is not None) == is_refused
+    with pytest.raises(StateMismatch, match="some rank has no samples"):
+        made.load_state_dict({**made.state_dict(), "samples_consumed": 20})
+    assert made.sampler.samples_consumed == 0
 
 
 class Endless(IterableDataset[int]):

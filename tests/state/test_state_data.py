@@ -160,7 +160,7 @@ def test_a_state_of_something_else_is_refused():
 )
 def test_the_smallest_part_is_that_of_the_last_batch(arguments, smallest):
     sampler = ElasticSampler(rank=0, seed=0, **arguments)
-    assert sampler.smallest_part == smallest
+    assert sampler.smallest_part() == smallest
     parts = [
         len(part.indices)
         for rank in range(arguments["world_size"])
