@@ -124,9 +124,8 @@ def test_examples_of_state_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         "scaler": amp.GradScaler("cpu"),
         "average": optim.swa_utils.AveragedModel(model),
     }
-    blocks = python_blocks("docs/state.md")
-    assert len(blocks) == 3
-    for block in blocks:
+    first, objects, _, _, rates = python_blocks("docs/state.md")
+    for block in (first, objects, rates):
         exec(compile(block, "docs/state.md", "exec"), names)
     with open_checkpoint("runs/exp@1") as checkpoint:
         assert {"model.weight", "extra.ema.module.bias", "extra.best.value", "scaler"} <= set(
@@ -139,6 +138,31 @@ def test_examples_of_state_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         names["state"]["mean"].add(8.0)
         checkpointer.load(names["state"])
     assert names["state"]["mean"].add(6.0) == 5.0
+
+
+def test_examples_of_layouts_and_data_in_state_run() -> None:
+    from torch import arange, nn, optim
+
+    from dcp_ckpt import TrainState
+    from tests.state.fake_worlds import fake_world
+
+    model = nn.Linear(3, 2)
+    names: dict[str, Any] = {
+        "TrainState": TrainState,
+        "model": model,
+        "stage_module": model,
+        "optimizer": optim.SGD(model.parameters(), lr=0.1),
+        "dataset": arange(16),
+    }
+    _, _, layouts, data, _ = python_blocks("docs/state.md")
+    with fake_world(rank=5, world_size=8):
+        exec(compile(layouts, "docs/state.md", "exec"), names)
+        assert names["state"].components()
+        assert names["roles"].stage_ranks() == (4, 5, 6, 7)
+    exec(compile(data, "docs/state.md", "exec"), names)
+    assert len(names["batch"]) == 8
+    assert len(list(names["loader"])) == 2, "the next epoch"
+    names["loader"].close()
 
 
 def test_examples_of_stock_dcp_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
