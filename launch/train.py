@@ -98,7 +98,7 @@ def build(options: Options, topology: Topology, text: TextLoader) -> Training:
         optimizer=optimizer,
         lr_scheduler=scheduler,
         scaler=scaler if scaler.is_enabled() else None,
-        dataloader=text.sampler,
+        dataloader=text.loader,
         extra={"loss_history": history},
         mesh_roles=topology.roles,
     )
@@ -160,6 +160,7 @@ def train(options: Options, topology: Topology, corpus: Corpus) -> str | None:
         rank=topology.data_rank,
         world_size=topology.data_size,
         seed=options.seed,
+        num_workers=options.workers,
         device=topology.device,
     )
     training = build(options, topology, text)
@@ -172,7 +173,7 @@ def train(options: Options, topology: Topology, corpus: Corpus) -> str | None:
     reporter.say(f"run {run.number} in {run.path}: {topology.world_size} ranks, {options.parallel}")
     reporter.changed(changes)
     require_allowed(changes, run.path)
-    with Checkpointer(run.path, config=checkpoint_config(options)) as checkpointer:
+    with text.loader, Checkpointer(run.path, config=checkpoint_config(options)) as checkpointer:
         loaded = restore(checkpointer, run, training.state, options)
         reporter.loaded(loaded, run.document.parent, world_size=topology.world_size)
         done = loaded.step if loaded else 0

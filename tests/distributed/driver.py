@@ -33,7 +33,7 @@ BATCH_SIZE = 10
 """Divides by two ranks only."""
 
 SMALL = ("--model-size", "tiny", "--batch-size", str(BATCH_SIZE), "--eval-iters", "1", "--eval-every", "3")
-EVERYTHING = ("--dropout", "0.1", "--amp", "fp16", "--grad-accum", "2", "--seed", "7")
+EVERYTHING = ("--dropout", "0.1", "--amp", "fp16", "--grad-accum", "2", "--workers", "1", "--seed", "7")
 """What a resume has to get right on top of weights, moments and samples."""
 
 SMALL_CORPUS_BYTES = 4480
