@@ -66,6 +66,21 @@ def checkpoint_config(options: Options) -> CheckpointConfig:
     )
 
 
+def load_text(corpus: Corpus, options: Options, topology: Topology) -> TextLoader:
+    """This rank's batches. The order of samples depends on seed and epoch only, on any number of ranks."""
+    return TextLoader(
+        corpus,
+        context=MODEL_SIZES[options.model_size].context,
+        global_batch_size=options.batch_size,
+        num_micro_batches=max(options.grad_accum, topology.num_stages),
+        rank=topology.data_rank,
+        world_size=topology.data_size,
+        seed=options.seed,
+        num_workers=options.workers,
+        device=topology.device,
+    )
+
+
 @dataclass(frozen=True, kw_only=True)
 class Training:
     """What is trained, and all of it as the state to save."""
@@ -151,18 +166,7 @@ def train(options: Options, topology: Topology, corpus: Corpus) -> str | None:
 
     Returns why it stopped before, or None.
     """
-    # Data: the order of samples depends on seed and epoch only, so it is the same on any number of ranks.
-    text = TextLoader(
-        corpus,
-        context=MODEL_SIZES[options.model_size].context,
-        global_batch_size=options.batch_size,
-        num_micro_batches=max(options.grad_accum, topology.num_stages),
-        rank=topology.data_rank,
-        world_size=topology.data_size,
-        seed=options.seed,
-        num_workers=options.workers,
-        device=topology.device,
-    )
+    text = load_text(corpus, options, topology)
     training = build(options, topology, text)
 
     # Run: chosen or created once for all ranks, then everything is loaded from its newest checkpoint.
