@@ -1,8 +1,8 @@
 """The text that the driver trains on, and the batches of one rank.
 
 The text is the Python standard library's own sources: real, and on every machine. Which samples make a
-global batch is decided by `dcp_ckpt.ElasticSampler` alone; this module cuts the text into samples and turns
-indices into tensors. Called by `train.py`; knows nothing of models or checkpoints.
+global batch, and where training stands, is the business of `dcp_ckpt.data`; this module cuts the text into
+samples and makes tensors of them. Called by `train.py`; knows nothing of models or checkpoints.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from pathlib import Path
 
 import torch
 
-from dcp_ckpt import ElasticSampler
+from dcp_ckpt.data import ElasticLoader, ElasticSampler
 
-__all__ = ["IGNORED", "Batch", "Corpus", "TextLoader", "Windows", "read_corpus"]
+__all__ = ["IGNORED", "Batch", "Corpus", "FillUp", "TextLoader", "Windows", "read_corpus"]
 
 IGNORED = -100
 """Target of a position that counts in no loss; the default `ignore_index` of `cross_entropy`."""
@@ -41,7 +41,7 @@ class Batch:
     """One rank's part of one global batch, of the same size at every step.
 
     Args:
-        inputs: byte values, int64, (rows, context); rows beyond the samples of this rank repeat some sample.
+        inputs: byte values, int64, (rows, context); rows beyond the samples of this rank are zeros.
         targets: the byte after each input, or `IGNORED` in those rows; same shape.
         sample_ids: ids of the whole global batch, in its order; the same on every rank.
         num_tokens: targets of the whole global batch that count.
@@ -95,24 +95,32 @@ class Windows:
     def __len__(self) -> int:
         return len(self._windows)
 
-    def batch(
-        self,
-        indices: Sequence[int],
-        sample_ids: Sequence[int],
-        num_rows: int,
-        device: torch.device | str = "cpu",
-    ) -> Batch:
-        """The samples `indices`, this rank's part of `sample_ids`, filled up to `num_rows`.
+    def samples(self, indices: Sequence[int]) -> list[torch.Tensor]:
+        """Byte values, uint8, each (context + 1)."""
+        return list(self._windows[list(indices)])
 
-        What is filled up counts in no loss. All ranks go through the same collectives, also those that have
-        fewer samples or none, and every step has the same shapes.
-        """
-        filled = [*indices, *[0] * (num_rows - len(indices))]
-        rows = self._windows[filled].to(device=device, dtype=torch.int64)
-        inputs, targets = rows[:, :-1], rows[:, 1:].contiguous()
-        targets[len(indices) :] = IGNORED
-        num_tokens = len(sample_ids) * self.context
-        return Batch(inputs=inputs, targets=targets, sample_ids=sample_ids, num_tokens=num_tokens)
+    __getitems__ = samples  # as data loaders call it
+
+
+@dataclass(frozen=True, kw_only=True)
+class FillUp:
+    """Makes the rows of a batch of samples: as many as there are, and others that count in no loss.
+
+    All ranks go through the same collectives, also those that have fewer samples or none, and every step has
+    the same shapes.
+    """
+
+    num_rows: int
+    context: int
+
+    def __call__(self, samples: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Inputs and targets, int64, (num_rows, context); the samples are uint8, each (context + 1)."""
+        rows = torch.zeros(self.num_rows, self.context + 1, dtype=torch.int64)
+        for row, sample in zip(rows, samples, strict=False):
+            row.copy_(sample)
+        inputs, targets = rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
+        targets[len(samples) :] = IGNORED
+        return inputs, targets
 
 
 class TextLoader:
@@ -126,6 +134,7 @@ class TextLoader:
         rank: the part of each global batch that this rank trains on; ranks may share one.
         world_size: the number of parts.
         seed: of the order of the samples.
+        num_workers: processes that make batches ahead of time; 0: this one makes each when it is asked for.
         device: where batches are put.
     """
 
@@ -139,9 +148,10 @@ class TextLoader:
         rank: int,
         world_size: int,
         seed: int,
+        num_workers: int = 0,
         device: torch.device | str = "cpu",
     ) -> None:
-        self._train = Windows(corpus.train, context)
+        train = Windows(corpus.train, context)
         self._validation = Windows(corpus.validation, context)
         self._global_batch_size = global_batch_size
         self._rank, self._world_size = rank, world_size
@@ -149,8 +159,9 @@ class TextLoader:
         self.num_micro_batches = num_micro_batches
         largest_part = math.ceil(global_batch_size / world_size)
         self.num_rows = math.ceil(largest_part / num_micro_batches) * num_micro_batches
-        self.sampler = ElasticSampler(
-            num_samples=len(self._train),
+        self._fill_up = FillUp(num_rows=self.num_rows, context=context)
+        sampler = ElasticSampler(
+            num_samples=len(train),
             global_batch_size=global_batch_size,
             rank=rank,
             world_size=world_size,
@@ -158,16 +169,32 @@ class TextLoader:
             fingerprint=f"{corpus.fingerprint}-{context}",
             drop_last=False,
         )
+        self.loader = ElasticLoader(
+            train,
+            sampler,
+            collate_fn=self._fill_up,
+            num_workers=num_workers,
+            persistent_workers=num_workers > 0,
+        )
 
     def training(self) -> Iterator[Batch]:
-        """Batches without end, in shuffled order, from where the sampler stands."""
-        for indices in self.sampler:
-            yield self._train.batch(indices, self.sampler.last_global_batch, self.num_rows, self._device)
+        """Batches without end, in shuffled order, from where the loader stands."""
+        while True:
+            for inputs, targets in self.loader:
+                yield self._batch(inputs, targets, self.loader.sampler.last_global_batch)
 
     def validation(self, num_batches: int) -> Iterator[Batch]:
         """The same first `num_batches` global batches at every call; fewer where the text ends."""
         size = self._global_batch_size
         for start in range(0, len(self._validation), size)[:num_batches]:
             sample_ids = range(start, min(start + size, len(self._validation)))
-            indices = sample_ids[self._rank :: self._world_size]
-            yield self._validation.batch(indices, sample_ids, self.num_rows, self._device)
+            own = self._validation.samples(sample_ids[self._rank :: self._world_size])
+            yield self._batch(*self._fill_up(own), sample_ids)
+
+    def _batch(self, inputs: torch.Tensor, targets: torch.Tensor, sample_ids: Sequence[int]) -> Batch:
+        return Batch(
+            inputs=inputs.to(self._device),
+            targets=targets.to(self._device),
+            sample_ids=sample_ids,
+            num_tokens=len(sample_ids) * self._validation.context,
+        )

@@ -39,6 +39,7 @@ class Options:
     dropout: float
     steps: int
     batch_size: int
+    workers: int
     grad_accum: int
     lr: float
     lr_steps: int
@@ -107,7 +108,6 @@ def parse_options(arguments: Sequence[str] | None = None, *, announce: bool = Tr
 _NOT_BUILT = {
     "--epochs": "train for this many epochs instead of --steps",
     "--save-every-minutes": "save when this much time has passed",
-    "--workers": "data-loading processes per rank",
 }
 
 
@@ -118,6 +118,12 @@ def _attribute(flag: str) -> str:
 def _count(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text} is not a whole number of 1 or more")
+    return int(text)
+
+
+def _amount(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number of 0 or more")
     return int(text)
 
 
@@ -178,6 +184,7 @@ def _add_training_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--dropout", type=float, default=0.0, help="probability")
     group.add_argument("--steps", type=_count, default=200, help="train up to this step")
     group.add_argument("--batch-size", type=_count, default=120, help="samples a step, over all ranks")
+    group.add_argument("--workers", type=_amount, default=0, help="data-loading processes of each rank")
     group.add_argument(
         "--grad-accum", type=_count, default=1, help="micro-batches a step; pp: at least one for each stage"
     )

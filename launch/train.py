@@ -66,6 +66,21 @@ def checkpoint_config(options: Options) -> CheckpointConfig:
     )
 
 
+def load_text(corpus: Corpus, options: Options, topology: Topology) -> TextLoader:
+    """This rank's batches. The order of samples depends on seed and epoch only, on any number of ranks."""
+    return TextLoader(
+        corpus,
+        context=MODEL_SIZES[options.model_size].context,
+        global_batch_size=options.batch_size,
+        num_micro_batches=max(options.grad_accum, topology.num_stages),
+        rank=topology.data_rank,
+        world_size=topology.data_size,
+        seed=options.seed,
+        num_workers=options.workers,
+        device=topology.device,
+    )
+
+
 @dataclass(frozen=True, kw_only=True)
 class Training:
     """What is trained, and all of it as the state to save."""
@@ -98,7 +113,7 @@ def build(options: Options, topology: Topology, text: TextLoader) -> Training:
         optimizer=optimizer,
         lr_scheduler=scheduler,
         scaler=scaler if scaler.is_enabled() else None,
-        dataloader=text.sampler,
+        dataloader=text.loader,
         extra={"loss_history": history},
         mesh_roles=topology.roles,
     )
@@ -151,17 +166,7 @@ def train(options: Options, topology: Topology, corpus: Corpus) -> str | None:
 
     Returns why it stopped before, or None.
     """
-    # Data: the order of samples depends on seed and epoch only, so it is the same on any number of ranks.
-    text = TextLoader(
-        corpus,
-        context=MODEL_SIZES[options.model_size].context,
-        global_batch_size=options.batch_size,
-        num_micro_batches=max(options.grad_accum, topology.num_stages),
-        rank=topology.data_rank,
-        world_size=topology.data_size,
-        seed=options.seed,
-        device=topology.device,
-    )
+    text = load_text(corpus, options, topology)
     training = build(options, topology, text)
 
     # Run: chosen or created once for all ranks, then everything is loaded from its newest checkpoint.
@@ -172,7 +177,7 @@ def train(options: Options, topology: Topology, corpus: Corpus) -> str | None:
     reporter.say(f"run {run.number} in {run.path}: {topology.world_size} ranks, {options.parallel}")
     reporter.changed(changes)
     require_allowed(changes, run.path)
-    with Checkpointer(run.path, config=checkpoint_config(options)) as checkpointer:
+    with text.loader, Checkpointer(run.path, config=checkpoint_config(options)) as checkpointer:
         loaded = restore(checkpointer, run, training.state, options)
         reporter.loaded(loaded, run.document.parent, world_size=topology.world_size)
         done = loaded.step if loaded else 0

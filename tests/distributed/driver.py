@@ -12,11 +12,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor import DTensor
 
 from launch.data import read_corpus
-from launch.options import parse_options
+from launch.options import Options, parse_options
 from launch.parallel import Topology, arrange
-from launch.train import train
+from launch.train import build, load_text, train, train_step
 
 __all__ = [
     "BATCH_SIZE",
@@ -24,6 +25,7 @@ __all__ = [
     "SMALL",
     "SMALL_CORPUS_BYTES",
     "events",
+    "gradients",
     "steps",
     "trained",
     "trained_compiled",
@@ -33,7 +35,7 @@ BATCH_SIZE = 10
 """Divides by two ranks only."""
 
 SMALL = ("--model-size", "tiny", "--batch-size", str(BATCH_SIZE), "--eval-iters", "1", "--eval-every", "3")
-EVERYTHING = ("--dropout", "0.1", "--amp", "fp16", "--grad-accum", "2", "--seed", "7")
+EVERYTHING = ("--dropout", "0.1", "--amp", "fp16", "--grad-accum", "2", "--workers", "1", "--seed", "7")
 """What a resume has to get right on top of weights, moments and samples."""
 
 SMALL_CORPUS_BYTES = 4480
@@ -46,16 +48,38 @@ def trained_compiled(cache: str, *arguments: Any) -> None:
     trained(*arguments, "--compile")
 
 
+def gradients(*flags: str) -> dict[str, torch.Tensor]:
+    """Those of the first step, whole, by the plain names of this rank's parameters."""
+    options = parse_options([*SMALL, *flags])
+    topology = _topology(options)
+    text = load_text(read_corpus(max_bytes=SMALL_CORPUS_BYTES), options, topology)
+    training = build(options, topology, text)
+    seen: dict[str, torch.Tensor] = {}
+
+    def look(*_: Any) -> None:
+        for name, parameter in training.model.named_parameters():
+            gradient = parameter.grad
+            assert gradient is not None, name
+            whole = gradient.full_tensor() if isinstance(gradient, DTensor) else gradient
+            seen[name.removeprefix("module.")] = whole.clone()
+
+    training.optimizer.register_step_pre_hook(look)
+    train_step(training, next(text.training()), topology)
+    return seen
+
+
 def trained(directory: str, corpus_bytes: int | None, *flags: str) -> None:
     """One start of the driver, without torchrun: on the ranks that are up, or in this process alone."""
     own = ("--run-dir", f"{directory}/runs", "--log-json", f"{directory}/log.jsonl")
     options = parse_options([*SMALL, *own, *flags])
+    train(options, _topology(options), read_corpus(max_bytes=corpus_bytes) if corpus_bytes else read_corpus())
+
+
+def _topology(options: Options) -> Topology:
     cpu = torch.device("cpu")
     if dist.is_initialized():
-        topology = arrange(options.parallel, cpu)
-    else:
-        topology = Topology(rank=0, world_size=1, device=cpu, layout=options.parallel)
-    train(options, topology, read_corpus(max_bytes=corpus_bytes) if corpus_bytes else read_corpus())
+        return arrange(options.parallel, cpu)
+    return Topology(rank=0, world_size=1, device=cpu, layout=options.parallel)
 
 
 def events(directory: Path, kind: str) -> list[dict[str, Any]]:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from dcp_ckpt import open_checkpoint
 from dcp_ckpt.testing.killpoints import Book, KillPoint, instrument
 from tests.distributed.driver import EVERYTHING, SMALL, events, steps, trained
 
@@ -67,3 +68,6 @@ def test_killed_and_resumed_is_the_run_that_never_stopped(pool, tmp_path, layout
     (resume,) = events(killed, "resume")
     assert resume == {"event": "resume", "step": KILLED_STEP - 2, "from_world": 4, "to_world": 4}
     assert steps(killed) == expected[: len(done_before)] + expected[KILLED_STEP - 2 :]
+    with open_checkpoint(f"{killed}/runs/run-001@latest") as checkpoint:
+        scaler = checkpoint.read_value("scaler")
+    assert scaler["_growth_tracker"] == LAST_STEP, "it counted on where it was"

@@ -21,6 +21,7 @@ from tests.distributed.driver import (
     BATCH_SIZE,
     EVERYTHING,
     SMALL_CORPUS_BYTES,
+    gradients,
     steps,
     trained,
     trained_compiled,
@@ -34,6 +35,19 @@ BAND = 2e-5
 
 def losses(directory: Path) -> list[float]:
     return [float.fromhex(loss) for _, loss, _, _ in steps(directory)]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_gradients_are_the_mean_over_all_tokens(pool, layout):
+    """Adam hardly notices gradients that are all too large by one factor, so losses do not show them."""
+    alone = gradients()
+    for accumulated in ("1", "2"):
+        flags = ("--parallel", layout, "--grad-accum", accumulated)
+        ranks = pool.run(gradients, 4, *flags)
+        assert {name for rank in ranks for name in rank} == alone.keys()
+        for rank in ranks:
+            for name, gradient in rank.items():
+                torch.testing.assert_close(gradient, alone[name], rtol=1e-3, atol=1e-7, msg=name)
 
 
 @pytest.mark.parametrize("layout", ["hsdp", "fsdp+tp", "pp"])

@@ -7,7 +7,7 @@ from itertools import islice
 import pytest
 import torch
 
-from launch.data import IGNORED, Corpus, TextLoader, Windows, read_corpus
+from launch.data import IGNORED, Corpus, FillUp, TextLoader, Windows, read_corpus
 
 
 @pytest.fixture
@@ -55,24 +55,23 @@ def test_this_python_has_enough_text():
 def test_targets_are_the_inputs_one_byte_later():
     windows = Windows(torch.arange(11, dtype=torch.uint8), context=5)
     assert len(windows) == 2
-    batch = windows.batch([1], [0, 1], num_rows=1)
-    assert batch.inputs.tolist() == [[5, 6, 7, 8, 9]]
-    assert batch.targets.tolist() == [[6, 7, 8, 9, 10]]
-    assert batch.num_tokens == 10
+    inputs, targets = FillUp(num_rows=1, context=5)(windows.samples([1]))
+    assert inputs.tolist() == [[5, 6, 7, 8, 9]]
+    assert targets.tolist() == [[6, 7, 8, 9, 10]]
 
 
 def test_what_a_part_is_filled_up_with_counts_nothing():
     windows = Windows(torch.arange(11, dtype=torch.uint8), context=5)
-    for indices in ([], [1]):
-        batch = windows.batch(indices, [1], num_rows=3)
-        assert batch.inputs.shape == batch.targets.shape == (3, 5)
-        assert batch.targets[: len(indices)].tolist() == [[6, 7, 8, 9, 10]] * len(indices)
-        assert (batch.targets[len(indices) :] == IGNORED).all()
-        assert batch.num_tokens == 5
-    assert windows.batch([0], [0], num_rows=1).targets.tolist() == [[1, 2, 3, 4, 5]]
+    for indices in ([], [1], [0, 1]):
+        inputs, targets = FillUp(num_rows=3, context=5)(windows.samples(indices))
+        assert inputs.shape == targets.shape == (3, 5)
+        assert (targets[: len(indices)] == inputs[: len(indices)] + 1).all()
+        assert (targets[len(indices) :] == IGNORED).all()
 
 
-def loader(rank: int, world_size: int, *, batch_size: int, num_micro_batches: int = 1) -> TextLoader:
+def loader(
+    rank: int, world_size: int, *, batch_size: int, num_micro_batches: int = 1, num_workers: int = 0
+) -> TextLoader:
     """Over the numbers 0 to 23, for training and for validation, one to a sample but the last."""
     text = torch.arange(24, dtype=torch.uint8)
     return TextLoader(
@@ -83,6 +82,7 @@ def loader(rank: int, world_size: int, *, batch_size: int, num_micro_batches: in
         rank=rank,
         world_size=world_size,
         seed=3,
+        num_workers=num_workers,
     )
 
 
@@ -105,6 +105,17 @@ def test_an_epoch_has_every_sample_once_on_any_world(world_size):
         assert all(part.sample_ids == parts[0].sample_ids for part in parts)
         seen += [int(value) for part in parts for value in part.inputs[part.targets != IGNORED]]
     assert sorted(seen) == list(range(23))
+
+
+def test_workers_change_no_batch_and_the_position_is_that_of_the_training():
+    alone, helped = (loader(0, 1, batch_size=5, num_workers=number) for number in (0, 2))
+    with helped.loader:
+        for own, theirs, _ in zip(alone.training(), helped.training(), range(7), strict=False):
+            assert torch.equal(own.inputs, theirs.inputs)
+            assert torch.equal(own.targets, theirs.targets)
+            assert own.sample_ids == theirs.sample_ids
+            assert own.num_tokens == theirs.num_tokens == len(own.sample_ids)
+            assert alone.loader.state_dict() == helped.loader.state_dict()
 
 
 @pytest.mark.parametrize("world_size", [1, 3, 8])

@@ -16,7 +16,6 @@ from launch.options import parse_options
     [
         (["--epochs", "2"], "--epochs"),
         (["--save-every-minutes", "5"], "--save-every-minutes"),
-        (["--workers", "2"], "--workers"),
         (["--save-strategy", "epoch"], "--save-strategy epoch"),
         (["--resume", "ask"], "--resume ask"),
         (["--resume", "runs/run-001@100"], "--resume runs/run-001@100"),
@@ -43,6 +42,7 @@ def test_flag_of_a_later_version_is_refused_in_one_line(arguments, named, capsys
         ["--run-number", "2", "--resume", "never"],
         ["--amp", "fp8"],
         ["--grad-accum", "0"],
+        ["--workers", "-1"],
         ["--lora-rank", "0"],
     ],
 )

@@ -18,6 +18,7 @@ CHANGES: list[tuple[str, list[str], list[str], str]] = [
     ("steps", [], ["--steps", "400"], "safe"),
     ("parallel", ["--parallel", "ddp"], ["--parallel", "pp"], "safe"),
     ("grad_accum", [], ["--grad-accum", "4"], "safe"),
+    ("workers", [], ["--workers", "2"], "safe"),
     ("compile", [], ["--compile"], "safe"),
     ("save_every", [], ["--save-every", "7"], "safe"),
     ("overlap", [], ["--overlap", "off"], "safe"),
