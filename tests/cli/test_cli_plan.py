@@ -26,8 +26,8 @@ def test_golden(step: Path) -> None:
     assert result.stdout.splitlines() == [
         "step-00000010: step 10, 4.0 MiB of tensors, saved on 2 ranks, to load on 2 (dp=2)",
         "ranks  needed   read     reads  fragments    memory",
-        "0      2.0 MiB  2.0 MiB  2      2 (2.9 KiB)  6.0 MiB",
-        "1      2.0 MiB  2.0 MiB  2      2 (2.9 KiB)  6.0 MiB",
+        "0      2.0 MiB  2.0 MiB  2      2 (3.0 KiB)  6.0 MiB",
+        "1      2.0 MiB  2.0 MiB  2      2 (3.0 KiB)  6.0 MiB",
         "in all: 4.0 MiB needed, 4.1 MiB read (1.01x), 9 requests",
     ]
 

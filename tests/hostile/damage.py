@@ -11,7 +11,14 @@ from typing import Any
 import msgspec
 
 from dcp_ckpt.format.documents import encode_json
-from dcp_ckpt.format.fragment import Fragment, decode_fragment, encode_fragment, layout_digest
+from dcp_ckpt.format.fragment import (
+    CopiesEntry,
+    Fragment,
+    ValueEntry,
+    decode_fragment,
+    encode_fragment,
+    layout_digest,
+)
 from dcp_ckpt.format.manifest import FragmentRef
 from tests.hostile.documents import signed_manifest
 
@@ -179,6 +186,13 @@ def with_value(encoded: Any) -> Callable[[Fragment], Fragment]:
     )
 
 
+def store_again(step: Path) -> None:
+    """Rank 1 stores a value that rank 0 has, with another number."""
+    again = ValueEntry(path=["optim", "lr"], value=9.5)
+    edit_fragment(1, lambda fragment: replace(fragment, values={"optim.lr": again}), sign=True)(step)
+    edit_manifest(sign=True, index=[[0, 2]])(step)
+
+
 def append(file: str, data: bytes) -> Callable[[Path], None]:
     def act(step: Path) -> None:
         with open(step / file, "ab") as stream:
@@ -237,6 +251,15 @@ TABLES = {
     "an unknown dtype": Damage(edit_fragment(0, with_tensor(dtype="float99"), sign=True), FRAGMENT[0]),
     "a mesh that is not there": Damage(edit_fragment(0, with_tensor(mesh=7), sign=True), FRAGMENT[0]),
     "owners of no world": Damage(edit_fragment(0, with_tensor(owners=[[0, 2**60]]), sign=True), FRAGMENT[0]),
+    "copies in no world": Damage(
+        edit_fragment(
+            1,
+            lambda one: replace(one, copies=[CopiesEntry(ranks=[[0, 2**60]], digest="0" * 32)]),
+            sign=True,
+        ),
+        FRAGMENT[1],
+    ),
+    "a value of two ranks": Damage(store_again, "optim.lr"),
     "an ill-formed value": Damage(edit_fragment(0, with_value({"$int": "x"}), sign=True), "optim.lr"),
     "a value with an unknown tag": Damage(edit_fragment(0, with_value({"$new": 1}), sign=True), "optim.lr"),
     "another fragment's digest": Damage(edit_listed(1, digest="0" * 32), FRAGMENT[1]),

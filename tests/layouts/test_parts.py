@@ -48,8 +48,8 @@ def right(pool, tmp_path_factory) -> str:
 
 
 def test_parts_with_things_in_common_and_parts_that_lack_some_come_back(pool, right):
-    assert pool.run(states.load_right, 4, right) == [[]] * 4
-    assert pool.run(states.load_right, 2, right) == [[]] * 2
+    assert pool.run(states.load_right, 4, right, "step-00000002") == [[]] * 4
+    assert pool.run(states.load_right, 2, right, states.STEP) == [[]] * 2
 
 
 @pytest.mark.parametrize("name", ["one_embedding", "one_sharded_embedding"])
