@@ -24,11 +24,11 @@ from dcp_ckpt.errors import LoadError
 from dcp_ckpt.format.boxes import Box
 from dcp_ckpt.format.containers import value_container
 from dcp_ckpt.format.fragment import ChunkEntry
+from dcp_ckpt.format.references import referenced_names
 from dcp_ckpt.format.values import decode_value
 from dcp_ckpt.load.fill import Request, Target, fill_requests
 from dcp_ckpt.load.stock import StockSource
 from dcp_ckpt.load.stored import StoredCheckpoint
-from dcp_ckpt.state.tree import referenced_names
 
 __all__ = ["describe_source", "read_items"]
 

@@ -12,8 +12,9 @@ from functools import cached_property
 
 import torch
 
+from dcp_ckpt.format.dotted import is_below, roots
+from dcp_ckpt.format.references import inside_of_values, outlined
 from dcp_ckpt.load.diff import memory_problems, tensor_problems
-from dcp_ckpt.load.dotted import is_below, roots
 from dcp_ckpt.load.flattened import regroup
 from dcp_ckpt.load.rename import renamed
 from dcp_ckpt.load.report import CastTensor
@@ -21,8 +22,7 @@ from dcp_ckpt.load.selection import Selection
 from dcp_ckpt.load.source import Source
 from dcp_ckpt.state.component import Component, Problem, StoredState, Targets
 from dcp_ckpt.state.inventory import Inventory, take_inventory
-from dcp_ckpt.state.partial import inside_of_values, outlined
-from dcp_ckpt.state.tree import join_path, names_under
+from dcp_ckpt.state.paths import join_path, names_under
 
 __all__ = ["Fitted", "fit"]
 

@@ -15,7 +15,7 @@ from typing import Any
 from dcp_ckpt.format.stock_metadata import FlatPath
 from dcp_ckpt.format.values import TensorRef
 from dcp_ckpt.state.component import Path, StoredState, StoredTensor
-from dcp_ckpt.state.tree import join_path, names_under
+from dcp_ckpt.state.paths import join_path, names_under
 
 __all__ = ["Regrouped", "regroup"]
 

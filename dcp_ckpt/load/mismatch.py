@@ -6,7 +6,7 @@ import glob
 from collections import Counter
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 
-from dcp_ckpt.load.dotted import cuts, is_below, roots
+from dcp_ckpt.format.dotted import cuts, is_below, roots
 from dcp_ckpt.load.grouping import NameGroup, grouped, last_parts
 from dcp_ckpt.load.nearest import nearest
 from dcp_ckpt.state.component import Problem

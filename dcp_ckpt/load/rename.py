@@ -6,20 +6,21 @@ that optimizers keep by parameter name. Called by `load.fit`, before anything el
 
 from __future__ import annotations
 
-from collections import Counter, OrderedDict, deque
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 from dcp_ckpt.errors import ConfigError
+from dcp_ckpt.format.dotted import cuts, is_below, joined, tail
+from dcp_ckpt.format.references import referenced_names, with_leaves
 from dcp_ckpt.format.stock_metadata import FlatPath
 from dcp_ckpt.format.values import TensorRef, ValueRef
-from dcp_ckpt.load.dotted import cuts, is_below, joined, tail
 from dcp_ckpt.load.nearest import did_you_mean
 from dcp_ckpt.state.component import Path, StoredState
 from dcp_ckpt.state.inventory import Inventory
-from dcp_ckpt.state.tree import join_path, referenced_names
+from dcp_ckpt.state.paths import join_path
 
 __all__ = ["Renamed", "renamed"]
 
@@ -266,17 +267,12 @@ def _relisted(value: Any, new_names: Mapping[str, str]) -> Any:
 
 def _with_names(value: Any, names: Mapping[str, str]) -> Any:
     """A value with the new names in its references to other entries."""
-    kind = type(value)
-    if kind in (TensorRef, ValueRef):
-        return kind(names.get(value.name, value.name))
-    if kind in (dict, OrderedDict, Counter):
-        copied: dict[Any, Any] = kind()
-        copied.update({key: _with_names(item, names) for key, item in value.items()})
-        return copied
-    if kind in (list, tuple, deque):
-        items = [_with_names(item, names) for item in value]
-        return deque(items, value.maxlen) if kind is deque else kind(items)
-    return value
+
+    def renamed(leaf: Any) -> Any:
+        kind = type(leaf)
+        return kind(names.get(leaf.name, leaf.name)) if kind in (TensorRef, ValueRef) else leaf
+
+    return with_leaves(value, renamed)
 
 
 def _unused(rule: str, names: Iterable[str]) -> str:

@@ -11,14 +11,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from dcp_ckpt.errors import StateError
+from dcp_ckpt.format.references import inside_of_values
 from dcp_ckpt.format.values import decode_value
 from dcp_ckpt.state.component import Captured, Component, Path
 from dcp_ckpt.state.model import ModelComponent
 from dcp_ckpt.state.optimizer import OptimizerComponent
 from dcp_ckpt.state.part import PartComponent
-from dcp_ckpt.state.partial import inside_of_values
+from dcp_ckpt.state.paths import join_path
 from dcp_ckpt.state.stateful import DictComponent
-from dcp_ckpt.state.tree import join_path
 
 __all__ = ["Inventory", "LiveParameter", "every_component", "take_inventory"]
 

@@ -11,9 +11,10 @@ from typing import Any, Protocol
 from dcp_ckpt.state.component import Captured, Component, Path, Problem, StoredState, Targets
 from dcp_ckpt.state.keying import Shared, live_keying, saved_keying, source_rank
 from dcp_ckpt.state.mesh_roles import MeshRoles
+from dcp_ckpt.state.paths import join_path, names_under
 from dcp_ckpt.state.per_rank import Inliner
+from dcp_ckpt.state.rebuild import attach_tensors, rebuild
 from dcp_ckpt.state.stateful import Stateful, StatefulComponent, load_into, missing
-from dcp_ckpt.state.tree import attach_tensors, join_path, names_under, rebuild
 
 __all__ = ["Elastic", "loader_component"]
 

@@ -13,9 +13,11 @@ from torch import nn
 
 from dcp_ckpt.errors import LoadError
 from dcp_ckpt.state.accumulation import mid_accumulation, unreduced_parameter
+from dcp_ckpt.state.collector import StateCollector
 from dcp_ckpt.state.component import Captured, Path, Problem, StoredState, Targets
 from dcp_ckpt.state.names import ModuleNames, NamedTensor
-from dcp_ckpt.state.partial import with_unselected
+from dcp_ckpt.state.paths import join_path, stored_under
+from dcp_ckpt.state.rebuild import rebuild, tree_targets
 from dcp_ckpt.state.tensors import (
     Fillable,
     fill_shared,
@@ -24,13 +26,7 @@ from dcp_ckpt.state.tensors import (
     unsuitable,
     writable_like,
 )
-from dcp_ckpt.state.tree import (
-    StateCollector,
-    join_path,
-    rebuild,
-    stored_under,
-    tree_targets,
-)
+from dcp_ckpt.state.unselected import with_unselected
 
 __all__ = ["ModelComponent", "parameter_names"]
 

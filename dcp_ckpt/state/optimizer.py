@@ -13,7 +13,9 @@ from typing import Any
 import torch
 
 from dcp_ckpt.errors import StateError
+from dcp_ckpt.format.references import referenced_names
 from dcp_ckpt.state.accumulation import StepWatch, mid_accumulation, runs_hooks, watch_steps
+from dcp_ckpt.state.collector import StateCollector
 from dcp_ckpt.state.component import Captured, Path, Problem, StoredState, StoredTensor, Targets
 from dcp_ckpt.state.moments import ParameterState, lacking
 from dcp_ckpt.state.param_groups import (
@@ -23,16 +25,9 @@ from dcp_ckpt.state.param_groups import (
     listed_params,
     match_groups,
 )
+from dcp_ckpt.state.paths import join_path, path_of, stored_under
+from dcp_ckpt.state.rebuild import attach_tensors, rebuild
 from dcp_ckpt.state.tensors import fits
-from dcp_ckpt.state.tree import (
-    StateCollector,
-    attach_tensors,
-    join_path,
-    path_of,
-    rebuild,
-    referenced_names,
-    stored_under,
-)
 
 __all__ = ["OptimizerComponent"]
 

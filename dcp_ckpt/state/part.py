@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from dcp_ckpt.state.component import Captured, Component, Path, StoredState, Targets
 from dcp_ckpt.state.mesh_roles import MeshRoles
-from dcp_ckpt.state.tree import is_under
+from dcp_ckpt.state.paths import is_under
 
 __all__ = ["PartComponent"]
 

@@ -23,9 +23,11 @@ from dcp_ckpt.state.keying import (
     source_rank,
 )
 from dcp_ckpt.state.mesh_roles import MeshRoles
+from dcp_ckpt.state.paths import join_path, names_under
+from dcp_ckpt.state.rebuild import attach_tensors
 from dcp_ckpt.state.stateful import Stateful, load_into, missing, put
 from dcp_ckpt.state.tensors import check_tensor
-from dcp_ckpt.state.tree import attach_tensors, join_path, names_under, replace_tensors
+from dcp_ckpt.state.tree import replace_tensors
 
 __all__ = ["INLINE_BYTES_MAX", "Inliner", "PerRankComponent"]
 

@@ -14,23 +14,17 @@ import torch
 from torch import nn
 
 from dcp_ckpt.errors import CheckpointError, LoadError, StateError
+from dcp_ckpt.format.references import referenced_names
 from dcp_ckpt.state.accumulation import watch_steps
+from dcp_ckpt.state.collector import StateCollector
 from dcp_ckpt.state.component import Captured, Component, Path, Problem, StoredState, Targets
 from dcp_ckpt.state.model import ModelComponent, parameter_names
 from dcp_ckpt.state.optimizer import OptimizerComponent
-from dcp_ckpt.state.partial import with_unselected
+from dcp_ckpt.state.paths import by_name, join_path, names_under, stored_under
+from dcp_ckpt.state.rebuild import rebuild, tree_targets
 from dcp_ckpt.state.tensors import Fillable, fits, unsuitable
-from dcp_ckpt.state.tree import (
-    StateCollector,
-    by_name,
-    is_branch,
-    join_path,
-    names_under,
-    rebuild,
-    referenced_names,
-    stored_under,
-    tree_targets,
-)
+from dcp_ckpt.state.tree import is_branch
+from dcp_ckpt.state.unselected import with_unselected
 
 __all__ = ["DictComponent", "Stateful", "StatefulComponent", "load_into", "missing", "put"]
 

@@ -25,10 +25,10 @@ from dcp_ckpt.state.mesh_roles import MeshRoles
 from dcp_ckpt.state.model import ModelComponent, parameter_names
 from dcp_ckpt.state.optimizer import OptimizerComponent
 from dcp_ckpt.state.part import PartComponent
+from dcp_ckpt.state.paths import join_path
 from dcp_ckpt.state.per_rank import PerRankComponent
 from dcp_ckpt.state.rng import RngComponent
 from dcp_ckpt.state.stateful import DictComponent, Stateful, StatefulComponent
-from dcp_ckpt.state.tree import join_path
 
 __all__ = ["State", "TrainState", "components_of", "components_to_save"]
 

@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from dcp_ckpt.errors import CorruptCheckpoint, StateError
+from dcp_ckpt.state.collector import StateCollector
 from dcp_ckpt.state.component import Path, StoredState, StoredTensor, Targets
+from dcp_ckpt.state.rebuild import attach_tensors, rebuild
 from dcp_ckpt.state.stateful import StatefulComponent
-from dcp_ckpt.state.tree import StateCollector, attach_tensors, rebuild
 from tests.format.exact_values import same
 from tests.state import in_memory
 

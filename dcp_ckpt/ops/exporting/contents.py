@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from dcp_ckpt.format.fragment import TensorEntry, ValueEntry
+from dcp_ckpt.format.references import referenced_names
 from dcp_ckpt.format.stock_metadata import FlatPath
 from dcp_ckpt.load.source import Source
 from dcp_ckpt.ops.checkpoint import Checkpoint
@@ -53,8 +54,6 @@ def _paths(checkpoint: Checkpoint, source: Source) -> Mapping[str, FlatPath]:
 
 def _values(checkpoint: Checkpoint, names: Iterable[str]) -> tuple[dict[str, Any], dict[str, str]]:
     """The values, and for those that cannot stand alone the reason."""
-    from dcp_ckpt.state.tree import referenced_names  # of the layer that knows torch
-
     values: dict[str, Any] = {}
     left_out = dict(checkpoint.unreadable)
     for name in names:

@@ -1,45 +1,19 @@
-"""State of which a part is restored: what is one entry, and what stays beside it.
+"""An object's state of which a part is restored: what stays of the live one beside it.
 
-Knows no component and no file. Called by the components, and by a load that selects.
+Knows no component and no file. Called by the components that hand whole states over.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping
 from typing import Any
 
-from dcp_ckpt.format.values import TensorRef, ValueRef
+from dcp_ckpt.format.references import outlined
 from dcp_ckpt.state.component import Path, StoredState
-from dcp_ckpt.state.tree import is_branch, join_path, referenced_names
+from dcp_ckpt.state.paths import join_path
+from dcp_ckpt.state.tree import is_branch
 
-__all__ = ["inside_of_values", "outlined", "with_unselected"]
-
-
-def outlined(value: Any) -> list[str]:
-    """The leaves of which a decoded value only tells the order and the kinds of dictionaries they are in.
-
-    They are entries of their own. None where the value is no outline.
-    """
-    if type(value) in (TensorRef, ValueRef):
-        return [value.name]
-    if type(value) not in (dict, OrderedDict) or not all(type(key) is str for key in value):
-        return []
-    return [name for item in value.values() for name in outlined(item)]
-
-
-def inside_of_values(values: Mapping[str, Any]) -> dict[str, str]:
-    """The tensors that are a part of a value and no entries of their own: their names, and the value's.
-
-    Args:
-        values: decoded, by name.
-    """
-    return {
-        inner: name
-        for name, value in values.items()
-        if not outlined(value)
-        for inner in referenced_names(value)
-    }
+__all__ = ["with_unselected"]
 
 
 def with_unselected(state: Any, live: Any, stored: StoredState, path: Path) -> Any:
