@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from dcp_ckpt.checkpointer import Checkpointer
     from dcp_ckpt.config import CheckpointConfig
+    from dcp_ckpt.data.sampler import ElasticSampler
     from dcp_ckpt.errors import CheckpointError
     from dcp_ckpt.lifecycle.runs import Run, RunParent, list_runs
     from dcp_ckpt.load.by_path import load_checkpoint
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
     )
     from dcp_ckpt.runs import open_run
     from dcp_ckpt.save.handle import CheckpointInfo, SaveHandle
-    from dcp_ckpt.state.data import ElasticSampler
     from dcp_ckpt.state.mesh_roles import MeshRoles
     from dcp_ckpt.state.model_parts import ModelParts
     from dcp_ckpt.state.train_state import TrainState
@@ -49,7 +49,7 @@ _HOMES = {
     "CheckpointInfo": "save.handle",
     "Checkpointer": "checkpointer",
     "CopyReport": "ops.copy",
-    "ElasticSampler": "state.data",
+    "ElasticSampler": "data.sampler",
     "EveryNSeconds": "policies",
     "EveryNSteps": "policies",
     "EverySeconds": "policies",

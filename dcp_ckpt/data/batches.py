@@ -13,7 +13,7 @@ from typing import Any
 
 from torch.utils.data import Dataset, get_worker_info
 
-from dcp_ckpt.state.data import Part
+from dcp_ckpt.data.sampler import BatchPart
 from dcp_ckpt.state.generators import HOST_KINDS, live_kinds, seed_host_streams, undisturbed_streams
 from dcp_ckpt.stopping.signals import ignore_stop_signals
 
@@ -21,7 +21,7 @@ __all__ = ["BatchDataset", "WorkerStart"]
 
 
 class BatchDataset(Dataset[Any]):
-    """A dataset whose items are batches and whose index is a `Part`.
+    """A dataset whose items are batches and whose index is a `BatchPart`.
 
     Args:
         dataset: of samples, with `__getitem__` or `__getitems__`.
@@ -32,18 +32,18 @@ class BatchDataset(Dataset[Any]):
         self._dataset = dataset
         self._collate = collate
 
-    def __getitem__(self, part: Part) -> Any:
+    def __getitem__(self, part: BatchPart) -> Any:
         if get_worker_info() is not None:
             return self._batch(part)
         with undisturbed_streams([kind for kind in live_kinds() if kind in HOST_KINDS]):
             return self._batch(part)
 
-    def _batch(self, part: Part) -> Any:
+    def _batch(self, part: BatchPart) -> Any:
         samples = self._samples(part)
         _begin_streams(part, f"batch {part.start}")
         return self._collate(samples)
 
-    def _samples(self, part: Part) -> Any:
+    def _samples(self, part: BatchPart) -> Any:
         fetch_all = getattr(self._dataset, "__getitems__", None)
         if fetch_all is not None:
             _begin_streams(part, f"samples {part.start}")
@@ -55,7 +55,7 @@ class BatchDataset(Dataset[Any]):
         return samples
 
 
-def _begin_streams(part: Part, what: str) -> None:
+def _begin_streams(part: BatchPart, what: str) -> None:
     digest = hashlib.blake2b(f"{part.seed}/{part.epoch}/{what}".encode(), digest_size=8).digest()
     seed_host_streams(int.from_bytes(digest, "little") >> 1)
 

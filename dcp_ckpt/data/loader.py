@@ -1,7 +1,7 @@
 """A data loader with worker processes whose position is that of the training, not of the workers.
 
 Owns the torch DataLoader behind it, and when that has to begin again. The order of the samples is
-`state.data`'s; what makes a batch is `batches`'.
+`sampler`'s; what makes a batch is `batches`'.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from torch.utils.data import DataLoader, IterableDataset, default_collate
 
 from dcp_ckpt.closing import Closing
 from dcp_ckpt.data.batches import BatchDataset, WorkerStart
+from dcp_ckpt.data.sampler import BatchPart, ElasticSampler
 from dcp_ckpt.errors import ConfigError, StateMismatch
-from dcp_ckpt.state.data import ElasticSampler, Part
 
 __all__ = ["ElasticLoader"]
 
@@ -230,7 +230,7 @@ class _RestOfEpoch:
     def __init__(self, sampler: ElasticSampler) -> None:
         self._sampler = sampler
 
-    def __iter__(self) -> Iterator[Part]:
+    def __iter__(self) -> Iterator[BatchPart]:
         return self._sampler.rest_of_epoch()
 
 

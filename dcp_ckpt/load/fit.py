@@ -198,7 +198,7 @@ def _selected(state: StoredState, selection: Selection) -> StoredState:
         per_rank_of=lambda rank: {
             name: value for name, value in state.per_rank_of(rank).items() if selection.selects(name)
         },
-        is_part=True,
+        is_partial=True,
         left_out=frozenset((*state.tensors, *state.values, *state.per_rank_names)) - chosen,
         selects=selection.selects,
         casts=selection.casts,

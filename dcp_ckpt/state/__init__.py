@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dcp_ckpt.state.component import Captured, Component, Path, Problem, StoredState, StoredTensor, Targets
-from dcp_ckpt.state.data import ElasticSampler
 from dcp_ckpt.state.mesh_roles import MeshRoles
 from dcp_ckpt.state.model import ModelComponent
 from dcp_ckpt.state.model_parts import ModelParts
@@ -18,7 +17,6 @@ __all__ = [
     "Captured",
     "Component",
     "DictComponent",
-    "ElasticSampler",
     "MeshRoles",
     "ModelComponent",
     "ModelParts",

@@ -93,7 +93,7 @@ class StoredState:
         world_size: number of ranks that load.
         seed_material: a value that is the same on all ranks and differs between checkpoints and
             between steps; for deriving streams of ranks that have none.
-        is_part: whether the user selected a part of the state.
+        is_partial: whether the user selected a part of the state.
         left_out: names that are stored and not selected; they are in none of the other fields.
         selects: whether the state of that name is to be restored. What is not stays exactly as it is. With a
             dot behind the name: whether all below it is.
@@ -111,7 +111,7 @@ class StoredState:
     seed_material: str
     aliases: Mapping[str, str] = field(default_factory=dict)
     keying: Keying | None = None
-    is_part: bool = False
+    is_partial: bool = False
     left_out: frozenset[str] = frozenset()
     selects: Callable[[str], bool] = _everything
     casts: Callable[[str], bool] = _nothing

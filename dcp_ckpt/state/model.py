@@ -151,7 +151,7 @@ class ModelComponent:
                 below = stored_under(stored, path, (*targets.values, *targets.tensors))
                 if below:
                     state = rebuild(stored, targets, below, depth=len(path))
-                    if stored.is_part:
+                    if stored.is_partial:
                         state = with_unselected(state, module.get_extra_state(), stored, path)
                     module.set_extra_state(state)
                     break

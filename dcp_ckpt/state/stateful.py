@@ -66,7 +66,7 @@ class StatefulComponent:
         names = stored_under(stored, self._prefix, (*targets.values, *targets.tensors))
         if names:
             state = rebuild(stored, targets, names, depth=len(self._prefix))
-            if stored.is_part:
+            if stored.is_partial:
                 state = with_unselected(state, self._stateful.state_dict(), stored, self._prefix)
             load_into(self._stateful, state, join_path(self._prefix))
         return []

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from dcp_ckpt.state import ElasticSampler
+from dcp_ckpt.data import ElasticSampler
 from dcp_ckpt.state.component import Component, Problem
 from dcp_ckpt.state.keying import KeyingComponent
 from dcp_ckpt.state.loaders import loader_component

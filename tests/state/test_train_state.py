@@ -9,8 +9,9 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.multiprocessing.spawn import spawn
 
+from dcp_ckpt.data import ElasticSampler
 from dcp_ckpt.errors import ConfigError, StateError
-from dcp_ckpt.state import ElasticSampler, ModelParts, TrainState, components_of
+from dcp_ckpt.state import ModelParts, TrainState, components_of
 from tests.state import in_memory
 
 

@@ -5,8 +5,8 @@ from itertools import chain, islice
 import pytest
 import torch
 
+from dcp_ckpt.data import ElasticSampler
 from dcp_ckpt.errors import ConfigError, StateMismatch
-from dcp_ckpt.state import ElasticSampler
 
 NUM_SAMPLES, BATCH = 53, 12
 

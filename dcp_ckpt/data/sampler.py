@@ -15,13 +15,13 @@ import torch
 
 from dcp_ckpt.errors import ConfigError, StateMismatch
 
-__all__ = ["ElasticSampler", "Part"]
+__all__ = ["BatchPart", "ElasticSampler"]
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Part:
+class BatchPart:
     """One rank's part of one global batch.
 
     Args:
@@ -161,14 +161,15 @@ class ElasticSampler:
             self.consume()
             yield part.indices
 
-    def rest_of_epoch(self) -> Iterator[Part]:
+    def rest_of_epoch(self) -> Iterator[BatchPart]:
         """This rank's parts of the batches that are left in this epoch, from here on; consumes none."""
         seed, epoch, position = self.position
         while self._has_batch(position):
             batch = self._batch_at(seed, epoch, position)
             first = len(batch) * self._rank // self._world_size
             stop = len(batch) * (self._rank + 1) // self._world_size
-            yield Part(seed=seed, epoch=epoch, start=position + first, indices=batch[first:stop].tolist())
+            indices = batch[first:stop].tolist()
+            yield BatchPart(seed=seed, epoch=epoch, start=position + first, indices=indices)
             position += len(batch)
 
     def consume(self) -> None:
