@@ -21,8 +21,8 @@ PROGRAMS = ("launch", "benchmarks")
 # Lowest first: (units, why none of them may import a unit beside or above it).
 LAYERS: tuple[tuple[tuple[str, ...], str], ...] = (
     (
-        ("bounded_calls", "closing", "errors", "hosts"),
-        "everything closes and raises, so these stand on nothing",
+        ("bounded_calls", "closing", "errors", "hosts", "wording"),
+        "everything closes, raises and says why, so these stand on nothing",
     ),
     (("policies",), "policies are pure rules over numbers"),
     (("config",), "settings are plain values, read by programs that never save or load"),

@@ -83,6 +83,13 @@ class Mesh:
         """The coordinates of `ranks`, in their order."""
         return itertools.product(*map(range, self.shape))
 
+    def number(self, coordinate: Sequence[int], dims: Iterable[int]) -> int:
+        """A coordinate along some of the dimensions as one number, row by row."""
+        number = 0
+        for dim in dims:
+            number = number * self.shape[dim] + coordinate[dim]
+        return number
+
     def _unravel(self, position: int) -> tuple[int, ...]:
         coordinate = []
         for size in reversed(self.shape):

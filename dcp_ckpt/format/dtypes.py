@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from dcp_ckpt.errors import StateError
 
-__all__ = ["DTYPES", "MOST_DIMENSIONS", "DtypeInfo", "dtype_info", "shape_problem"]
+__all__ = ["DTYPES", "MOST_DIMENSIONS", "DtypeInfo", "dtype_info", "dtype_name", "shape_problem"]
 
 MOST_DIMENSIONS = 64
 """What most of torch's own operations bear."""
@@ -54,6 +54,11 @@ DTYPES: dict[str, DtypeInfo] = {
         ("bool", 1, "BoolStorage"),
     )
 }
+
+
+def dtype_name(dtype: object) -> str:
+    """The name by which the format knows a `torch.dtype`: torch's, without `torch.`."""
+    return str(dtype).removeprefix("torch.")
 
 
 def dtype_info(name: str) -> DtypeInfo:

@@ -9,6 +9,7 @@ import torch
 
 from dcp_ckpt.state.component import Problem, StoredState
 from dcp_ckpt.state.placements import local_tensor
+from dcp_ckpt.state.problems import other_dtype, other_shape
 from dcp_ckpt.state.tensors import memory_of
 
 __all__ = ["Answer", "answer", "memory_problems", "of_all_ranks", "tensor_problems"]
@@ -22,11 +23,9 @@ def tensor_problems(targets: Mapping[str, torch.Tensor], stored: StoredState) ->
         if entry is None:
             problems.append(Problem(kind="missing", key=name, detail="not in the checkpoint"))
         elif tuple(target.shape) != entry.shape:
-            detail = f"checkpoint {list(entry.shape)}, state {list(target.shape)}"
-            problems.append(Problem(kind="shape", key=name, detail=detail))
+            problems.append(other_shape(name, entry.shape, target.shape))
         elif target.dtype != entry.dtype and not stored.casts(name):
-            detail = f"checkpoint {entry.dtype}, state {target.dtype}"
-            problems.append(Problem(kind="dtype", key=name, detail=detail))
+            problems.append(other_dtype(name, entry.dtype, target.dtype))
         elif not _can_cast(entry.dtype, target.dtype):
             detail = f"{entry.dtype} cannot be cast to {target.dtype}: values would change their meaning"
             problems.append(Problem(kind="other", key=name, detail=detail))

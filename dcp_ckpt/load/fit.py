@@ -13,6 +13,7 @@ from functools import cached_property
 import torch
 
 from dcp_ckpt.format.dotted import is_below, roots
+from dcp_ckpt.format.dtypes import dtype_name
 from dcp_ckpt.format.references import inside_of_values, outlined
 from dcp_ckpt.load.diff import memory_problems, tensor_problems
 from dcp_ckpt.load.flattened import regroup
@@ -77,9 +78,9 @@ class Fitted:
     @property
     def cast(self) -> tuple[CastTensor, ...]:
         found = [
-            CastTensor(name=name, stored=_shown(self.state.tensors[name].dtype), live=_shown(tensor.dtype))
+            CastTensor(name=name, stored=dtype_name(stored.dtype), live=dtype_name(tensor.dtype))
             for name, tensor in self.tensors.items()
-            if self.state.tensors[name].dtype != tensor.dtype
+            if (stored := self.state.tensors[name]).dtype != tensor.dtype
         ]
         return tuple(sorted(found, key=lambda item: item.name))
 
@@ -237,7 +238,3 @@ def _with_reason(problem: Problem, unreadable: Mapping[str, str]) -> Problem:
         return problem
     reasons = [why for name, why in unreadable.items() if is_below(name, problem.key)]
     return replace(problem, detail=f"cannot be read: {reasons[0]}") if reasons else problem
-
-
-def _shown(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -15,6 +15,7 @@ from typing import Any
 from dcp_ckpt.format.stock_metadata import FlatPath
 from dcp_ckpt.format.values import TensorRef
 from dcp_ckpt.state.component import Path, StoredState, StoredTensor
+from dcp_ckpt.state.param_groups import are_named_groups
 from dcp_ckpt.state.paths import join_path, names_under
 
 __all__ = ["Regrouped", "regroup"]
@@ -50,20 +51,9 @@ def regroup(
     for path, content in live:
         names.gather(path, content)
     for path, content in live:
-        if path and path[-1] == _GROUPS and (groups := _named_params(content)) is not None:
-            names.name_parameters(path[:-1], groups)
+        if path and path[-1] == _GROUPS and are_named_groups(content):
+            names.name_parameters(path[:-1], [group["params"] for group in content])
     return names.regrouped()
-
-
-def _named_params(content: Any) -> list[list[str]] | None:
-    """The parameter names of each group, where `content` is what an optimizer of ours stores."""
-    if not isinstance(content, list) or not all(isinstance(group, dict) for group in content):
-        return None
-    groups = [group.get("params") for group in content]
-    named = all(
-        isinstance(members, list) and all(type(name) is str for name in members) for members in groups
-    )
-    return [list(members or ()) for members in groups] if named else None
 
 
 class _Names:

@@ -34,6 +34,7 @@ from dcp_ckpt.ops.blocks import read_verified
 from dcp_ckpt.ops.refs import resolve_ref
 from dcp_ckpt.storage import open_storage
 from dcp_ckpt.storage.base import Storage
+from dcp_ckpt.wording import shown_names
 
 if TYPE_CHECKING:
     import torch
@@ -292,10 +293,9 @@ class Checkpoint(Closing):
         return CorruptCheckpoint("a file of the checkpoint is missing", phase="read", path=path)
 
     def _unknown(self, what: str, existing: Any) -> CheckpointNotFound:
-        names = sorted(existing)
-        shown = ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
+        shown = shown_names(sorted(existing), most=10) or "none"
         return CheckpointNotFound(
-            f"no {what}; there are: {shown or 'none'}", step=self.manifest.step, path=self.directory
+            f"no {what}; there are: {shown}", step=self.manifest.step, path=self.directory
         )
 
 

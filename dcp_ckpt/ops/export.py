@@ -21,7 +21,7 @@ from dcp_ckpt.ops.exporting.files import PlannedFile
 from dcp_ckpt.ops.exporting.payloads import Payloads
 from dcp_ckpt.ops.exporting.place import ExportPlace, outdated_files, place_of, require_room
 from dcp_ckpt.ops.exporting.plan import ExportPlan, plan_export
-from dcp_ckpt.ops.exporting.request import ExportFormat, ExportRequest, dtype_name
+from dcp_ckpt.ops.exporting.request import ExportFormat, ExportRequest, target_dtype
 from dcp_ckpt.ops.exporting.safetensors_files import safetensors_files
 from dcp_ckpt.storage import open_storage
 from dcp_ckpt.storage.output import Output, open_output
@@ -118,7 +118,7 @@ def export(
     """
     request = ExportRequest(
         format=format,
-        dtype=None if dtype is None else dtype_name(dtype),
+        dtype=None if dtype is None else target_dtype(dtype),
         include=_globs(include),
         exclude=_globs(exclude),
         strip_prefix=strip_prefix,

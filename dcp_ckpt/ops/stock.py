@@ -21,6 +21,7 @@ from dcp_ckpt.ops.checkpoint import Checkpoint
 from dcp_ckpt.ops.refs import parse_ref, split_location
 from dcp_ckpt.storage import open_storage
 from dcp_ckpt.storage.base import Storage
+from dcp_ckpt.wording import shown_names
 
 if TYPE_CHECKING:
     import torch
@@ -188,7 +189,7 @@ class StockCheckpoint(Checkpoint):
 
     def _require(self, key: str, existing: Mapping[str, object]) -> None:
         if key not in existing:
-            shown = ", ".join(sorted(existing)[:10]) or "none"
+            shown = shown_names(sorted(existing), most=10) or "none"
             raise CheckpointNotFound(
                 f"no {key!r} in this stock DCP checkpoint; there are: {shown}", path=self.directory
             )

@@ -15,10 +15,9 @@ from dcp_ckpt.errors import CoordinationError, SaveFailed
 from dcp_ckpt.format.boxes import compress_ranks
 from dcp_ckpt.save.record import SaveKeys
 from dcp_ckpt.save.replicas import ReplicaSet
+from dcp_ckpt.wording import shown_names
 
 __all__ = ["Comparison"]
-
-_NAMES_SHOWN = 5
 
 
 class Comparison:
@@ -94,8 +93,7 @@ def _differing(ours: ReplicaSet, told: Mapping[str, Any] | None) -> list[str]:
 
 
 def _complaint(one: ReplicaSet, differing: Sequence[str]) -> str:
-    more = len(differing) - _NAMES_SHOWN
-    shown = ", ".join(differing[:_NAMES_SHOWN]) + (f" and {more} more" if more > 0 else "")
+    shown = shown_names(differing)
     if one.ranks:
         where = f"ranks {', '.join(map(str, one.ranks))} differs from rank {one.leader}'s"
         return f"state that must be equal on {where}: {shown}; they hold the same part of the model"

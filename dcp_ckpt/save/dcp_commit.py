@@ -22,6 +22,7 @@ from dcp_ckpt.format.boxes import compress_ranks
 from dcp_ckpt.format.containers import SLAB_ALIGNMENT_BYTES
 from dcp_ckpt.format.digests import digest
 from dcp_ckpt.format.documents import encode_json
+from dcp_ckpt.format.dtypes import dtype_name
 from dcp_ckpt.format.fragment import (
     ChunkEntry,
     FileEntry,
@@ -251,7 +252,7 @@ def _tensor_entries(reports: Sequence[RankReport], metadata: Metadata) -> list[T
     return [
         TensorEntry(
             path=_path(name, metadata),
-            dtype=str(described.properties.dtype).removeprefix("torch."),
+            dtype=dtype_name(described.properties.dtype),
             shape=list(described.size),
             mesh=None,
             placements=[],

@@ -15,10 +15,11 @@ from torch.distributed.checkpoint.planner import SavePlanner, WriteItem, WriteIt
 from dcp_ckpt.errors import ConfigError, StateError
 from dcp_ckpt.format.boxes import Box
 from dcp_ckpt.format.containers import value_container
-from dcp_ckpt.format.dtypes import dtype_info
+from dcp_ckpt.format.dtypes import dtype_info, dtype_name
 from dcp_ckpt.format.values import encode_value
 from dcp_ckpt.save.layout import FileLayout, plan_file
 from dcp_ckpt.save.placement import OwnedBox, TensorSpec
+from dcp_ckpt.state.tree import holds_tensor
 
 __all__ = ["SavedValue", "TensorItem", "divide", "lay_out", "payload_of", "tensor_items", "value_items"]
 
@@ -64,7 +65,7 @@ def tensor_items(items: Iterable[WriteItem]) -> list[TensorItem]:
             raise StateError(f"{name}: the planner gives no description of the tensor")
         if data.properties.layout != torch.strided:
             raise StateError(f"{name} is a {data.properties.layout} tensor; only dense tensors can be saved")
-        dtype = str(data.properties.dtype).removeprefix("torch.")
+        dtype = dtype_name(data.properties.dtype)
         try:
             dtype_info(dtype)
         except StateError as error:
@@ -116,7 +117,7 @@ def payload_of(item: TensorItem, planner: SavePlanner) -> torch.Tensor:
     tensor = planner.resolve_data(item.item)
     if not isinstance(tensor, torch.Tensor):
         raise StateError(f"{item.name}: the planner gives {type(tensor).__name__} where it planned a tensor")
-    found = (str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
+    found = (dtype_name(tensor.dtype), tuple(tensor.shape))
     if found != (item.dtype, item.box.sizes):
         raise StateError(
             f"{item.name}: the planner gives {found[0]} of shape {list(found[1])} where it planned "
@@ -144,18 +145,10 @@ def value_items(items: Iterable[WriteItem], planner: SavePlanner) -> dict[str, S
                 "pickling them; derive it from DefaultSavePlanner"
             )
         name, value = item.index.fqn, lookup(item.index)
-        if _holds_tensor(value):
+        if holds_tensor(value):
             raise StateError(
                 f"{name} is a {type(value).__name__} that holds tensors; use a list or a dictionary, which "
                 "DCP stores leaf by leaf"
             )
         values[name] = SavedValue(encoded=encode_value(value, path=name), container=value_container(value))
     return values
-
-
-def _holds_tensor(value: Any) -> bool:
-    if isinstance(value, torch.Tensor):
-        return True
-    if isinstance(value, (list, tuple, set, frozenset)):
-        return any(map(_holds_tensor, value))
-    return isinstance(value, dict) and any(map(_holds_tensor, value.values()))

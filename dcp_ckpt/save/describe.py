@@ -9,7 +9,7 @@ from torch.distributed.tensor import DTensor
 
 from dcp_ckpt.errors import StateError
 from dcp_ckpt.format.boxes import Mesh, Placement
-from dcp_ckpt.format.dtypes import dtype_info
+from dcp_ckpt.format.dtypes import dtype_info, dtype_name
 from dcp_ckpt.save.placement import TensorSpec
 from dcp_ckpt.state.placements import mesh_of, placements_of
 
@@ -32,7 +32,7 @@ def _spec(path: tuple[str, ...], tensor: torch.Tensor) -> TensorSpec:
             f"{name} is a {'meta' if tensor.is_meta else str(tensor.layout)} tensor; "
             "only dense tensors with data can be saved"
         )
-    dtype = str(tensor.dtype).removeprefix("torch.")
+    dtype = dtype_name(tensor.dtype)
     try:
         item_bytes = dtype_info(dtype).item_bytes
     except StateError as error:

@@ -15,13 +15,12 @@ import torch
 from dcp_ckpt.errors import SaveFailed
 from dcp_ckpt.save.replicas import sample_of
 from dcp_ckpt.state.placements import local_tensor
+from dcp_ckpt.wording import shown_names
 
 __all__ = ["LateCopy", "LateTensor", "can_be_late"]
 
 _GROUP_BYTES = 32 << 20
 """Copied in one call: long enough to cost the training thread nothing, short enough to show progress."""
-
-_NAMES_SHOWN = 5
 
 _Stamp = tuple[int, int, int]
 
@@ -135,12 +134,10 @@ class LateCopy:
         ]
         if not changed:
             return
-        more = len(changed) - _NAMES_SHOWN
-        shown = ", ".join(changed[:_NAMES_SHOWN]) + (f" and {more} more" if more > 0 else "")
         raise SaveFailed(
-            f"changed or moved between save() and the end of their copy: {shown}; what writes parameters or "
-            "moments other than through optimizer.step() must call Checkpointer.fence() first, or use "
-            "overlap='off'",
+            f"changed or moved between save() and the end of their copy: {shown_names(changed)}; what writes "
+            "parameters or moments other than through optimizer.step() must call Checkpointer.fence() first, "
+            "or use overlap='off'",
             phase="stage",
         )
 

@@ -14,6 +14,7 @@ import torch
 
 from dcp_ckpt.errors import StateError
 from dcp_ckpt.format.boxes import Mesh, Placement, compress_ranks
+from dcp_ckpt.format.dtypes import dtype_name
 from dcp_ckpt.format.fragment import ChunkEntry, MeshEntry, TensorEntry, layout_digest
 from dcp_ckpt.save.describe import describe
 from dcp_ckpt.save.layout import FileLayout, PlacedChunk, plan_file
@@ -57,7 +58,7 @@ class SavePlan:
 
     def dtype_name(self, number: int) -> str:
         """The dtype of a chunk, without `torch.`."""
-        return str(self.dtypes[number]).removeprefix("torch.")
+        return dtype_name(self.dtypes[number])
 
 
 def layout_key(captured: Captured) -> LayoutKey:

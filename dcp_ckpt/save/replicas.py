@@ -15,6 +15,7 @@ import torch
 
 from dcp_ckpt.format.digests import digest
 from dcp_ckpt.format.documents import encode_json
+from dcp_ckpt.format.dtypes import dtype_name
 from dcp_ckpt.state.component import Path
 
 __all__ = ["ReplicaSet", "replica_sets", "sample_of"]
@@ -48,7 +49,7 @@ class ReplicaSet:
 def sample_of(tensor: torch.Tensor) -> bytes:
     """Dtype, shape and the first elements of a tensor without autograd; waits for its device."""
     head = _first_elements(tensor).cpu().resolve_conj().resolve_neg().contiguous()
-    kind = [str(tensor.dtype).removeprefix("torch."), list(tensor.shape)]
+    kind = [dtype_name(tensor.dtype), list(tensor.shape)]
     # Not by way of numpy, which is not required and has no bfloat16.
     data = ctypes.string_at(head.data_ptr(), head.nbytes) if head.nbytes else b""
     return encode_json(kind) + data

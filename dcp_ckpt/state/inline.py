@@ -6,6 +6,7 @@ import ctypes
 
 import torch
 
+from dcp_ckpt.format.dtypes import dtype_name
 from dcp_ckpt.format.values import InlineTensor
 
 __all__ = ["from_inline", "to_inline"]
@@ -17,7 +18,7 @@ def to_inline(tensor: torch.Tensor) -> InlineTensor:
     # Not by way of numpy, which is not required and has no bfloat16.
     whole = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu").copy_(tensor)
     data = ctypes.string_at(whole.data_ptr(), whole.nbytes) if whole.nbytes else b""
-    return InlineTensor(str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), data)
+    return InlineTensor(dtype_name(tensor.dtype), tuple(tensor.shape), data)
 
 
 def from_inline(inline: InlineTensor) -> torch.Tensor:

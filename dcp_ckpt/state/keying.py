@@ -10,15 +10,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import product
 from math import prod
 from typing import Any
 
 from dcp_ckpt.errors import ConfigError
-from dcp_ckpt.format.boxes import compress_ranks, expand_ranks
+from dcp_ckpt.format.boxes import Mesh, compress_ranks, expand_ranks
 from dcp_ckpt.format.values import encode_value
 from dcp_ckpt.state.component import Captured, Path, StoredState, Targets
 from dcp_ckpt.state.mesh_roles import MeshRoles
+from dcp_ckpt.state.placements import layout_of
 
 __all__ = [
     "NOTHING_SHARED",
@@ -84,13 +84,13 @@ class Keying:
 
     @classmethod
     def of(cls, roles: MeshRoles) -> Keying:
-        ranks = [int(rank) for rank in roles.mesh.mesh.flatten().tolist()]
+        mesh = layout_of(roles.mesh)
         # A group numbers its ranks in the order of their numbers in the whole world.
-        numbers = {rank: number for number, rank in enumerate(sorted(ranks))}
+        numbers = {rank: number for number, rank in enumerate(sorted(mesh.ranks))}
         return cls(
-            shape=tuple(roles.mesh.shape),
+            shape=mesh.shape,
             dim_names=tuple(roles.mesh.mesh_dim_names or ()),
-            ranks=tuple(numbers[rank] for rank in ranks),
+            ranks=tuple(numbers[rank] for rank in mesh.ranks),
             data=roles.data,
         )
 
@@ -117,13 +117,12 @@ class Keying:
 
     @cached_property
     def _places(self) -> dict[int, Place]:
+        mesh, data = Mesh(self.shape, self.ranks), list(map(self.dim_names.index, self.data))
         found = {}
-        for rank, coordinate in zip(self.ranks, product(*map(range, self.shape)), strict=True):
+        for rank, coordinate in zip(mesh.ranks, mesh.coordinates(), strict=True):
             index = dict(zip(self.dim_names, coordinate, strict=True))
-            data = 0
-            for name in self.data:
-                data = data * self._extents[name] + index[name]
-            found[rank] = Place(data, {name: index[name] for name in self.peers})
+            peers = {name: index[name] for name in self.peers}
+            found[rank] = Place(mesh.number(coordinate, data), peers)
         return found
 
     @cached_property

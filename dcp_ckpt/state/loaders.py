@@ -13,8 +13,9 @@ from dcp_ckpt.state.keying import Shared, live_keying, saved_keying, source_rank
 from dcp_ckpt.state.mesh_roles import MeshRoles
 from dcp_ckpt.state.paths import join_path, names_under
 from dcp_ckpt.state.per_rank import Inliner
+from dcp_ckpt.state.problems import missing
 from dcp_ckpt.state.rebuild import attach_tensors, rebuild
-from dcp_ckpt.state.stateful import Stateful, StatefulComponent, load_into, missing
+from dcp_ckpt.state.stateful import Stateful, StatefulComponent, load_into
 
 __all__ = ["Elastic", "loader_component"]
 
@@ -115,7 +116,7 @@ class RankLoaderComponent:
             )
             return Problem(kind="other", key=self._name, detail=detail)
         if not stored.saved_world_size:
-            return missing(self._prefix)
+            return missing(self._name)
         source = self._source(stored)
         if source is None:
             saved, live = saved_keying(stored).data_size, live_keying(stored, self._roles).data_size
@@ -125,7 +126,7 @@ class RankLoaderComponent:
                 "anew, or train with dcp_ckpt.data.ElasticLoader, which continues on any number"
             )
             return Problem(kind="other", key=self._name, detail=detail)
-        return None if self._name in stored.per_rank_of(source) else missing(self._prefix)
+        return None if self._name in stored.per_rank_of(source) else missing(self._name)
 
     def _source(self, stored: StoredState) -> int | None:
         saved, live = saved_keying(stored), live_keying(stored, self._roles)

@@ -17,6 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from dcp_ckpt.errors import ConfigError, StateError
 from dcp_ckpt.format.boxes import Mesh
+from dcp_ckpt.state.placements import layout_of
 
 __all__ = ["Holders", "MeshRoles"]
 
@@ -125,20 +126,18 @@ class MeshRoles:
     @property
     def data_coordinate(self) -> int:
         """That of this rank, 0 to `data_size` - 1."""
-        return self._flattened(self._own, self.data)
+        return self._layout.number(self._own, self._dims(self.data))
 
     def data_coordinates(self) -> Mapping[int, int]:
         """Global rank -> data-parallel coordinate, of all ranks of the mesh."""
         pairs = zip(self._layout.ranks, self._layout.coordinates(), strict=True)
-        return {rank: self._flattened(coordinate, self.data) for rank, coordinate in pairs}
+        return {rank: self._layout.number(coordinate, self._dims(self.data)) for rank, coordinate in pairs}
 
     def stage_ranks(self) -> tuple[int, ...]:
         """The global ranks that hold the same part of the model as this one, in order."""
-        stage = self._flattened(self._own, self.pipeline)
+        stage = self._stage_of(self._own)
         pairs = zip(self._layout.ranks, self._layout.coordinates(), strict=True)
-        return tuple(
-            sorted(rank for rank, coordinate in pairs if self._flattened(coordinate, self.pipeline) == stage)
-        )
+        return tuple(sorted(rank for rank, coordinate in pairs if self._stage_of(coordinate) == stage))
 
     def holders(self, parameter: str = "") -> Holders:
         """Who holds this rank's part of the model, or a parameter of it, which others may share.
@@ -146,7 +145,7 @@ class MeshRoles:
         Raises:
             StateError: `shared` says that other stages have the parameter, and not this one.
         """
-        own = self._flattened(self._own, self.pipeline)
+        own = self._stage_of(self._own)
         stages = self.shared.get(parameter, (own,))
         if own not in stages:
             raise StateError(
@@ -169,7 +168,7 @@ class MeshRoles:
 
     @cached_property
     def _layout(self) -> Mesh:
-        return Mesh(tuple(self.mesh.shape), tuple(int(rank) for rank in self.mesh.mesh.flatten().tolist()))
+        return layout_of(self.mesh)
 
     @cached_property
     def _own(self) -> tuple[int, ...]:
@@ -177,13 +176,10 @@ class MeshRoles:
         assert own is not None, "checked at construction"
         return tuple(own)
 
+    def _stage_of(self, coordinate: tuple[int, ...]) -> int:
+        """Which part of the model the rank at a coordinate holds."""
+        return self._layout.number(coordinate, self._dims(self.pipeline))
+
     def _dims(self, names: tuple[str, ...]) -> list[int]:
         known = self.mesh.mesh_dim_names or ()
         return [known.index(name) for name in names]
-
-    def _flattened(self, coordinate: tuple[int, ...], names: tuple[str, ...]) -> int:
-        """The coordinate along the named dimensions, as one number, row-major."""
-        number = 0
-        for dim in self._dims(names):
-            number = number * self.mesh.shape[dim] + coordinate[dim]
-        return number

@@ -17,6 +17,7 @@ from dcp_ckpt.state.collector import StateCollector
 from dcp_ckpt.state.component import Captured, Path, Problem, StoredState, Targets
 from dcp_ckpt.state.names import ModuleNames, NamedTensor
 from dcp_ckpt.state.paths import join_path, stored_under
+from dcp_ckpt.state.problems import missing, unexpected, unfillable
 from dcp_ckpt.state.rebuild import rebuild, tree_targets
 from dcp_ckpt.state.tensors import (
     Fillable,
@@ -29,6 +30,8 @@ from dcp_ckpt.state.tensors import (
 from dcp_ckpt.state.unselected import with_unselected
 
 __all__ = ["ModelComponent", "parameter_names"]
+
+_HOLDER = "the model"
 
 
 class ModelComponent:
@@ -98,9 +101,9 @@ class ModelComponent:
             known.update(self._stored_names(entry))
             found = self._payloads(stored, entry)
             if not found:
-                problems.append(_missing(join_path((*self._prefix, entry.name))))
+                problems.append(missing(join_path((*self._prefix, entry.name)), _HOLDER))
             if reason := unsuitable(entry.tensor):
-                problems.append(_unfillable(join_path((*self._prefix, entry.name)), reason))
+                problems.append(unfillable(join_path((*self._prefix, entry.name)), reason))
                 continue
             for name in found:
                 is_taken = fillable.take(entry.tensor, name)
@@ -108,15 +111,13 @@ class ModelComponent:
         for names, _ in self._names.extra_states():
             extras = [tree_targets(stored, (*self._prefix, name), {}, fillable) for name in names]
             if not any(extra.tensors or extra.values for extra in extras):
-                problems.append(_missing(join_path((*self._prefix, names[0]))))
+                problems.append(missing(join_path((*self._prefix, names[0])), _HOLDER))
             for extra in extras:
                 tensors.update(extra.tensors)
                 values.update(extra.values)
         known.update(tensors, values)
         problems += [
-            Problem(kind="unexpected", key=name, detail="the checkpoint has it, the model does not")
-            for name in stored_under(stored, self._prefix)
-            if name not in known
+            unexpected(name, _HOLDER) for name in stored_under(stored, self._prefix) if name not in known
         ]
         return Targets(tensors=tensors, values=frozenset(values), problems=tuple(problems))
 
@@ -174,11 +175,3 @@ def _differs(key: str, entry: NamedTensor) -> LoadError:
         "them: load it into a model where they have memory of their own, and make them equal there",
         phase="install",
     )
-
-
-def _unfillable(key: str, reason: str) -> Problem:
-    return Problem(kind="other", key=key, detail=f"cannot be filled: {reason}")
-
-
-def _missing(key: str) -> Problem:
-    return Problem(kind="missing", key=key, detail="the model has it, the checkpoint does not")

@@ -11,10 +11,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from dcp_ckpt.state.component import Problem
+from dcp_ckpt.wording import shown_names
 
 __all__ = ["GroupMatch", "are_named_groups", "kind_problems", "listed_params", "match_groups"]
-
-_MOST_SHOWN = 5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,15 +115,10 @@ def kind_problems(
         if stored_only and live_only:
             detail = (
                 f"group {index} is of another kind of optimizer: only the checkpoint has "
-                f"{_listed(stored_only)}, only this one has {_listed(live_only)}"
+                f"{shown_names(stored_only)}, only this one has {shown_names(live_only)}"
             )
             problems.append(Problem(kind="other", key=key, detail=detail))
     return problems
-
-
-def _listed(names: Sequence[str]) -> str:
-    more = len(names) - _MOST_SHOWN
-    return ", ".join(names[:_MOST_SHOWN]) + (f" and {more} more" if more > 0 else "")
 
 
 def _groups(indices: Sequence[int]) -> str:

@@ -12,6 +12,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from dcp_ckpt.errors import StateError
+from dcp_ckpt.format.dtypes import dtype_name
 from dcp_ckpt.format.values import InlineTensor, encode_value
 from dcp_ckpt.state.component import Captured, Path, Problem, StoredState, Targets
 from dcp_ckpt.state.inline import to_inline
@@ -24,8 +25,9 @@ from dcp_ckpt.state.keying import (
 )
 from dcp_ckpt.state.mesh_roles import MeshRoles
 from dcp_ckpt.state.paths import join_path, names_under
+from dcp_ckpt.state.problems import missing, other_dtype, other_shape, unexpected, value_for_tensor
 from dcp_ckpt.state.rebuild import attach_tensors
-from dcp_ckpt.state.stateful import Stateful, load_into, missing, put
+from dcp_ckpt.state.stateful import Stateful, load_into, put
 from dcp_ckpt.state.tensors import check_tensor
 from dcp_ckpt.state.tree import replace_tensors
 
@@ -79,14 +81,12 @@ class PerRankComponent:
         for key, item in self._mapping.items():
             name = self._name(key)
             if name not in values:
-                problems.append(missing((*self._prefix, key)))
+                problems.append(missing(name))
             elif isinstance(item, torch.Tensor):
                 problems += _tensor_problems(name, item, values[name])
         known = {self._name(key) for key in self._mapping}
         problems += [
-            Problem(kind="unexpected", key=name, detail="the checkpoint has it, per_rank does not")
-            for name in names_under(values, self._prefix)
-            if name not in known
+            unexpected(name, "per_rank") for name in names_under(values, self._prefix) if name not in known
         ]
         return Targets(problems=tuple(problems))
 
@@ -129,13 +129,11 @@ class PerRankComponent:
 
 def _tensor_problems(name: str, live: torch.Tensor, stored: Any) -> list[Problem]:
     if not isinstance(stored, InlineTensor):
-        return [Problem(kind="other", key=name, detail="is a value in the checkpoint and a tensor here")]
-    dtype = str(live.dtype).removeprefix("torch.")
+        return [value_for_tensor(name)]
     if tuple(live.shape) != stored.shape:
-        detail = f"checkpoint {list(stored.shape)}, state {list(live.shape)}"
-        return [Problem(kind="shape", key=name, detail=detail)]
-    if dtype != stored.dtype:
-        return [Problem(kind="dtype", key=name, detail=f"checkpoint {stored.dtype}, state {dtype}")]
+        return [other_shape(name, stored.shape, live.shape)]
+    if dtype_name(live.dtype) != stored.dtype:
+        return [other_dtype(name, f"torch.{stored.dtype}", live.dtype)]
     return []
 
 

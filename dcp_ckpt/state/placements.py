@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import torch
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 
 from dcp_ckpt.errors import StateError
 from dcp_ckpt.format.boxes import Box, Mesh, Placement, shard_box, strided_problem
 
-__all__ = ["local_tensor", "mesh_of", "placements_of"]
+__all__ = ["layout_of", "local_tensor", "mesh_of", "placements_of"]
+
+
+def layout_of(mesh: DeviceMesh) -> Mesh:
+    """The shape and the ranks of a device mesh."""
+    return Mesh(tuple(mesh.shape), tuple(int(rank) for rank in mesh.mesh.flatten().tolist()))
 
 
 def mesh_of(tensor: DTensor) -> tuple[Mesh, tuple[str, ...]]:
     """The mesh of a DTensor, with its ranks, and the names of its dimensions."""
     mesh = tensor.device_mesh
-    ranks = tuple(int(rank) for rank in mesh.mesh.flatten().tolist())
-    return Mesh(tuple(mesh.mesh.shape), ranks), tuple(mesh.mesh_dim_names or ())
+    return layout_of(mesh), tuple(mesh.mesh_dim_names or ())
 
 
 def placements_of(tensor: DTensor, name: str) -> tuple[tuple[Placement, ...], Box]:

@@ -44,6 +44,7 @@ from dcp_ckpt.state.keying import (
     source_rank,
 )
 from dcp_ckpt.state.mesh_roles import MeshRoles
+from dcp_ckpt.state.paths import join_path
 
 __all__ = ["RngComponent"]
 
@@ -69,7 +70,7 @@ class RngComponent:
 
     @property
     def _name(self) -> str:
-        return ".".join(self._prefix)
+        return join_path(self._prefix)
 
     def capture(self) -> Captured:
         streams = {kind: read_stream(kind) for kind in live_kinds()}

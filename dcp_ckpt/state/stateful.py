@@ -21,12 +21,13 @@ from dcp_ckpt.state.component import Captured, Component, Path, Problem, StoredS
 from dcp_ckpt.state.model import ModelComponent, parameter_names
 from dcp_ckpt.state.optimizer import OptimizerComponent
 from dcp_ckpt.state.paths import by_name, join_path, names_under, stored_under
+from dcp_ckpt.state.problems import missing, unexpected, unfillable, value_for_tensor
 from dcp_ckpt.state.rebuild import rebuild, tree_targets
 from dcp_ckpt.state.tensors import Fillable, fits, unsuitable
 from dcp_ckpt.state.tree import is_branch
 from dcp_ckpt.state.unselected import with_unselected
 
-__all__ = ["DictComponent", "Stateful", "StatefulComponent", "load_into", "missing", "put"]
+__all__ = ["DictComponent", "Stateful", "StatefulComponent", "load_into", "put"]
 
 
 @runtime_checkable
@@ -60,7 +61,7 @@ class StatefulComponent:
         targets = tree_targets(stored, self._prefix, live, Fillable(stored))
         if targets.tensors or targets.values:
             return targets
-        return Targets(problems=(missing(self._prefix),))
+        return Targets(problems=(missing(join_path(self._prefix)),))
 
     def install(self, stored: StoredState, targets: Targets) -> list[str]:
         names = stored_under(stored, self._prefix, (*targets.values, *targets.tensors))
@@ -146,7 +147,7 @@ class DictComponent:
         for component in components:
             known.update(stored_under(stored, component.prefix))
         problems += [
-            Problem(kind="unexpected", key=name, detail="the checkpoint has it, the live dictionary does not")
+            unexpected(name, "the live dictionary")
             for name in stored_under(stored, self._prefix)
             if name not in known
         ]
@@ -213,18 +214,17 @@ def _leaf_targets(stored: StoredState, path: Path, leaf: Any, fillable: Fillable
     name = join_path(path)
     if type(leaf) is dict and not leaf:
         below = tree_targets(stored, path, {}, fillable)
-        return below if below.tensors or below.values else Targets(problems=(missing(path),))
+        return below if below.tensors or below.values else Targets(problems=(missing(name),))
     if name in stored.tensors:
         if not isinstance(leaf, torch.Tensor) or fits(leaf, stored.tensors[name]):
             return Targets(tensors={name: fillable.choose(leaf, name)})
         if reason := unsuitable(leaf):
-            return Targets(problems=(Problem(kind="other", key=name, detail=f"cannot be filled: {reason}"),))
+            return Targets(problems=(unfillable(name, reason),))
         # One of another shape or dtype is offered as it is: the caller compares and reports.
         return Targets(tensors={name: leaf})
     if name in stored.values:
         if isinstance(leaf, torch.Tensor):
-            problem = Problem(kind="other", key=name, detail="is a value in the checkpoint and a tensor here")
-            return Targets(problems=(problem,))
+            return Targets(problems=(value_for_tensor(name),))
         live = _tensors_inside(path, leaf)
         tensors = {
             inner: fillable.choose(live.get(inner), inner)
@@ -232,7 +232,7 @@ def _leaf_targets(stored: StoredState, path: Path, leaf: Any, fillable: Fillable
             if inner in stored.tensors
         }
         return Targets(tensors=tensors, values=frozenset({name}))
-    return Targets(problems=(missing(path),))
+    return Targets(problems=(missing(name),))
 
 
 def _leaf_names(targets: Targets, path: Path, leaf: Any) -> list[str]:
@@ -261,10 +261,3 @@ def put(parent: dict[str, Any], key: str, live: Any, value: Any) -> None:
         live.update(value)
     else:
         parent[key] = value
-
-
-def missing(path: Path) -> Problem:
-    """That the checkpoint lacks something which the live state has."""
-    return Problem(
-        kind="missing", key=join_path(path), detail="the live state has it, the checkpoint does not"
-    )

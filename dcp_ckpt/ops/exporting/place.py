@@ -15,8 +15,8 @@ from dcp_ckpt.format.names import DCP_METADATA, MANIFEST
 from dcp_ckpt.format.safetensors import is_model_file
 from dcp_ckpt.ops.exporting.files import PlannedFile
 from dcp_ckpt.ops.exporting.request import ExportFormat
-from dcp_ckpt.ops.exporting.selection import shown_names
 from dcp_ckpt.storage.base import Storage
+from dcp_ckpt.wording import shown_names
 
 __all__ = ["ExportPlace", "outdated_files", "place_of", "require_room"]
 

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from dcp_ckpt.errors import ConfigError
+from dcp_ckpt.format.dtypes import dtype_name
 
-__all__ = ["ExportFormat", "ExportRequest", "dtype_name"]
+__all__ = ["ExportFormat", "ExportRequest", "target_dtype"]
 
 ExportFormat = Literal["safetensors", "torch", "dcp"]
 
@@ -67,13 +68,13 @@ class ExportRequest:
         return self.format != "dcp" or self.fuse_lora or self.dtype is not None
 
 
-def dtype_name(dtype: object) -> str:
+def target_dtype(dtype: object) -> str:
     """torch's name, without `torch.`, of a dtype or of what people call it.
 
     Raises:
         ConfigError: not one that tensors are converted to.
     """
-    name = str(dtype).removeprefix("torch.").lower()
+    name = dtype_name(dtype).lower()
     if name not in _DTYPE_NAMES:
         raise ConfigError(
             f"dtype {str(dtype)!r:.40}: floating tensors are converted to bfloat16, float16, float32 or "

@@ -20,7 +20,7 @@ from dcp_ckpt.format.safetensors import (
 )
 from dcp_ckpt.ops.exporting.files import PlannedFile, document, plain_framing
 from dcp_ckpt.ops.exporting.plan import ExportPlan, ExportTensor
-from dcp_ckpt.ops.exporting.selection import shown_names
+from dcp_ckpt.wording import shown_names
 
 __all__ = ["safetensors_files"]
 

@@ -12,11 +12,11 @@ from fnmatch import fnmatchcase
 from dcp_ckpt.errors import StateMismatch
 from dcp_ckpt.format.stock_metadata import FlatPath
 from dcp_ckpt.ops.exporting.request import ExportRequest
+from dcp_ckpt.wording import shown_names
 
-__all__ = ["NamePrefix", "Selection", "choose_prefix", "select", "shown_names"]
+__all__ = ["NamePrefix", "Selection", "choose_prefix", "select"]
 
 _MODEL = "model"
-_MOST_SHOWN = 5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +60,7 @@ def select(
     if not chosen_tensors and not chosen_values:
         models = "" if request.include or not request.models_only else f" below {_MODEL!r}"
         raise StateMismatch(
-            f"there is no tensor{models} to export; the checkpoint holds {shown_names([*tensors, *values])}: "
+            f"there is no tensor{models} to export; the checkpoint holds {_held([*tensors, *values])}: "
             "choose by include"
         )
     return Selection(tensors=chosen_tensors, values=chosen_values, left_out=left_out)
@@ -105,11 +105,8 @@ def choose_prefix(paths: Mapping[str, FlatPath], chosen: Iterable[str], request:
     )
 
 
-def shown_names(names: Iterable[str]) -> str:
-    """The first few names and how many more there are, for a message."""
-    listed = list(names)
-    more = f" and {len(listed) - _MOST_SHOWN} more" if len(listed) > _MOST_SHOWN else ""
-    return (", ".join(listed[:_MOST_SHOWN]) or "nothing") + more
+def _held(names: Iterable[str]) -> str:
+    return shown_names(names) or "nothing"
 
 
 def _require_matches(names: Iterable[str], request: ExportRequest) -> None:
@@ -122,7 +119,7 @@ def _require_matches(names: Iterable[str], request: ExportRequest) -> None:
     for option, glob in globs:
         if not any(fnmatchcase(name, glob) for name in listed):
             raise StateMismatch(
-                f"{option} {glob!r} matches nothing; the checkpoint holds {shown_names(sorted(listed))}"
+                f"{option} {glob!r} matches nothing; the checkpoint holds {_held(sorted(listed))}"
             )
 
 
