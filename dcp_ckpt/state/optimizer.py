@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import replace
+from itertools import chain
 from typing import Any
 
 import torch
@@ -22,11 +23,11 @@ from dcp_ckpt.state.param_groups import (
     GroupMatch,
     are_named_groups,
     kind_problems,
-    listed_params,
     match_groups,
 )
-from dcp_ckpt.state.paths import join_path, path_of, stored_under
+from dcp_ckpt.state.paths import join_path, stored_under
 from dcp_ckpt.state.rebuild import attach_tensors, rebuild
+from dcp_ckpt.state.stored_optimizer import StoredOptimizer
 from dcp_ckpt.state.tensors import fits
 
 __all__ = ["OptimizerComponent"]
@@ -80,10 +81,6 @@ class OptimizerComponent:
     @property
     def _groups_path(self) -> Path:
         return (*self._prefix, "param_groups")
-
-    @property
-    def _groups_name(self) -> str:
-        return join_path(self._groups_path)
 
     def require_step_boundary(self) -> None:
         """Refuse to be saved in the middle of a gradient accumulation.
@@ -173,11 +170,6 @@ class OptimizerComponent:
             groups.append(members)
         return groups
 
-    def _groups_by_stored_names(
-        self, stored: StoredState, index: Mapping[str, Any]
-    ) -> list[dict[str, torch.Tensor]]:
-        return self._named_groups({*index, *listed_params(stored.values.get(self._groups_name))})
-
     def targets(self, stored: StoredState) -> Targets:
         """Ask for all moments that are stored for this optimizer's parameters.
 
@@ -185,28 +177,28 @@ class OptimizerComponent:
         like its parameter (`step` counters and tensors of other shapes are plain). State of parameters for
         which the checkpoint holds none is reinitialised: `install` removes it.
         """
-        index = _by_parameter(stored, self._prefix)
-        groups = self._groups_by_stored_names(stored, index)
+        own = StoredOptimizer(stored, self._prefix)
+        groups = self._named_groups(own.parameters)
         tensors: dict[str, torch.Tensor] = {}
         values: set[str] = set()
         for group, members in zip(self._optimizer.param_groups, groups, strict=True):
             on_device = bool(group.get("fused") or group.get("capturable"))
             for name, parameter in members.items():
-                for stored_name in index.get(name, ()):
+                for stored_name in own.names_by_parameter.get(name, ()):
                     if stored_name in stored.values:
                         values.add(stored_name)
                         continue
                     tensors[stored_name] = self._state_target(
-                        parameter, stored, stored_name, step_on_device=on_device
+                        parameter, stored, stored_name, own.key_of(stored_name), step_on_device=on_device
                     )
-        if self._groups_name in stored.values:
-            values.add(self._groups_name)
-            for name in referenced_names(stored.values[self._groups_name]):
+        if own.groups_name in stored.values:
+            values.add(own.groups_name)
+            for name in referenced_names(own.groups):
                 if name in stored.tensors:
                     entry = stored.tensors[name]
                     tensors[name] = torch.empty(entry.shape, dtype=entry.dtype, device="cpu")
-        known = {*tensors, *values, *(name for names in index.values() for name in names)}
-        problems = self._problems(stored, index, groups)
+        known = {*tensors, *values, *chain.from_iterable(own.names_by_parameter.values())}
+        problems = self._problems(stored, own, groups)
         problems += [
             _unexpected(name, "the checkpoint has it, the optimizer does not use it")
             for name in stored_under(stored, self._prefix)
@@ -217,18 +209,28 @@ class OptimizerComponent:
             values=frozenset(values),
             problems=tuple(problems),
             reinitialised={
-                self._state_name(name): "the checkpoint holds no state of it"
+                own.state_name(name): "the checkpoint holds no state of it"
                 for members in groups
                 for name, parameter in members.items()
-                if name not in index and len(self._kept(stored, name, parameter)) < len(self._live(parameter))
+                if name not in own.names_by_parameter and self._loses_state(own, name, parameter)
             },
         )
 
+    def _loses_state(self, own: StoredOptimizer, name: str, parameter: torch.Tensor) -> bool:
+        live = self._live(parameter)
+        return len(own.kept(name, live)) < len(live)
+
     def _state_target(
-        self, parameter: torch.Tensor, stored: StoredState, name: str, *, step_on_device: bool
+        self,
+        parameter: torch.Tensor,
+        stored: StoredState,
+        name: str,
+        path: Path,
+        *,
+        step_on_device: bool,
     ) -> torch.Tensor:
         entry, casts = stored.tensors[name], stored.casts(name)
-        key, *rest = entry.path[len(self._prefix) + 2 :]
+        key, *rest = path
         live = self._live(parameter).get(key)
         if not rest and isinstance(live, torch.Tensor) and fits(live, entry, any_dtype=casts):
             return live
@@ -246,121 +248,74 @@ class OptimizerComponent:
         state: Mapping[str, Any] = self._optimizer.state.get(parameter) or {}
         return state
 
-    def _state_name(self, *path: str) -> str:
-        return join_path((*self._prefix, "state", *path))
-
-    def _kept(self, stored: StoredState, name: str, parameter: torch.Tensor) -> dict[str, Any]:
-        """The live state of a parameter that this load is not to touch."""
-        live = self._live(parameter)
-        return {key: value for key, value in live.items() if not stored.selects(self._state_name(name, key))}
-
     def _problems(
-        self,
-        stored: StoredState,
-        index: Mapping[str, list[str]],
-        groups: Sequence[Mapping[str, torch.Tensor]],
+        self, stored: StoredState, own: StoredOptimizer, groups: Sequence[Mapping[str, torch.Tensor]]
     ) -> list[Problem]:
-        saved = stored.values.get(self._groups_name)
-        if saved is None and stored.selects(self._groups_name):
-            detail = "the checkpoint has no such optimizer"
-            return [Problem(kind="missing", key=self._groups_name, detail=detail)]
+        key, saved = own.groups_name, own.groups
+        if saved is None and stored.selects(key):
+            return [Problem(kind="missing", key=key, detail="the checkpoint has no such optimizer")]
         if saved is not None and not are_named_groups(saved):
-            detail = "is not a list of groups with named params"
-            return [Problem(kind="other", key=self._groups_name, detail=detail)]
-        live = {name for members in groups for name in members}
-        known = {*index, *listed_params(saved)}
+            return [Problem(kind="other", key=key, detail="is not a list of groups with named params")]
+        live, known = {name for members in groups for name in members}, own.parameters
         problems = [
-            Problem(
-                kind="unexpected", key=self._state_name(name), detail="the optimizer has no such parameter"
-            )
+            _unexpected(own.state_name(name), "the optimizer has no such parameter")
             for name in sorted(known - live)
-            if self._restores(stored, name)
+            if own.restores(name)
         ]
         if saved is not None:
             detail = "the optimizer has this parameter, the checkpoint's has not"
             problems += [
-                Problem(kind="missing", key=self._state_name(name), detail=detail)
+                Problem(kind="missing", key=own.state_name(name), detail=detail)
                 for name in sorted(live - known)
-                if self._restores(stored, name)
+                if own.restores(name)
             ]
-            match, live_groups = self._match_groups(saved, stored, groups), self._optimizer.param_groups
+            match = _match_groups(own, groups)
             problems += match.problems
-            problems += kind_problems(
-                self._groups_name, saved, live_groups, match.partners, ignored=_IMPLEMENTATION
-            )
+            live_groups = self._optimizer.param_groups
+            problems += kind_problems(key, saved, live_groups, match.partners, ignored=_IMPLEMENTATION)
         for members in groups:
-            problems += self._incomplete(stored, index, members)
+            problems += self._incomplete(own, members)
         return problems
 
-    def _restores(self, stored: StoredState, name: str) -> bool:
-        """Whether anything of a parameter's state may be restored."""
-        return stored.selects(self._state_name(name) + ".")
-
-    def _match_groups(
-        self, saved: Sequence[Mapping[str, Any]], stored: StoredState, groups: Sequence[Mapping[str, Any]]
-    ) -> GroupMatch:
-        return match_groups(
-            self._groups_name,
-            [group["params"] for group in saved],
-            [list(members) for members in groups],
-            lambda name: self._restores(stored, name),
-        )
-
-    def _incomplete(
-        self, stored: StoredState, index: Mapping[str, list[str]], members: Mapping[str, torch.Tensor]
-    ) -> list[Problem]:
+    def _incomplete(self, own: StoredOptimizer, members: Mapping[str, torch.Tensor]) -> list[Problem]:
         """State that would be a part only of what a parameter needs."""
-        depth = len(self._prefix) + 2
-        left_out = self._left_out_keys(stored, members)
+        left_out = own.left_out_keys(members)
         states = {
             name: ParameterState(
-                restored=frozenset(path_of(stored, found)[depth] for found in index.get(name, ())),
+                restored=own.keys(name),
                 left_out=frozenset(left_out.get(name, ())),
                 live=frozenset(self._live(parameter)),
-                kept=frozenset(self._kept(stored, name, parameter)),
+                kept=frozenset(own.kept(name, self._live(parameter))),
             )
             for name, parameter in members.items()
         }
         return [
             Problem(
                 kind="other" if lack.is_asked else "missing",
-                key=self._state_name(lack.parameter, lack.key),
+                key=own.state_name(lack.parameter, lack.key),
                 detail=lack.why,
             )
             for lack in lacking(states)
         ]
 
-    def _left_out_keys(self, stored: StoredState, members: Mapping[str, Any]) -> dict[str, set[str]]:
-        """The keys of each parameter's stored state that are not selected."""
-        root = self._state_name("")
-        found: dict[str, set[str]] = {}
-        for left_out in stored.left_out:
-            if not left_out.startswith(root):
-                continue
-            name, _, key = left_out.removeprefix(root).rpartition(".")
-            while name and name not in members:
-                name, _, key = name.rpartition(".")
-            found.setdefault(name, set()).add(key)
-        return found
-
     def install(self, stored: StoredState, targets: Targets) -> list[str]:
         """Put moments and hyper-parameters in place; state that the checkpoint does not have is removed."""
         self._watch.forget()
-        index = _by_parameter(stored, self._prefix)
-        groups = self._groups_by_stored_names(stored, index)
+        own = StoredOptimizer(stored, self._prefix)
+        groups = self._named_groups(own.parameters)
         for members in groups:
             for name, parameter in members.items():
-                kept = self._kept(stored, name, parameter)
-                names = index.get(name, [])
+                kept = own.kept(name, self._live(parameter))
+                names = own.names_by_parameter.get(name, [])
                 restored = rebuild(stored, targets, names, depth=len(self._prefix) + 2)
                 if restored or kept:
                     self._optimizer.state[parameter] = {**kept, **restored}
                 else:
                     self._optimizer.state.pop(parameter, None)
-        if self._groups_name not in targets.values:
+        if own.groups_name not in targets.values:
             return []
-        saved = attach_tensors(stored.values[self._groups_name], targets.tensors)
-        return self._install_groups(saved, self._match_groups(saved, stored, groups).partners)
+        saved = attach_tensors(own.groups, targets.tensors)
+        return self._install_groups(saved, _match_groups(own, groups).partners)
 
     def _install_groups(self, saved: Sequence[Mapping[str, Any]], partners: Mapping[int, int]) -> list[str]:
         notes = []
@@ -371,18 +326,26 @@ class OptimizerComponent:
                     continue
                 if key in _IMPLEMENTATION and key in group:
                     if group[key] != value:
-                        notes.append(
-                            f"{self._groups_name}[{index}]: kept {key}={group[key]} (checkpoint: {value})"
-                        )
+                        where = f"{join_path(self._groups_path)}[{index}]"
+                        notes.append(f"{where}: kept {key}={group[key]} (checkpoint: {value})")
                     continue
-                group[key] = _merged(group.get(key), value)
+                group[key] = _set_inside(group.get(key), value)
         return notes
 
 
-def _merged(live: Any, value: Any) -> Any:
+def _match_groups(own: StoredOptimizer, groups: Sequence[Mapping[str, Any]]) -> GroupMatch:
+    return match_groups(
+        own.groups_name,
+        [group["params"] for group in own.groups],
+        [list(members) for members in groups],
+        own.restores,
+    )
+
+
+def _set_inside(live: Any, value: Any) -> Any:
     """`value`, inside of the live tensors where there are any: captured graphs hold on to these objects."""
     if type(live) is type(value) is tuple and len(live) == len(value):
-        return tuple(map(_merged, live, value))
+        return tuple(map(_set_inside, live, value))
     if not isinstance(live, torch.Tensor):
         return value
     with torch.no_grad():
@@ -395,17 +358,6 @@ def _merged(live: Any, value: Any) -> Any:
 
 def _described(tensor: torch.Tensor) -> StoredTensor:
     return StoredTensor(path=(), dtype=tensor.dtype, shape=tuple(tensor.shape))
-
-
-def _by_parameter(stored: StoredState, prefix: Path) -> dict[str, list[str]]:
-    """Stored names of the state of each parameter."""
-    state_path, depth = (*prefix, "state"), len(prefix) + 1
-    index: dict[str, list[str]] = {}
-    for name in stored_under(stored, state_path):
-        path = path_of(stored, name)
-        if path[:depth] == state_path and len(path) > depth + 1:
-            index.setdefault(path[depth], []).append(name)
-    return index
 
 
 def _unexpected(key: str, detail: str) -> Problem:
