@@ -10,7 +10,6 @@ from __future__ import annotations
 import builtins
 import errno
 import os
-import secrets
 import stat
 import threading
 from collections.abc import Callable, Iterable, Sequence
@@ -22,7 +21,8 @@ from urllib.parse import quote
 from dcp_ckpt.errors import StorageExists, StorageNotFound, StorageTransient, StorageUnsuitable
 from dcp_ckpt.storage.base import ByteRange, Lease, ObjectInfo, ObjectWriter, StorageCapabilities
 from dcp_ckpt.storage.directories import make_directories, sync_directory
-from dcp_ckpt.storage.keys import check_key, check_prefix, temporary_name
+from dcp_ckpt.storage.keys import check_key, check_prefix
+from dcp_ckpt.storage.local_abilities import try_out, usual_capabilities
 from dcp_ckpt.storage.local_lease import FileLease, file_lease_is_held
 from dcp_ckpt.storage.local_listing import list_objects, list_parts
 from dcp_ckpt.storage.local_reader import read_file, read_file_ranges
@@ -85,9 +85,9 @@ class LocalStorage:
             if self._capabilities is not None:
                 return self._capabilities
             try:
-                self._capabilities = self._try_out()
+                self._capabilities = try_out(self._root, self._publisher, self._calls)
             except OSError:
-                return _capabilities(exclusive_create=True, direct_io=hasattr(os, "O_DIRECT"), links=True)
+                return usual_capabilities()
             return self._capabilities
 
     def read(self, key: str) -> bytes:
@@ -331,31 +331,6 @@ class LocalStorage:
             os.replace(temporary, path)
         sync_directory(os.path.dirname(path))
 
-    def _try_out(self) -> StorageCapabilities:
-        second = os.path.join(self._root, temporary_name("probe", secrets.token_hex(8)))
-        with temporary_file(os.path.join(self._root, "probe"), b"", self._calls) as first:
-            direct_io = self._does_direct_io(first)
-            try:
-                self._publisher.publish(first, second)
-            except StorageUnsuitable:
-                return _capabilities(exclusive_create=False, direct_io=direct_io, links=False)
-            finally:
-                with suppress(FileNotFoundError):
-                    os.unlink(second)
-        return _capabilities(
-            exclusive_create=bool(self._publisher.atomic), direct_io=direct_io, links=self._publisher.links
-        )
-
-    def _does_direct_io(self, path: str) -> bool:
-        fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
-        try:
-            self._calls.set_direct(fd, True)
-        except OSError:
-            return False
-        finally:
-            os.close(fd)
-        return True
-
 
 def _require_file(path: str) -> os.stat_result:
     """The status of a regular file; anything else under that name is an error."""
@@ -388,17 +363,6 @@ def _remove_if_empty(path: str) -> bool:
         return False
     sync_directory(os.path.dirname(path))
     return True
-
-
-def _capabilities(*, exclusive_create: bool, direct_io: bool, links: bool) -> StorageCapabilities:
-    return StorageCapabilities(
-        exclusive_create=exclusive_create,
-        directories=True,
-        direct_io=direct_io,
-        lease_ends_with_holder=True,
-        shared=True,
-        links=links,
-    )
 
 
 def _outcome_unknown(error: OSError, path: str) -> StorageTransient:
