@@ -14,6 +14,7 @@ from types import TracebackType
 from typing import Protocol
 
 __all__ = [
+    "Buffer",
     "ByteRange",
     "Lease",
     "ObjectInfo",
@@ -23,6 +24,7 @@ __all__ = [
 ]
 
 Buffer = bytes | bytearray | memoryview
+"""What can be written."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,11 +10,17 @@ import copy
 from collections.abc import Callable, Iterable, Sequence
 from typing import Self
 
-from dcp_ckpt.storage.base import ByteRange, Lease, ObjectInfo, ObjectWriter, Storage, StorageCapabilities
+from dcp_ckpt.storage.base import (
+    Buffer,
+    ByteRange,
+    Lease,
+    ObjectInfo,
+    ObjectWriter,
+    Storage,
+    StorageCapabilities,
+)
 
 __all__ = ["ForwardingStorage"]
-
-Buffer = bytes | bytearray | memoryview
 
 
 class ForwardingStorage:

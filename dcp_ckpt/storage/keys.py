@@ -7,10 +7,19 @@ Pure; knows neither files nor checkpoints. Called by the storages.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 
 from dcp_ckpt.errors import ConfigError
 
-__all__ = ["check_key", "check_prefix", "final_name", "is_listed", "is_temporary", "temporary_name"]
+__all__ = [
+    "check_key",
+    "check_prefix",
+    "final_name",
+    "is_listed",
+    "is_temporary",
+    "names_below",
+    "temporary_name",
+]
 
 _TEMPORARY = re.compile(r"\.(.+)\.[0-9a-f]{16}\.tmp")
 _LISTED_HIDDEN = ".metadata"
@@ -66,3 +75,9 @@ def is_listed(name: str) -> bool:
     shown, since whoever sweeps must find them.
     """
     return not name.startswith(".") or name == _LISTED_HIDDEN or is_temporary(name)
+
+
+def names_below(keys: Iterable[str], prefix: str) -> list[str]:
+    """The names directly below `prefix`, sorted, of all keys below it; what holds others ends in `/`."""
+    parts = (key[len(prefix) :].partition("/") for key in keys)
+    return sorted({name + slash for name, slash, _ in parts})

@@ -10,13 +10,11 @@ import builtins
 from collections.abc import Callable, Iterable
 
 from dcp_ckpt.errors import StorageExists
-from dcp_ckpt.storage.base import Lease, ObjectInfo, ObjectWriter, Storage
+from dcp_ckpt.storage.base import Buffer, Lease, ObjectInfo, ObjectWriter, Storage
 from dcp_ckpt.storage.forwarding import ForwardingStorage
-from dcp_ckpt.storage.keys import check_prefix
+from dcp_ckpt.storage.keys import check_prefix, names_below
 
 __all__ = ["ListedStorage", "list_again", "listed_once"]
-
-Buffer = bytes | bytearray | memoryview
 
 
 def listed_once(storage: Storage) -> Storage:
@@ -58,11 +56,7 @@ class ListedStorage(ForwardingStorage):
         ]
 
     def list_names(self, prefix: str) -> builtins.list[str]:
-        names = set()
-        for info in self.list(prefix):
-            name, slash, _ = info.key[len(prefix) :].partition("/")
-            names.add(name + slash)
-        return sorted(names)
+        return names_below((info.key for info in self.list(prefix)), prefix)
 
     def create_exclusive(self, key: str, data: Buffer) -> None:
         try:

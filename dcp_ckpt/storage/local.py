@@ -19,7 +19,7 @@ from typing import TypeVar
 from urllib.parse import quote
 
 from dcp_ckpt.errors import StorageExists, StorageNotFound, StorageTransient, StorageUnsuitable
-from dcp_ckpt.storage.base import ByteRange, Lease, ObjectInfo, ObjectWriter, StorageCapabilities
+from dcp_ckpt.storage.base import Buffer, ByteRange, Lease, ObjectInfo, ObjectWriter, StorageCapabilities
 from dcp_ckpt.storage.directories import make_directories, sync_directory
 from dcp_ckpt.storage.keys import check_key, check_prefix
 from dcp_ckpt.storage.local_abilities import try_out, usual_capabilities
@@ -36,7 +36,6 @@ from dcp_ckpt.storage.system_calls import SystemCalls
 __all__ = ["SINGLE_WRITER_SCHEME", "LocalStorage"]
 
 SINGLE_WRITER_SCHEME = "file+single-writer"
-Buffer = bytes | bytearray | memoryview
 T = TypeVar("T")
 
 

@@ -14,13 +14,11 @@ from itertools import chain
 
 from dcp_ckpt.closing import Closing
 from dcp_ckpt.errors import ConfigError, StorageError, StorageExists, StorageNotFound, StorageUnsuitable
-from dcp_ckpt.storage.base import ByteRange, ObjectInfo, StorageCapabilities
-from dcp_ckpt.storage.keys import check_key, check_prefix, is_listed
+from dcp_ckpt.storage.base import Buffer, ByteRange, ObjectInfo, StorageCapabilities
+from dcp_ckpt.storage.keys import check_key, check_prefix, is_listed, names_below
 from dcp_ckpt.storage.ranges import check_ranges, run_in_order
 
 __all__ = ["MemoryLease", "MemoryObjectWriter", "MemoryStorage"]
-
-Buffer = bytes | bytearray | memoryview
 
 
 class MemoryStorage:
@@ -113,11 +111,7 @@ class MemoryStorage:
             ]
 
     def list_names(self, prefix: str) -> builtins.list[str]:
-        names = set()
-        for info in self.list(prefix):
-            name, slash, _ = info.key[len(prefix) :].partition("/")
-            names.add(name + slash)
-        return sorted(names)
+        return names_below((info.key for info in self.list(prefix)), prefix)
 
     def make_directory(self, key: str) -> None:
         check_key(key)

@@ -12,12 +12,10 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from dcp_ckpt.storage.base import ByteRange, Lease, ObjectInfo, ObjectWriter, Storage
+from dcp_ckpt.storage.base import Buffer, ByteRange, Lease, ObjectInfo, ObjectWriter, Storage
 from dcp_ckpt.storage.forwarding import ForwardingStorage
 
 __all__ = ["MeteredStorage", "RequestCount"]
-
-Buffer = bytes | bytearray | memoryview
 
 
 @dataclass(frozen=True, kw_only=True)

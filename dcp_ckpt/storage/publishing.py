@@ -14,12 +14,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
 from dcp_ckpt.errors import StorageUnsuitable
+from dcp_ckpt.storage.base import Buffer
 from dcp_ckpt.storage.keys import temporary_name
 from dcp_ckpt.storage.system_calls import SystemCalls
 
 __all__ = ["LINK_REFUSED", "Publisher", "link_file", "temporary_file"]
 
-Buffer = bytes | bytearray | memoryview
 
 LINK_REFUSED = frozenset(
     {

@@ -15,12 +15,11 @@ from contextlib import suppress
 from types import TracebackType
 
 from dcp_ckpt.closing import Closing
-from dcp_ckpt.storage.base import Lease, ObjectWriter, Storage
+from dcp_ckpt.storage.base import Buffer, Lease, ObjectWriter, Storage
 from dcp_ckpt.storage.forwarding import ForwardingStorage
 
 __all__ = ["FailAt", "FaultyStorage", "fail_nth", "kill_nth"]
 
-Buffer = bytes | bytearray | memoryview
 FailAt = Callable[[int, str, str], Exception | None]
 """Called as `(number, operation, key)` at every operation; returns what to raise, or None to go on."""
 

@@ -14,8 +14,7 @@ import pytest
 
 from dcp_ckpt.errors import StorageExists, StorageUnsuitable
 from dcp_ckpt.storage import Storage, open_storage
-from dcp_ckpt.storage.base import ByteRange
-from dcp_ckpt.storage.objects.client import Buffer
+from dcp_ckpt.storage.base import Buffer, ByteRange
 from dcp_ckpt.storage.objects.fetch import merge_ranges
 from dcp_ckpt.storage.objects.lease import LeaseTimes
 from dcp_ckpt.storage.objects.retry import RetryingClient, RetryPolicy

@@ -10,11 +10,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from dcp_ckpt.storage.base import ObjectInfo
+from dcp_ckpt.storage.base import Buffer, ObjectInfo
 
-__all__ = ["DELETE_BATCH", "Buffer", "ObjectClient", "Page", "StoreTraits"]
+__all__ = ["DELETE_BATCH", "ObjectClient", "Page", "StoreTraits"]
 
-Buffer = bytes | bytearray | memoryview
 
 DELETE_BATCH = 1000
 

@@ -24,8 +24,8 @@ from dcp_ckpt.errors import (
     StorageTransient,
     StorageUnsuitable,
 )
-from dcp_ckpt.storage.base import ObjectInfo
-from dcp_ckpt.storage.objects.client import Buffer, Page, StoreTraits
+from dcp_ckpt.storage.base import Buffer, ObjectInfo
+from dcp_ckpt.storage.objects.client import Page, StoreTraits
 
 __all__ = ["FsspecClient"]
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from dcp_ckpt.errors import StorageExists, StorageNotFound
-from dcp_ckpt.storage.objects.client import Buffer
+from dcp_ckpt.storage.base import Buffer
 from dcp_ckpt.storage.objects.retry import RetryingClient
 
 __all__ = ["LookingClient"]

@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from typing import Self, TypeVar
 
 from dcp_ckpt.errors import StorageExists, StorageNotFound, StorageTransient
-from dcp_ckpt.storage.objects.client import Buffer, ObjectClient, Page, StoreTraits
+from dcp_ckpt.storage.base import Buffer
+from dcp_ckpt.storage.objects.client import ObjectClient, Page, StoreTraits
 
 __all__ = ["RetryPolicy", "RetryingClient"]
 

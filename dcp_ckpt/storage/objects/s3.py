@@ -23,8 +23,8 @@ from dcp_ckpt.errors import (
     StorageNotFound,
     StorageTransient,
 )
-from dcp_ckpt.storage.base import ObjectInfo
-from dcp_ckpt.storage.objects.client import Buffer, Page, StoreTraits
+from dcp_ckpt.storage.base import Buffer, ObjectInfo
+from dcp_ckpt.storage.objects.client import Page, StoreTraits
 from dcp_ckpt.storage.objects.s3_body import RequestBody
 from dcp_ckpt.storage.objects.s3_errors import from_client_library, from_response
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 
-from dcp_ckpt.storage.objects.client import Buffer
+from dcp_ckpt.storage.base import Buffer
 
 __all__ = ["RequestBody"]
 

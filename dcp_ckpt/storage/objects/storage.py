@@ -18,9 +18,9 @@ from typing import Any, Self, TypeVar
 from weakref import WeakSet
 
 from dcp_ckpt.errors import StorageError, StorageExists, StorageUnsuitable
-from dcp_ckpt.storage.base import ByteRange, ObjectInfo, StorageCapabilities
+from dcp_ckpt.storage.base import Buffer, ByteRange, ObjectInfo, StorageCapabilities
 from dcp_ckpt.storage.keys import check_key, check_prefix, is_listed, temporary_name
-from dcp_ckpt.storage.objects.client import DELETE_BATCH, Buffer, Page
+from dcp_ckpt.storage.objects.client import DELETE_BATCH, Page
 from dcp_ckpt.storage.objects.fetch import Fetch, merge_ranges
 from dcp_ckpt.storage.objects.lease import LeaseTimes, ObjectLease, is_fresh
 from dcp_ckpt.storage.objects.retry import RetryingClient
