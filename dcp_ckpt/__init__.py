@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from dcp_ckpt.checkpointer import Checkpointer
     from dcp_ckpt.config import CheckpointConfig
+    from dcp_ckpt.data.loader import ElasticLoader
     from dcp_ckpt.data.sampler import ElasticSampler
     from dcp_ckpt.errors import CheckpointError
     from dcp_ckpt.lifecycle.runs import Run, RunParent, list_runs
@@ -49,6 +50,7 @@ _HOMES = {
     "CheckpointInfo": "save.handle",
     "Checkpointer": "checkpointer",
     "CopyReport": "ops.copy",
+    "ElasticLoader": "data.loader",
     "ElasticSampler": "data.sampler",
     "EveryNSeconds": "policies",
     "EveryNSteps": "policies",
@@ -86,6 +88,7 @@ __all__ = [
     "CheckpointInfo",
     "Checkpointer",
     "CopyReport",
+    "ElasticLoader",
     "ElasticSampler",
     "EveryNSeconds",
     "EveryNSteps",

@@ -51,7 +51,7 @@ def plan_command(ref: str, world_size: int, mesh: dict[str, int] | None, as_json
     dcp-ckpt plan runs/run-001@latest --world-size 8 --mesh dp=2,tp=4
     """
     with open_checkpoint(ref) as checkpoint:
-        plan = plan_load(checkpoint, world_size, mesh)
+        plan = plan_load(checkpoint, world_size, mesh=mesh)
     if as_json:
         print_json(_describe(plan))
     else:

@@ -73,6 +73,7 @@ class ElasticSampler:
         rank: int,
         world_size: int,
         seed: int,
+        *,
         fingerprint: str = "",
         drop_last: bool = True,
         allow_other_dataset: bool = False,

@@ -92,7 +92,7 @@ class LoadPlan:
         return self.read_bytes / self.needed_bytes if self.needed_bytes else 1.0
 
 
-def plan_load(checkpoint: Checkpoint, world_size: int, mesh: Mapping[str, int] | None = None) -> LoadPlan:
+def plan_load(checkpoint: Checkpoint, world_size: int, *, mesh: Mapping[str, int] | None = None) -> LoadPlan:
     """Plan a load of everything in the checkpoint. Blocks on reading fragments; no data is read.
 
     A tensor keeps its placements; each dimension of its mesh gets the size that the new mesh has under that

@@ -33,7 +33,7 @@ def step(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def plan(step: Path, world_size: int, mesh: dict[str, int] | None = None) -> LoadPlan:
     with open_checkpoint(step) as checkpoint:
-        return plan_load(checkpoint, world_size, mesh)
+        return plan_load(checkpoint, world_size, mesh=mesh)
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4, 7, 16])
