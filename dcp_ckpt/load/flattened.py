@@ -2,7 +2,7 @@
 
 DCP enters every dictionary, and every list that holds tensors or dictionaries, and names each leaf by its
 path; this package stores a list, or the state of a scheduler, as one value. Owns the way from the one to the
-other, led by what the live state looks like. Called by `load.restore`.
+other, led by what the live state looks like. Called by `load.fit`.
 """
 
 from __future__ import annotations

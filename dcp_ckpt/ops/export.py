@@ -96,8 +96,8 @@ def export(
             `torch`, a file that `torch.load(weights_only=True)` reads as a dictionary of tensors; `dcp`, a
             directory for stock `dcp.load`.
         dtype: convert floating tensors to bfloat16, float16, float32 or float64.
-        include: globs of stored names (`model.layers.*`). Without, what belongs to models; for `dcp`, as long
-            as neither dtype nor fuse_lora is given, everything.
+        include: globs of whole stored names (`model.layers.*`). Without, what belongs to models; for `dcp`,
+            as long as neither dtype nor fuse_lora is given, everything.
         exclude: globs of what is left out of that.
         strip_prefix: what the exported names lose; by default `model.`, or `model.<key>.` where one of
             several models is exported alone; for `dcp` nothing.

@@ -1,7 +1,7 @@
 """Which tensors can be stored as they are, and which can be filled in place.
 
 Owns what is asked of a single tensor, whatever component holds it. Knows no path but for messages, and no
-file. Called by the components and by `state.tree`.
+file. Called by the components, by staging and by `load.diff`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
 """What a training run saves: the user's objects, and the components that adapt them.
 
-Owns the prefixes and the order of loading. Called by the checkpointer; the only module of this layer that
-users meet by name.
+Owns the prefixes and the order of loading. Made by users; called by the checkpointer and `load_checkpoint`.
 """
 
 from __future__ import annotations
@@ -48,8 +47,7 @@ class TrainState:
         scaler: a GradScaler or the like.
         dataloader: a sampler or loader. An elastic one (`dcp_ckpt.data`, or any with a true `is_elastic`) has
             one position for all ranks and continues on any number. The position of another is each rank's
-            own:
-            it is restored where the data-parallel size is the same, and refused elsewhere.
+            own: it is restored where the data-parallel size is the same, and refused elsewhere.
         extra: replicated state by name: values, tensors, objects with `state_dict()`, nested.
         per_rank: values of this rank only, small tensors included; restored where every rank stands where one
             stood at the save.
