@@ -28,7 +28,7 @@ from dcp_ckpt.storage.os_errors import is_no_file
 if TYPE_CHECKING:
     from dcp_ckpt.state.component import StoredState
 
-__all__ = ["StoredCheckpoint"]
+__all__ = ["StoredCheckpoint", "was_removed"]
 
 _CONCURRENT_READS = 8
 
@@ -225,12 +225,7 @@ class StoredCheckpoint:
 
     def _gone(self, error: StorageNotFound) -> CorruptCheckpoint:
         """What a missing file of a committed checkpoint means."""
-        key = f"{self.directory}/{MANIFEST}"
-        try:
-            was_deleted = is_tombstone(self.storage.read(key), path=key)
-        except StorageNotFound:
-            was_deleted = True
-        if was_deleted:
+        if was_removed(self.storage, self.directory):
             return CorruptCheckpoint(
                 "the checkpoint was deleted while it was being read", phase="read", path=error.path
             )
@@ -276,3 +271,12 @@ class StoredCheckpoint:
     def names(self) -> Iterable[str]:
         """All stored names: tensors, then replicated values."""
         return (*self.tensors, *self.values)
+
+
+def was_removed(storage: Storage, directory: str) -> bool:
+    """Whether a committed checkpoint was taken back: its manifest is gone, or a tombstone."""
+    key = f"{directory}/{MANIFEST}"
+    try:
+        return is_tombstone(storage.read(key), path=key)
+    except StorageNotFound:
+        return True

@@ -16,7 +16,6 @@ from dcp_ckpt.errors import CheckpointNotFound, CorruptCheckpoint, StorageNotFou
 from dcp_ckpt.format.boxes import expand_ranks, tiling_problem
 from dcp_ckpt.format.consistency import chunk_problem
 from dcp_ckpt.format.dtypes import dtype_info
-from dcp_ckpt.format.epoch import is_tombstone
 from dcp_ckpt.format.fragment import (
     ChunkEntry,
     Fragment,
@@ -29,7 +28,7 @@ from dcp_ckpt.format.manifest import Manifest, decode_listed_fragment, decode_ma
 from dcp_ckpt.format.names import MANIFEST, data_file_name, fragment_name
 from dcp_ckpt.format.values import decode_value
 from dcp_ckpt.load.source import Source
-from dcp_ckpt.load.stored import StoredCheckpoint
+from dcp_ckpt.load.stored import StoredCheckpoint, was_removed
 from dcp_ckpt.ops.blocks import read_verified
 from dcp_ckpt.ops.refs import resolve_ref
 from dcp_ckpt.storage import open_storage
@@ -241,7 +240,7 @@ class Checkpoint(Closing):
             try:
                 self._fragments[rank] = read_fragment(self._storage, self.directory, self.manifest, rank)
             except StorageNotFound as error:
-                raise self._missing(error, fragment_name(rank, self.manifest.attempt_id)) from error
+                raise self._missing(fragment_name(rank, self.manifest.attempt_id)) from error
         return self._fragments[rank]
 
     def _indexed(self) -> Iterator[tuple[int, str, TensorEntry]]:
@@ -271,7 +270,7 @@ class Checkpoint(Closing):
                 num_bytes=num_bytes,
             )
         except StorageNotFound as error:
-            missing = self._missing(error, name)
+            missing = self._missing(name)
             missing.message += f"; tensor {chunk.tensor} is read from it{entry.shared_note}"
             raise missing from error
         except CorruptCheckpoint as error:
@@ -279,14 +278,10 @@ class Checkpoint(Closing):
             raise
         return torch.frombuffer(data, dtype=torch.uint8).view(dtype).reshape(chunk.sizes)
 
-    def _missing(self, error: StorageNotFound, name: str) -> CheckpointNotFound | CorruptCheckpoint:
+    def _missing(self, name: str) -> CheckpointNotFound | CorruptCheckpoint:
         """A missing file is damage, unless the manifest went first: then the checkpoint was removed."""
-        path, key = f"{self.directory}/{name}", f"{self.directory}/{MANIFEST}"
-        try:
-            was_removed = is_tombstone(self._storage.read(key), path=key)
-        except StorageNotFound:
-            was_removed = True
-        if was_removed:
+        path = f"{self.directory}/{name}"
+        if was_removed(self._storage, self.directory):
             return CheckpointNotFound(
                 "the checkpoint was deleted while reading", step=self.manifest.step, path=path
             )
