@@ -28,6 +28,7 @@ def tables_problem(fragment: Fragment) -> str | None:
     return (
         _meshes_problem(fragment.meshes, fragment.world_size)
         or _copies_problem(fragment)
+        or _paths_problem(fragment)
         or _tensors_problem(fragment)
         or _aliases_problem(fragment)
         or _chunks_problem(fragment)
@@ -82,6 +83,20 @@ def _copies_problem(fragment: Fragment) -> str | None:
             return f"copies[{index}].ranks: {problem}"
         if fragment.rank not in expand_ranks(entry.ranks):
             return f"copies[{index}].ranks: without rank {fragment.rank} itself"
+    return None
+
+
+def _paths_problem(fragment: Fragment) -> str | None:
+    """Everything has a place in the state, whose first part tells which component's it is."""
+    for index, tensor in enumerate(fragment.tensors):
+        if not tensor.path:
+            return f"tensors[{index}].path: it is empty"
+    for name, value in fragment.values.items():
+        if not value.path:
+            return f"values[{name!r:.80}].path: it is empty"
+    for name, paths in fragment.aliases.items():
+        if [] in paths:
+            return f"aliases[{name!r:.80}]: a path is empty"
     return None
 
 

@@ -175,6 +175,12 @@ class Fragment:
         return attempt
 
     @property
+    def indexed_names(self) -> list[str]:
+        """All names of the tensors that it describes."""
+        aliases = (".".join(path) for paths in self.aliases.values() for path in paths)
+        return [*(entry.name for entry in self.tensors), *aliases]
+
+    @property
     def shared_bytes(self) -> int:
         """Of data files that an older checkpoint wrote."""
         return sum(file.size_bytes for file in self.files if file.origin is not None)

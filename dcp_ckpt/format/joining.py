@@ -110,7 +110,7 @@ def _items(encoded: Any) -> _Group | None:
     if not isinstance(encoded, dict):
         return None
     pairs = encoded.get("$dict") if len(encoded) == 1 else None
-    if pairs is None:
+    if not isinstance(pairs, list):
         return None if any(key.startswith("$") for key in encoded) else encoded
     if not all(isinstance(pair, list) and len(pair) == 2 and isinstance(pair[0], str) for pair in pairs):
         return None

@@ -63,6 +63,7 @@ class FragmentSummary:
     """What a commit needs to know of one fragment; small enough to send to the coordinator.
 
     Args:
+        aliases: digest of the fragment's other names of tensors.
         joined: name -> digest of what all parts have in common, of the values that ranks store in parts.
         indexes: whether it describes tensors or holds values.
     """
@@ -76,6 +77,7 @@ class FragmentSummary:
     world_size: Count
     ref: FragmentRef
     layout: Digest
+    aliases: Digest
     replicated: Digest
     copies: list[CopiesEntry]
     joined: dict[str, Digest]
@@ -96,6 +98,7 @@ class FragmentSummary:
             world_size=fragment.world_size,
             ref=ref,
             layout=fragment.layout,
+            aliases=digest(encode_json(fragment.aliases)),
             replicated=fragment.replicated,
             copies=fragment.copies,
             joined={

@@ -217,7 +217,10 @@ def decode_value(encoded: Any, *, path: str) -> Any:
     """
     try:
         return _decode(encoded)
-    except (ValueError, TypeError, LookupError, RecursionError, ArithmeticError, MemoryError) as error:
+    except (
+        ValueError, TypeError, LookupError, RecursionError, ArithmeticError, MemoryError,
+        SyntaxError,  # of numpy, which takes a dtype for a piece of Python
+    ) as error:  # fmt: skip
         raise CorruptCheckpoint(f"value {path} is not valid typed JSON: {error}", phase="read") from error
 
 

@@ -76,16 +76,15 @@ def check_layouts(fragments: Sequence[Fragment]) -> str | None:
     indexed_by: dict[str, int] = {}
     chunks: dict[str, list[Box]] = {}
     for fragment in fragments:
-        for entry in fragment.tensors:
-            if entry.name in tensors:
-                first = indexed_by[entry.name]
+        tensors.update((entry.name, entry) for entry in fragment.tensors)
+        for name in fragment.indexed_names:
+            first = indexed_by.setdefault(name, fragment.rank)
+            if first != fragment.rank:
                 return (
-                    f"{entry.name} is described by rank {first} and by rank {fragment.rank}, which do not "
+                    f"{name} is described by rank {first} and by rank {fragment.rank}, which do not "
                     "share a mesh; MeshRoles says which ranks hold copies of a tensor, and which parts of a "
                     "model share one"
                 )
-            tensors[entry.name] = entry
-            indexed_by[entry.name] = fragment.rank
         for chunk in fragment.chunks:
             chunks.setdefault(chunk.tensor, []).append(chunk.box)
     for name in chunks:

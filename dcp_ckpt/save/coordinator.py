@@ -57,7 +57,7 @@ class Coordinator:
         self._channel = channel
         self._epoch = epoch
         self._watching: Channel | None = None
-        self._checked: tuple[str, ...] | None = None
+        self._checked: tuple[tuple[str, str], ...] | None = None
         self._max_described_chunks = max_described_chunks
         self._tables: list[Fragment] | None = None
         self.committed: Manifest | None = None
@@ -191,7 +191,7 @@ class Coordinator:
         self, directory: StepDir, attempt: AttemptId, summaries: list[FragmentSummary]
     ) -> str | None:
         """Check whenever the ranks' layouts change that their tables make up tensors and values."""
-        layouts = tuple(summary.layout for summary in summaries)
+        layouts = tuple((summary.layout, summary.aliases) for summary in summaries)
         if layouts == self._checked and parts_agree(summaries):
             return None
         fragments = self._read_fragments(directory, attempt, summaries)

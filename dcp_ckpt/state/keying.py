@@ -13,8 +13,13 @@ from functools import cached_property
 from math import prod
 from typing import Any
 
+import msgspec
+
 from dcp_ckpt.errors import ConfigError
 from dcp_ckpt.format.boxes import Mesh, compress_ranks, expand_ranks
+from dcp_ckpt.format.consistency import ranks_problem
+from dcp_ckpt.format.documents import decoder_of
+from dcp_ckpt.format.fields import Dims, RankRuns
 from dcp_ckpt.format.values import encode_value
 from dcp_ckpt.state.component import Captured, Path, StoredState, Targets
 from dcp_ckpt.state.mesh_roles import MeshRoles
@@ -158,6 +163,16 @@ def all_places_known(live: Keying, saved: Keying) -> bool:
     )
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Stored:
+    """What a `KeyingComponent` stores; it has more, of no use here."""
+
+    shape: Dims
+    dim_names: list[str]
+    ranks: RankRuns
+    data: list[str]
+
+
 class KeyingComponent:
     """Remembers how ranks are keyed, as one small replicated value whatever the number of ranks.
 
@@ -234,18 +249,22 @@ def take_keying(values: dict[str, Any], world_size: int) -> Keying | None:
 
 
 def _decoded(value: Any, world_size: int) -> Keying | None:
+    decoder_of(_Stored)  # several threads convert
     try:
-        shape, names = tuple(value["shape"]), tuple(value["dim_names"])
-        if sum(count for _, count in value["ranks"]) != world_size or prod(shape) != world_size:
-            return None
-        ranks, data = expand_ranks(value["ranks"]), tuple(value["data"])
-        is_sound = (
-            sorted(ranks) == list(range(world_size))
-            and all(size > 0 for size in shape)
-            and len(set(names)) == len(names) == len(shape)
-            and set(data) <= set(names)
-            and len(set(data)) == len(data)
-        )
-    except (TypeError, ValueError, LookupError):
+        stored = msgspec.convert(value, type=_Stored)
+    except ValueError:
         return None
-    return Keying(shape=shape, dim_names=names, ranks=ranks, data=data) if is_sound else None
+    # Before the ranks are listed: a few digits may state very many.
+    if ranks_problem(stored.ranks, world_size) or prod(stored.shape) != world_size:
+        return None
+    ranks = expand_ranks(stored.ranks)
+    names, data = stored.dim_names, stored.data
+    is_sound = (
+        len(ranks) == world_size
+        and len(set(names)) == len(names) == len(stored.shape)
+        and set(data) <= set(names)
+        and len(set(data)) == len(data)
+    )
+    if not is_sound:
+        return None
+    return Keying(shape=tuple(stored.shape), dim_names=tuple(names), ranks=ranks, data=tuple(data))

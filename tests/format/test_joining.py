@@ -77,3 +77,11 @@ def test_what_parts_have_in_common_does_not_depend_on_their_lists():
     assert common_digest(entry(groups(["a"]))) == common_digest(entry(groups(["b"])))
     assert common_digest(entry(groups(["a"], lr=1))) != common_digest(entry(groups(["a"], lr=2)))
     assert common_digest(entry(3, EQUAL)) != common_digest(entry(4, EQUAL))
+
+
+@pytest.mark.parametrize("damaged", [{"$dict": 5}, {"$dict": None}, {"$dict": ["ab"]}, {"$dict": [[1, 2]]}])
+def test_groups_that_are_no_typed_value_are_refused_like_other_damage(damaged):
+    part = ValueEntry(path=["groups"], value=[damaged], join="params")
+    assert len(common_digest(part)) == 32
+    with pytest.raises(CorruptCheckpoint, match="without a list of names"):
+        join_values((rank, {"groups": part}) for rank in range(2))

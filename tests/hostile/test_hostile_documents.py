@@ -343,6 +343,9 @@ def test_what_a_fragment_says_of_itself_has_to_fit_together():
         (tensor(owners=[[0, 1]] * 2), r"tensors\[0\].owners: a rank is repeated"),
         (tensor(owners=[[1, 2]]), r"tensors\[0\].owners: .* out of range"),
         (tensor(owners=[[0]]), r"\$\.tensors\[0\].owners"),
+        (tensor(path=[]), r"tensors\[0\].path: it is empty"),
+        (replace(fragment, values={"v": replace(lr, path=[])}), r"values\['v'\].path: it is empty"),
+        (with_aliases("model.bias", []), r"aliases\['model.bias'\]: a path is empty"),
         (tensor(path=bias.path), r"tensors\[1\].path: 'model.bias' is there twice"),
         (with_aliases("model.other", ["x"]), r"aliases\['model.other'\]: .* describes no such tensor"),
         (
@@ -411,6 +414,7 @@ def test_a_few_bytes_that_state_much_take_little_memory():
         {"$ndarray": ["<f4", [2**40, 2**40], "AAAAAA=="]}, {"$ndarray": ["<f4", [-1], "AAAAAA=="]},
         {"$ndarray": ["<f4", 1, "AAAAAA=="]}, {"$ndarray": ["f4,i4", [1], "AAAAAAAAAAA="]},
         {"$ndarray": [["<f4"], [1], "AAAAAA=="]}, {"$ndarray": ["<f4", [True], "AAAAAA=="]},
+        {"$ndarray": ["9" * 5000, [1], "AAAAAA=="]},
         {"$ndarray": ["|V999999999999", [1], ""]}, {"$npscalar": ["<f4", "AAAAAAAAAAA="]},
         {"$npscalar": ["<f4", "AAAA AA="]}, {"$tensor": 5}, {"$tensor": ["x"]}, {"#": 1, "$int": "5"},
         {"$value": 5}, {"$ndarray": ["<f16", [1], "AAAAAAAAAAAAAAAAAAAAAA=="]},

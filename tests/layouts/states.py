@@ -91,6 +91,14 @@ def undeclared(place: Place) -> Any:
     return of_stage(place, "both")
 
 
+def tied_to_the_name_of_another_stage(place: Place) -> Any:
+    """The first stage has the name of a layer of the last one as another name of its own layer."""
+    state = of_stage(place)
+    if place.stage == 0:
+        state.model.own1 = state.model.own0
+    return state
+
+
 def declared_and_different(place: Place) -> Any:
     return of_stage(place, "both", seed=place.stage, mesh_roles=place.roles(both=(0, 1)))
 
@@ -110,6 +118,7 @@ WRONG: Mapping[str, Callable[[Place], Any]] = {
         drifted_within_a_stage,
         drifted_on_all_ranks,
         undeclared,
+        tied_to_the_name_of_another_stage,
         declared_and_different,
         without_roles,
         a_partial_sum,
@@ -118,11 +127,12 @@ WRONG: Mapping[str, Callable[[Place], Any]] = {
 
 
 def save_wrong(base: str) -> dict[str, str]:
-    """What each of the states above is refused with, on this rank."""
+    """What each of the states above is refused with, on this rank, after one that is right."""
     place = Place()
     found = {}
     with Checkpointer(base, config=CONFIG) as checkpointer:
-        for step, (name, make) in enumerate(WRONG.items()):
+        saved(checkpointer, of_stage(place), 0)
+        for step, (name, make) in enumerate(WRONG.items(), 1):
             found[name] = refusal(partial(saved, checkpointer, make(place), step))
     return found
 

@@ -30,6 +30,10 @@ def refused(pool, tmp_path_factory) -> dict[str, str]:
         ("drifted_within_a_stage", ["ranks 2, 3 differs from rank 2's: model.own1.bias", "rank 3"]),
         ("drifted_on_all_ranks", ["all ranks differs from rank 0's: extra.note", "rank 1", "per_rank"]),
         ("undeclared", ["model.both.bias is described by rank 0 and by rank 2", "MeshRoles"]),
+        (
+            "tied_to_the_name_of_another_stage",
+            ["model.own1.bias is described by rank 0 and by rank 2", "MeshRoles"],
+        ),
         ("declared_and_different", ["rank 0's: model.both.bias, model.both.weight", "rank 2"]),
         ("a_partial_sum", ["extra.sum", "Partial", "redistribute"]),
         ("without_roles", ["differs from rank 0's: model.own0.bias", "TrainState(mesh_roles=...)"]),

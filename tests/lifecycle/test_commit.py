@@ -300,6 +300,9 @@ def test_layouts_tile_every_tensor_or_the_tensor_is_named(tmp_path):
     assert "which the lowest rank of its mesh does not have" in str(check_layouts([second]))
     doubled = replace(second, tensors=first.tensors)
     assert "is described by rank 0 and by rank 1" in str(check_layouts([first, doubled]))
+    also_called = replace(second, aliases={"other": [["model", "bias"]]})
+    assert "model.bias is described by rank 0 and by rank 1" in str(check_layouts([first, also_called]))
+    assert summarize(also_called, b"").aliases != summarize(second, b"").aliases
 
 
 def test_ranks_that_hold_one_part_of_a_model_hold_the_same_or_are_named(tmp_path):

@@ -240,8 +240,22 @@ def test_only_a_few_ranks_are_read_however_many_saved():
     assert read == before, "what install needs has been read before anything is changed"
 
 
-def test_a_keying_that_makes_no_sense_counts_as_none():
+@pytest.mark.parametrize(
+    ("right", "wrong"),
+    [
+        (b"[[0,4]]", b"[[0,3]]"),
+        (b"[[0,4]]", b"[[0,100000000000],[0,-99999999996]]"),
+        (b"[[0,4]]", b"[[1,4]]"),
+        (b"[[0,4]]", b"4"),
+        (b"[2,2]", b"[true,4]"),
+        (b"[2,2]", b"[2,2,-1,-1]"),
+        (b"[2,2]", b"[4]"),
+        (b'["dp"]', b"[1]"),
+    ],
+)
+def test_a_keying_that_makes_no_sense_counts_as_none(right, wrong):
     saved, upcoming = save_world(mesh(dp=2, tp=2), all_distinct)
-    saved.values["mesh_roles"] = saved.values["mesh_roles"].replace(b"[[0,4]]", b"[[0,3]]")
+    assert right in saved.values["mesh_roles"]
+    saved.values["mesh_roles"] = saved.values["mesh_roles"].replace(right, wrong)
     drawn, _ = load_world(saved, world(4))
     assert labelled(drawn, upcoming) == [0, 1, 2, 3]
