@@ -73,13 +73,15 @@ class OptimizerComponent:
         """The names of each parameter of the models, by `id()` of the live object."""
         return self._param_names
 
-    def state_paths(self) -> list[Path]:
-        """Where the state of each of its parameters may be stored, whether it has any or not."""
+    def state_paths(self) -> list[tuple[Path, ...]]:
+        """Where the state of each of its parameters may be stored, whether it has any or not.
+
+        Several paths of a parameter are those of its names; its state is under one of them.
+        """
         return [
-            (*self._prefix, "state", name)
+            tuple((*self._prefix, "state", name) for name in self._param_names.get(id(parameter), ()))
             for group in self._optimizer.param_groups
             for parameter in group["params"]
-            for name in self._param_names.get(id(parameter), ())
         ]
 
     @property
