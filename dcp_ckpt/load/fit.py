@@ -40,7 +40,8 @@ class Fitted:
         problems: what does not fit.
         names: all that globs could match.
         unmatched: globs that match none of them.
-        unasked: names of tensors and values that are selected, and this rank has no use for.
+        unasked: names of tensors and values that are selected, and this rank has no use for; and those of
+            state that starts anew on all ranks.
         left_alone: names of what is not selected.
     """
 
@@ -62,7 +63,7 @@ class Fitted:
     @property
     def state_names(self) -> tuple[str, ...]:
         """All tensors and values that are to be restored, on this rank or another."""
-        return (*self.state.tensors, *self.state.values)
+        return _names(self.state)
 
     @property
     def elsewhere(self) -> dict[str, Problem] | None:
@@ -203,11 +204,7 @@ def _of_other_names(problems: Sequence[Problem], ties: Iterable[Sequence[str]]) 
 def _selected(state: StoredState, selection: Selection) -> StoredState:
     """The part of a stored state that is to be restored."""
     inside = inside_of_values(state.values)
-    chosen = {
-        name
-        for name in (*state.tensors, *state.values, *state.per_rank_names)
-        if selection.selects(inside.get(name, name))
-    }
+    chosen = {name for name in _names(state) if selection.selects(inside.get(name, name))}
     # An outline tells the order of all its leaves or of none.
     chosen -= {name for name, value in state.values.items() if not chosen.issuperset(outlined(value))}
     return replace(
@@ -220,7 +217,7 @@ def _selected(state: StoredState, selection: Selection) -> StoredState:
             name: value for name, value in state.per_rank_of(rank).items() if selection.selects(name)
         },
         is_part=True,
-        left_out=frozenset((*state.tensors, *state.values, *state.per_rank_names)) - chosen,
+        left_out=frozenset(_names(state)) - chosen,
         selects=selection.selects,
         casts=selection.casts,
     )
@@ -236,7 +233,11 @@ def _unasked(state: StoredState, targets: Sequence[Targets]) -> frozenset[str]:
     """What is to be restored and no target of this rank takes, under whichever of its names."""
     aliases = state.aliases
     asked = {aliases.get(name, name) for wanted in targets for name in (*wanted.tensors, *wanted.values)}
-    return frozenset(name for name in (*state.tensors, *state.values) if aliases.get(name, name) not in asked)
+    return frozenset(name for name in _names(state) if aliases.get(name, name) not in asked)
+
+
+def _names(state: StoredState) -> tuple[str, ...]:
+    return (*state.tensors, *state.values, *state.per_rank_names)
 
 
 def _left_alone(
