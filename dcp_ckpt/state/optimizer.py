@@ -38,6 +38,11 @@ __all__ = ["OptimizerComponent"]
 
 # How the step is computed here, not what was learned: a run that moves to other hardware keeps its own.
 _IMPLEMENTATION = frozenset({"foreach", "fused", "capturable", "differentiable"})
+# What an optimizer of named parameters calls them, in the order of the live group; on each stage of a pipeline
+# they are others. The names that are stored are canonical, in `params`.
+_LIVE_NAMES = "param_names"
+# What schedulers leave in groups says nothing about the kind of the optimizer.
+_OF_SCHEDULERS = frozenset({"initial_lr", "max_lr", "min_lr", "max_momentum", "base_momentum", "swa_lr"})
 
 
 class OptimizerComponent:
@@ -111,7 +116,8 @@ class OptimizerComponent:
         collector = StateCollector()
         groups, num_states = [], 0
         for group, members in zip(self._optimizer.param_groups, self._named_groups(), strict=True):
-            groups.append({**group, "params": list(members)})
+            settings = {key: value for key, value in group.items() if key != _LIVE_NAMES}
+            groups.append({**settings, "params": list(members)})
             for name, parameter in members.items():
                 # `state` is a defaultdict: get() does not create what a step would create otherwise.
                 state = self._optimizer.state.get(parameter)
@@ -292,9 +298,8 @@ class OptimizerComponent:
             ]
             match, live_groups = self._match_groups(saved, stored, groups), self._optimizer.param_groups
             problems += match.problems
-            problems += kind_problems(
-                self._groups_name, saved, live_groups, match.partners, ignored=_IMPLEMENTATION
-            )
+            ignored = _IMPLEMENTATION | _OF_SCHEDULERS | {_LIVE_NAMES}
+            problems += kind_problems(self._groups_name, saved, live_groups, match.partners, ignored=ignored)
         for members in groups:
             problems += self._incomplete(stored, index, members)
         return problems
@@ -370,13 +375,16 @@ class OptimizerComponent:
         return self._install_groups(saved, self._match_groups(saved, stored, groups).partners)
 
     def _install_groups(self, saved: Sequence[Mapping[str, Any]], partners: Mapping[int, int]) -> list[str]:
+        kept = _IMPLEMENTATION
+        if isinstance(self._optimizer, torch.optim.AdamW):
+            kept |= {"decoupled_weight_decay"}  # an Adam otherwise, as torch knows, too
         notes = []
         for index, partner in partners.items():
             group = self._optimizer.param_groups[index]
             for key, value in saved[partner].items():
-                if key == "params":
+                if key in ("params", _LIVE_NAMES):
                     continue
-                if key in _IMPLEMENTATION and key in group:
+                if key in kept and key in group:
                     if group[key] != value:
                         notes.append(
                             f"{self._groups_name}[{index}]: kept {key}={group[key]} (checkpoint: {value})"
