@@ -38,8 +38,8 @@ __all__ = ["OptimizerComponent"]
 
 # How the step is computed here, not what was learned: a run that moves to other hardware keeps its own.
 _IMPLEMENTATION = frozenset({"foreach", "fused", "capturable", "differentiable"})
-# What an optimizer of named parameters calls them, in the order of the live group; on each stage of a pipeline
-# they are others. The names that are stored are canonical, in `params`.
+# What an optimizer of named parameters calls them, in the order of the live group; others on each stage of a
+# pipeline. The names that are stored are canonical, in `params`.
 _LIVE_NAMES = "param_names"
 # What schedulers leave in groups says nothing about the kind of the optimizer.
 _OF_SCHEDULERS = frozenset({"initial_lr", "max_lr", "min_lr", "max_momentum", "base_momentum", "swa_lr"})
@@ -250,7 +250,8 @@ class OptimizerComponent:
                 device = parameter.device if step_on_device else torch.device("cpu")
                 return torch.empty(entry.shape, dtype=entry.dtype, device=device)
             if entry.shape == tuple(parameter.shape):
-                dtype = parameter.dtype if casts else entry.dtype
+                # Integers, of a quantized moment, are no numbers in the parameter's precision.
+                dtype = parameter.dtype if casts and _is_alike(entry.dtype, parameter.dtype) else entry.dtype
                 return torch.empty_like(parameter, dtype=dtype, requires_grad=False)
             return torch.empty(entry.shape, dtype=entry.dtype, device=parameter.device)
 
@@ -406,6 +407,10 @@ def _merged(live: Any, value: Any) -> Any:
         if isinstance(value, (int, float)):
             return live.fill_(value)
     return value
+
+
+def _is_alike(a: torch.dtype, b: torch.dtype) -> bool:
+    return (a.is_floating_point, a.is_complex) == (b.is_floating_point, b.is_complex)
 
 
 def _described(tensor: torch.Tensor) -> StoredTensor:
