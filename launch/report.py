@@ -85,8 +85,8 @@ class Reporter:
             saved_by = loaded.saved_world_size
             self._write(event="resume", step=loaded.step, from_world=saved_by, to_world=world_size)
             self.say(f"resumed at step {loaded.step}, saved by {saved_by} ranks, now {world_size}")
-            for note in loaded.notes:
-                self.say(f"  {note}")
+            for line in loaded.deviations:
+                self.say(f"  {line}")
         elif parent is not None:
             self.say(f"fine-tuning step {parent.step} of {parent.run}")
 

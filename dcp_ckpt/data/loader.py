@@ -147,7 +147,9 @@ class ElasticLoader(Closing):
 
     def state_problem(self, state: Any) -> str | None:
         """Why `load_state_dict` would refuse a state, or None."""
-        return self._sampler.state_problem(state) or self._empty_part(state["samples_consumed"])
+        return self._sampler.state_problem(state) or self._empty_part(
+            self._sampler.consumed_after_loading(state)
+        )
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where `state` stands, also with another world or global batch size.
@@ -189,7 +191,7 @@ class ElasticLoader(Closing):
         self._end_ahead()
         if self._loader is None:
             self._loader = DataLoader(**self._settings)
-        self._generator.manual_seed(self._sampler.position[0])
+        self._generator.manual_seed(self._sampler.position[0] % 2**63)  # torch takes no larger ones
         with _starting_workers(self._loader):
             self._ahead = iter(self._loader)
         self._position = self._sampler.position

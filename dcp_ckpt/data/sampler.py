@@ -228,7 +228,12 @@ class ElasticSampler:
         if other is not None:
             log.warning("%s; epoch %d begins anew", other, state["epoch"])
         self._seed, self._epoch, self._last = state["seed"], state["epoch"], None
-        self._consumed = state["samples_consumed"] if other is None else 0
+        self._consumed = self.consumed_after_loading(state)
+
+    def consumed_after_loading(self, state: dict[str, Any]) -> int:
+        """What `samples_consumed` would be after loading a state that is not refused."""
+        consumed: int = state["samples_consumed"]
+        return consumed if self._other_dataset(state) is None else 0
 
     def _other_dataset(self, state: dict[str, Any]) -> str | None:
         """How the dataset of a state differs from this one, or None."""

@@ -58,7 +58,7 @@ def load_checkpoint(
         include: globs of what to restore; None means everything.
         exclude: globs of what stays exactly as it is, whether the checkpoint has it or not. Parameters that
             are new keep their fresh state, and groups of hyper-parameters are matched by the parameters that
-            are restored.
+            are restored. Names of one tensor are left out together.
         rename: stored name to live name, of single entries and of all that lies below a prefix; the longest
             one that fits counts, and "" is the top of the state. What optimizers keep for a parameter follows
             it.
@@ -69,7 +69,8 @@ def load_checkpoint(
         process_group: the ranks that load together; None means all.
 
     Raises:
-        ConfigError: a glob or a prefix that matches nothing, or names that collide; nothing was changed.
+        ConfigError: a glob or a prefix that matches nothing, names that collide, or some names of a tied
+            tensor only; nothing was changed.
         CheckpointNotFound, StateMismatch, CorruptCheckpoint: as `Checkpointer.load`.
     """
     selection = Selection(include=include, exclude=exclude, rename=rename or {}, cast=cast)

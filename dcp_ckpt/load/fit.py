@@ -12,6 +12,7 @@ from functools import cached_property
 
 import torch
 
+from dcp_ckpt.errors import ConfigError
 from dcp_ckpt.format.dotted import is_below, roots
 from dcp_ckpt.format.dtypes import dtype_name
 from dcp_ckpt.format.references import inside_of_values, outlined
@@ -40,7 +41,8 @@ class Fitted:
         problems: what does not fit.
         names: all that globs could match.
         unmatched: globs that match none of them.
-        unasked: names of tensors and values that are selected, and this rank has no use for.
+        unasked: names of tensors and values that are selected, and this rank has no use for; and those of
+            state that starts anew on all ranks.
         left_alone: names of what is not selected.
     """
 
@@ -62,7 +64,7 @@ class Fitted:
     @property
     def state_names(self) -> tuple[str, ...]:
         """All tensors and values that are to be restored, on this rank or another."""
-        return (*self.state.tensors, *self.state.values)
+        return _names(self.state)
 
     @property
     def elsewhere(self) -> dict[str, Problem] | None:
@@ -108,7 +110,7 @@ def fit(
     """Settle what is restored, and find everything that does not fit.
 
     Raises:
-        ConfigError: a renaming that cannot be.
+        ConfigError: a renaming that cannot be, or a selection of some names of a tied tensor only.
         CorruptCheckpoint: something that is needed to know it is missing or damaged.
     """
     named = _named(source, components, selection, rank=rank, world_size=world_size)
@@ -122,8 +124,10 @@ def fit(
         if problem.kind != "missing" or selection.selects(problem.key)
     ]
     problems += memory_problems((wanted.tensors for wanted in targets), state.aliases)
-    if not selection.is_everything or any(problem.kind == "shape" for problem in problems):
-        problems += _reshaped(named.state, state, named.live or take_inventory(components))
+    if problems or not selection.is_everything:
+        live = named.live or take_inventory(components)
+        problems += _reshaped(named.state, state, live)
+        problems += _of_other_names(problems, live.ties)
     return Fitted(
         source=source,
         state=state,
@@ -146,6 +150,12 @@ def _named(
     if flat_paths is None and selection.is_everything:
         return _Named(state=state, unreadable=unreadable)
     live = take_inventory(components)
+    if split := selection.split_tie(live.ties):
+        raise ConfigError(
+            "{} is selected and {} is not, and both are names of one tensor here, or of what is kept for it; "
+            "select all of its names or none".format(*split),
+            phase="diff",
+        )
     stored_names: dict[str, str] = {}
     if selection.rename:
         result = renamed(state, flat_paths, selection.rename, live, others=unreadable)
@@ -180,14 +190,22 @@ def _reshaped(stored: StoredState, state: StoredState, live: Inventory) -> Itera
                 yield Problem(kind="shape", key=join_path(path), detail=detail)
 
 
+def _of_other_names(problems: Sequence[Problem], ties: Iterable[Sequence[str]]) -> list[Problem]:
+    """The same problems under the other names of tied tensors: who leaves out one has to leave out all."""
+    found = {problem.key: problem for problem in problems}
+    return [
+        replace(found[known], key=name, detail=f"the same as {known}")
+        for names in ties
+        if (known := next((name for name in names if name in found), None)) is not None
+        for name in names
+        if name not in found
+    ]
+
+
 def _selected(state: StoredState, selection: Selection) -> StoredState:
     """The part of a stored state that is to be restored."""
     inside = inside_of_values(state.values)
-    chosen = {
-        name
-        for name in (*state.tensors, *state.values, *state.per_rank_names)
-        if selection.selects(inside.get(name, name))
-    }
+    chosen = {name for name in _names(state) if selection.selects(inside.get(name, name))}
     # An outline tells the order of all its leaves or of none.
     chosen -= {name for name, value in state.values.items() if not chosen.issuperset(outlined(value))}
     return replace(
@@ -200,7 +218,7 @@ def _selected(state: StoredState, selection: Selection) -> StoredState:
             name: value for name, value in state.per_rank_of(rank).items() if selection.selects(name)
         },
         is_partial=True,
-        left_out=frozenset((*state.tensors, *state.values, *state.per_rank_names)) - chosen,
+        left_out=frozenset(_names(state)) - chosen,
         selects=selection.selects,
         casts=selection.casts,
     )
@@ -216,17 +234,27 @@ def _unasked(state: StoredState, targets: Sequence[Targets]) -> frozenset[str]:
     """What is to be restored and no target of this rank takes, under whichever of its names."""
     aliases = state.aliases
     asked = {aliases.get(name, name) for wanted in targets for name in (*wanted.tensors, *wanted.values)}
-    return frozenset(name for name in (*state.tensors, *state.values) if aliases.get(name, name) not in asked)
+    return frozenset(name for name in _names(state) if aliases.get(name, name) not in asked)
+
+
+def _names(state: StoredState) -> tuple[str, ...]:
+    return (*state.tensors, *state.values, *state.per_rank_names)
 
 
 def _left_alone(
     named: _Named, state: StoredState, targets: Sequence[Targets], selection: Selection
 ) -> frozenset[str]:
-    """The names that are not selected, and no other of a tied tensor either; without those above others."""
+    """The names that are not selected; without those above others.
+
+    A further name of a stored tensor counts where it is a tensor of its own here, or none is restored.
+    """
     aliases = named.state.aliases
     filled = {aliases.get(name, name) for wanted in targets for name in wanted.tensors}
+    live = named.live.names if named.live else frozenset()
     names = {
-        name for name in named.names if not selection.selects(name) and aliases.get(name, name) not in filled
+        name
+        for name in named.names
+        if not selection.selects(name) and (name in live or aliases.get(name, name) not in filled)
     }
     above = {root for name in names for root in roots(name)[:-1]}
     return frozenset(names - above)

@@ -104,7 +104,7 @@ class _Renaming:
     def result(self) -> Renamed:
         """The state under the new names."""
         state, names = self._state, self._names
-        counts = Counter(names[stored] for stored in (*state.tensors, *state.values))
+        counts = Counter(names[stored] for stored in (*state.tensors, *state.values, *state.per_rank_names))
         if taken := [name for name, count in counts.items() if count > 1 or not name]:
             several = sorted(stored for stored, name in names.items() if name == taken[0])
             raise ConfigError(

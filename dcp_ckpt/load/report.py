@@ -33,7 +33,7 @@ class CastTensor:
 class LoadReport:
     """The outcome of one load, the same on every rank but for bytes and seconds.
 
-    Names are those of the live state.
+    Names are those of the live state. Of a pipelined model, `reinitialised` and `cast` are of this stage.
 
     Args:
         step: the training step of the checkpoint; training goes on with the next one.
@@ -41,12 +41,13 @@ class LoadReport:
         epoch: the epoch that saved it; 0 when it has none.
         saved_world_size: the number of ranks that saved; 0 when the checkpoint does not say.
         world_size: the number of ranks that loaded.
-        restored: names of tensors and values that were put back.
-        reinitialised: name -> reason, of state that the checkpoint has nothing for: it starts anew.
+        restored: names of tensors and values that were put back, those of single ranks among them.
+        reinitialised: name -> reason, of state that the checkpoint has nothing for: it starts anew. `rng` is
+            also in `restored` where some random streams go on and others are new.
         cast: tensors that were converted to another dtype, as asked; they are in `restored`, too.
         notes: what else there is to know.
-        skipped: names of what stays as it was, since it is not selected, and of what is stored and nothing
-            in the given state asked for.
+        skipped: names of what stays as it was, since it is not selected or belongs to ranks of another
+            world, and of what is stored and nothing in the given state asked for.
         rejected: newer checkpoints that could not be used.
         metrics: as given to `save()`, decoded.
         bytes_read: from storage, by this rank.
@@ -72,21 +73,31 @@ class LoadReport:
 
     def __str__(self) -> str:
         saved_by = f"{self.saved_world_size} rank(s)" if self.saved_world_size else "stock DCP"
-        lines = [
+        head = (
             f"loaded step {self.step} ({self.path}), saved by {saved_by}, loaded by {self.world_size}: "
             f"{self.bytes_read / 1e6:.1f} MB in {self.seconds:.2f} s"
-        ]
-        lines += [f"  rejected {rejected.path}: {rejected.reason}" for rejected in self.rejected]
-        lines += [f"  not verified: {what}" for what in self.unverified]
-        lines += _counted("restored", self.restored)
+        )
+        lines = [*self._doubts(), *_counted("restored", self.restored), *self._differences()]
+        return "\n".join([head, *(f"  {line}" for line in lines)])
+
+    @property
+    def deviations(self) -> tuple[str, ...]:
+        """Lines on all that was not simply restored, as they are printed: empty after an ordinary resume."""
+        return (*self._doubts(), *self._differences())
+
+    def _doubts(self) -> list[str]:
+        rejected = [f"rejected {rejected.path}: {rejected.reason}" for rejected in self.rejected]
+        return [*rejected, *(f"not verified: {what}" for what in self.unverified)]
+
+    def _differences(self) -> list[str]:
+        lines = []
         for reason in dict.fromkeys(self.reinitialised.values()):
             names = [name for name, why in self.reinitialised.items() if why == reason]
             lines += _counted("reinitialised", names, why=reason)
         for dtypes in dict.fromkeys((item.stored, item.live) for item in self.cast):
             names = [item.name for item in self.cast if (item.stored, item.live) == dtypes]
             lines += _counted("cast", names, why=f"{dtypes[0]} -> {dtypes[1]}")
-        lines += _counted("skipped", self.skipped)
-        return "\n".join([*lines, *(f"  {note}" for note in self.notes)])
+        return [*lines, *_counted("skipped", self.skipped), *self.notes]
 
 
 def _counted(what: str, names: Iterable[str], *, why: str = "") -> list[str]:
@@ -96,4 +107,4 @@ def _counted(what: str, names: Iterable[str], *, why: str = "") -> list[str]:
     if len(counts) > _MOST_GROUPS:
         counts = [("*", sum(count for _, count in counts))]
     end = f" ({why})" if why else ""
-    return [f"  {label}: {what if count == 1 else f'{count} {what}'}{end}" for label, count in counts]
+    return [f"{label}: {what if count == 1 else f'{count} {what}'}{end}" for label, count in counts]

@@ -95,7 +95,7 @@ def restore(
         reinitialised=fitted.reinitialised,
         cast=fitted.cast,
         notes=(*notes, *origin.notes),
-        skipped=tuple(sorted(left_over | fitted.left_alone)),
+        skipped=tuple(sorted((left_over | fitted.left_alone) - fitted.reinitialised.keys())),
         bytes_read=bytes_read,
         unverified=(*origin.unverified, *unasked),
         origin=origin,

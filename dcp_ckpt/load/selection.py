@@ -76,6 +76,18 @@ class Selection:
             if not any(map(_pattern([glob]).match, names))
         ]
 
+    def split_tie(self, ties: Iterable[Sequence[str]]) -> tuple[str, str] | None:
+        """Two names of one thing, of which the first is selected and the second is not; None without any.
+
+        Args:
+            ties: all names of each thing that has several.
+        """
+        for names in ties:
+            chosen = [name for name in names if self.selects(name)]
+            if chosen and len(chosen) < len(names):
+                return chosen[0], next(name for name in names if name not in chosen)
+        return None
+
     def _globs(self) -> dict[str, Sequence[str]]:
         included = ("*",) if self.include is None else self.include
         return {"include": included, "exclude": self.exclude, "cast": self.cast}

@@ -145,12 +145,12 @@ class Targets:
     Args:
         tensors: stored name -> tensor to fill in place (plain or DTensor, of this rank's sharding).
             Shape and dtype are compared with what is stored by the caller.
-        values: names of the stored values that `install` will use.
+        values: names of the stored values that `install` will use, those of single ranks among them.
         problems: what does not fit, other than shape and dtype of `tensors`.
         elsewhere: what does not fit unless it is another rank's: of a part of the model that is not held
             here. None where every rank judges for itself.
-        reinitialised: name -> reason, of live state that the checkpoint has nothing for and that `install`
-            will start anew.
+        reinitialised: name -> reason, of live state that the checkpoint has nothing for, or not for all of
+            it or all ranks, and that `install` will start anew.
     """
 
     tensors: Mapping[str, torch.Tensor] = field(default_factory=dict)

@@ -6,9 +6,12 @@ under other names, or from a state that DCP flattened.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
+
+import torch
 
 from dcp_ckpt.errors import StateError
 from dcp_ckpt.format.references import inside_of_values
@@ -19,6 +22,7 @@ from dcp_ckpt.state.optimizer import OptimizerComponent
 from dcp_ckpt.state.part import PartComponent
 from dcp_ckpt.state.paths import join_path
 from dcp_ckpt.state.stateful import DictComponent
+from dcp_ckpt.state.tensors import once_each
 
 __all__ = ["Inventory", "LiveParameter", "every_component", "take_inventory"]
 
@@ -47,6 +51,7 @@ class Inventory:
         values: path and decoded content of every value that a save would store now.
         parameters: those of all models, by each of their names in the whole state.
         optimizers: where their state is stored.
+        ties: all names of one tensor, or of what an optimizer keeps for one, where it has several.
     """
 
     names: frozenset[str]
@@ -54,14 +59,17 @@ class Inventory:
     values: Sequence[tuple[Path, Any]]
     parameters: Mapping[str, LiveParameter]
     optimizers: tuple[Path, ...]
+    ties: tuple[tuple[str, ...], ...]
 
 
 def take_inventory(components: Sequence[Component]) -> Inventory:
     """Look at everything. Local to the rank; `state_dict()` of the user's objects is called."""
     paths: list[Path] = []
     values: list[tuple[Path, Any]] = []
+    tensors: dict[Path, torch.Tensor] = {}
     for component in components:
         captured = _captured(component)
+        tensors.update(captured.tensors)
         paths += [*captured.tensors, *captured.values, *captured.per_rank] or [component.prefix]
         values += [
             (path, decode_value(value, path=join_path(path))) for path, value in captured.values.items()
@@ -70,15 +78,25 @@ def take_inventory(components: Sequence[Component]) -> Inventory:
     parts = list(every_component(components))
     optimizers = [part for part in parts if isinstance(part, OptimizerComponent)]
     models = [part for part in parts if isinstance(part, ModelComponent)]
-    kept_for = [path for optimizer in optimizers for path in optimizer.state_paths()]
+    kept_for = [paths for optimizer in optimizers for paths in optimizer.state_paths()]
+    names = frozenset(map(join_path, (*paths, *chain.from_iterable(kept_for)))) - {"", *inside}
+    tied = [(path, *others) for path, others in once_each(tensors)[1].items()]
     nodes = {join_path(path[:depth]): path[:depth] for path in paths for depth in range(len(path) + 1)}
     return Inventory(
-        names=frozenset(map(join_path, (*paths, *kept_for))) - {"", *inside},
+        names=names,
         nodes=nodes,
         values=values,
         parameters=_parameters(models, optimizers),
         optimizers=tuple(optimizer.prefix for optimizer in optimizers),
+        ties=tuple(_ties((*tied, *kept_for), names)),
     )
+
+
+def _ties(paths: Iterable[Iterable[Path]], names: Container[str]) -> Iterator[tuple[str, ...]]:
+    for tied in paths:
+        known = tuple(name for name in map(join_path, tied) if name in names)
+        if len(known) > 1:
+            yield known
 
 
 def _captured(component: Component) -> Captured:

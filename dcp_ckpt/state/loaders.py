@@ -97,7 +97,7 @@ class RankLoaderComponent:
 
     def targets(self, stored: StoredState) -> Targets:
         problem = self._problem(stored)
-        return Targets(problems=() if problem is None else (problem,))
+        return Targets(values=frozenset({self._name})) if problem is None else Targets(problems=(problem,))
 
     def install(self, stored: StoredState, targets: Targets) -> list[str]:
         if self._problem(stored) is None:

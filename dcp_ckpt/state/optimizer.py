@@ -34,6 +34,11 @@ __all__ = ["OptimizerComponent"]
 
 # How the step is computed here, not what was learned: a run that moves to other hardware keeps its own.
 _IMPLEMENTATION = frozenset({"foreach", "fused", "capturable", "differentiable"})
+# What an optimizer of named parameters calls them, in the order of the live group; others on each stage of a
+# pipeline. The names that are stored are canonical, in `params`.
+_LIVE_NAMES = "param_names"
+# What schedulers leave in groups says nothing about the kind of the optimizer.
+_OF_SCHEDULERS = frozenset({"initial_lr", "max_lr", "min_lr", "max_momentum", "base_momentum", "swa_lr"})
 
 
 class OptimizerComponent:
@@ -69,13 +74,15 @@ class OptimizerComponent:
         """The names of each parameter of the models, by `id()` of the live object."""
         return self._param_names
 
-    def state_paths(self) -> list[Path]:
-        """Where the state of each of its parameters may be stored, whether it has any or not."""
+    def state_paths(self) -> list[tuple[Path, ...]]:
+        """Where the state of each of its parameters may be stored, whether it has any or not.
+
+        Several paths of a parameter are those of its names; its state is under one of them.
+        """
         return [
-            (*self._prefix, "state", name)
+            tuple((*self._prefix, "state", name) for name in self._param_names.get(id(parameter), ()))
             for group in self._optimizer.param_groups
             for parameter in group["params"]
-            for name in self._param_names.get(id(parameter), ())
         ]
 
     @property
@@ -101,7 +108,8 @@ class OptimizerComponent:
         collector = StateCollector()
         groups, num_states = [], 0
         for group, members in zip(self._optimizer.param_groups, self._named_groups(), strict=True):
-            groups.append({**group, "params": list(members)})
+            settings = {key: value for key, value in group.items() if key != _LIVE_NAMES}
+            groups.append({**settings, "params": list(members)})
             for name, parameter in members.items():
                 # `state` is a defaultdict: get() does not create what a step would create otherwise.
                 state = self._optimizer.state.get(parameter)
@@ -239,7 +247,8 @@ class OptimizerComponent:
                 device = parameter.device if step_on_device else torch.device("cpu")
                 return torch.empty(entry.shape, dtype=entry.dtype, device=device)
             if entry.shape == tuple(parameter.shape):
-                dtype = parameter.dtype if casts else entry.dtype
+                # Integers, of a quantized moment, are no numbers in the parameter's precision.
+                dtype = parameter.dtype if casts and _is_alike(entry.dtype, parameter.dtype) else entry.dtype
                 return torch.empty_like(parameter, dtype=dtype, requires_grad=False)
             return torch.empty(entry.shape, dtype=entry.dtype, device=parameter.device)
 
@@ -271,8 +280,9 @@ class OptimizerComponent:
             ]
             match = _match_groups(own, groups)
             problems += match.problems
+            ignored = _IMPLEMENTATION | _OF_SCHEDULERS | {_LIVE_NAMES}
             live_groups = self._optimizer.param_groups
-            problems += kind_problems(key, saved, live_groups, match.partners, ignored=_IMPLEMENTATION)
+            problems += kind_problems(key, saved, live_groups, match.partners, ignored=ignored)
         for members in groups:
             problems += self._incomplete(own, members)
         return problems
@@ -318,13 +328,16 @@ class OptimizerComponent:
         return self._install_groups(saved, _match_groups(own, groups).partners)
 
     def _install_groups(self, saved: Sequence[Mapping[str, Any]], partners: Mapping[int, int]) -> list[str]:
+        kept = _IMPLEMENTATION
+        if isinstance(self._optimizer, torch.optim.AdamW):
+            kept |= {"decoupled_weight_decay"}  # an Adam otherwise, as torch knows, too
         notes = []
         for index, partner in partners.items():
             group = self._optimizer.param_groups[index]
             for key, value in saved[partner].items():
-                if key == "params":
+                if key in ("params", _LIVE_NAMES):
                     continue
-                if key in _IMPLEMENTATION and key in group:
+                if key in kept and key in group:
                     if group[key] != value:
                         where = f"{join_path(self._groups_path)}[{index}]"
                         notes.append(f"{where}: kept {key}={group[key]} (checkpoint: {value})")
@@ -354,6 +367,10 @@ def _set_inside(live: Any, value: Any) -> Any:
         if isinstance(value, (int, float)):
             return live.fill_(value)
     return value
+
+
+def _is_alike(a: torch.dtype, b: torch.dtype) -> bool:
+    return (a.is_floating_point, a.is_complex) == (b.is_floating_point, b.is_complex)
 
 
 def _described(tensor: torch.Tensor) -> StoredTensor:

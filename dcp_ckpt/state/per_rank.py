@@ -88,7 +88,9 @@ class PerRankComponent:
         problems += [
             unexpected(name, "per_rank") for name in names_under(values, self._prefix) if name not in known
         ]
-        return Targets(problems=tuple(problems))
+        # Other ranks may have other ones; what is told is the same on all.
+        told = names_under((*values, *stored.per_rank_names), self._prefix)
+        return Targets(values=frozenset(told), problems=tuple(problems))
 
     def install(self, stored: StoredState, targets: Targets) -> list[str]:
         name = join_path(self._prefix)

@@ -26,8 +26,9 @@ checkpoint alone, so they are the same at every attempt, and on the step, so no 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from dcp_ckpt.format.documents import encode_json
@@ -77,18 +78,26 @@ class RngComponent:
         return Captured(per_rank={self._prefix: encode_value(streams, path=self._name)})
 
     def targets(self, stored: StoredState) -> Targets:
-        """Ask for nothing, but read all that `install` needs: damage shows before anything is changed."""
-        if stored.saved_world_size:
-            self._plan(stored)
-        return Targets()
+        """Say what goes on and what is new.
+
+        Reads all that `install` needs: damage shows before anything is changed.
+        """
+        if not stored.saved_world_size:
+            return Targets()
+        plan = self._plan(stored)
+        new = plan.told(new=True)
+        return Targets(
+            values=frozenset({self._name} if any(plan.num_kept.values()) else ()),
+            reinitialised={self._name: new} if new else {},
+        )
 
     def install(self, stored: StoredState, targets: Targets) -> list[str]:
         if not stored.saved_world_size:
             return [f"{_WHAT}: not restored, plain dcp.save stores none; left as they are"]
         plan = self._plan(stored)
-        kinds = tuple(dict.fromkeys((*plan.shared, *live_kinds())))
-        notes = plan.notes(kinds)
-        for kind in kinds:
+        kept = plan.told(new=False)
+        notes = [f"{_WHAT}: {kept}"] if kept else []
+        for kind in plan.kinds:
             source = plan.source(kind, stored.rank)
             state = None if source is None else self._saved(stored, source).get(kind)
             if state is None:
@@ -106,7 +115,9 @@ class RngComponent:
         saved, live = saved_keying(stored), live_keying(stored, self._roles)
         own = source_rank(stored.rank, live, saved, NOTHING_SHARED)
         if own is not None and all_places_known(live, saved):
-            return _Plan(live, saved, dict.fromkeys(self._saved(stored, own), NOTHING_SHARED))
+            return _Plan(
+                live=live, saved=saved, shared=dict.fromkeys(self._saved(stored, own), NOTHING_SHARED)
+            )
         first = self._saved(stored, saved.rank_at(0, {}))
         others = {
             axis: [self._saved(stored, rank) for rank in ranks] for axis, ranks in _samples(saved).items()
@@ -120,10 +131,10 @@ class RngComponent:
             }
             by_peers = frozenset(axis for axis in same if axis is not None)
             shared[kind] = Shared(by_data=None in same, by_peers=by_peers)
-        return _Plan(live, saved, shared)
+        return _Plan(live=live, saved=saved, shared=shared)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class _Plan:
     """Which streams go where, for all ranks.
 
@@ -134,6 +145,11 @@ class _Plan:
     live: Keying
     saved: Keying
     shared: Mapping[str, Shared]
+
+    @cached_property
+    def kinds(self) -> tuple[str, ...]:
+        """Those that were saved, and those that this process has."""
+        return tuple(dict.fromkeys((*self.shared, *live_kinds())))
 
     def source(self, kind: str, rank: int) -> int | None:
         """The saved rank whose stream a rank continues; None if it begins a new one."""
@@ -147,18 +163,25 @@ class _Plan:
         peers = "".join(f"/{name}={place.peers.get(name, 0)}" for name in self._distinct_peers(kind))
         return hashlib.sha256(f"{seed_material}/{kind}/{own}{peers}".encode()).digest()
 
-    def notes(self, kinds: Sequence[str]) -> list[str]:
-        """What becomes of each kind, over all ranks; nothing where every rank simply goes on."""
+    @cached_property
+    def num_kept(self) -> Mapping[str, int]:
+        """How many ranks continue a saved stream, by kind."""
+        return {
+            kind: sum(self.source(kind, rank) is not None for rank in self.live.ranks) for kind in self.kinds
+        }
+
+    def told(self, *, new: bool) -> str:
+        """What becomes of the kinds, over all ranks; empty where every rank simply goes on.
+
+        Args:
+            new: of those of which some rank begins a new stream, or of all others.
+        """
         outcomes: dict[str, list[str]] = {}
-        for kind in kinds:
-            if (outcome := self._outcome(kind)) is not None:
+        for kind in self.kinds:
+            outcome = self._outcome(kind)
+            if outcome is not None and (self.num_kept[kind] < len(self.live.ranks)) == new:
                 outcomes.setdefault(outcome, []).append(kind)
-        if not outcomes:
-            return []
-        told = "; ".join(f"{', '.join(members)} {outcome}" for outcome, members in outcomes.items())
-        return [
-            f"{_WHAT}, saved on {len(self.saved.ranks)} rank(s) and loaded on {len(self.live.ranks)}: {told}"
-        ]
+        return "; ".join(f"{', '.join(members)} {outcome}" for outcome, members in outcomes.items())
 
     def _outcome(self, kind: str) -> str | None:
         derived = "derived from step and data coordinate"
@@ -166,7 +189,7 @@ class _Plan:
             return f"not saved, {derived}"
         if self._distinct_peers(kind):
             derived += f" and index in {', '.join(self._distinct_peers(kind))}"
-        num_kept = sum(self.source(kind, rank) is not None for rank in self.live.ranks)
+        num_kept = self.num_kept[kind]
         if not num_kept:
             return derived
         if num_kept < len(self.live.ranks):

@@ -89,6 +89,9 @@ class TrainState:
         components: list[Component] = [
             self._of_part(model, lambda path: join_path(path[1:])) for model in models
         ]
+        # Before the optimizers: a scale that a load writes is not one that an update has written since.
+        if self.scaler is not None:
+            components.append(StatefulComponent(("scaler",), _stateful("scaler", self.scaler)))
         components += [
             self._of_part(OptimizerComponent(path, optimizer, names, watch), _moment_of(path))
             for path, optimizer in optimizers
@@ -97,8 +100,6 @@ class TrainState:
             self._of_part(StatefulComponent(path, scheduler), None)
             for path, scheduler in _parts("lr_scheduler", self.lr_scheduler, Stateful)
         ]
-        if self.scaler is not None:
-            components.append(StatefulComponent(("scaler",), _stateful("scaler", self.scaler)))
         if self._keying is not None:
             components.append(self._keying)
         if self.dataloader is not None:

@@ -280,3 +280,20 @@ def test_another_dataset_is_refused_or_begins_the_epoch_anew():
     with loader(order={"fingerprint": "b", "allow_other_dataset": True}) as made:
         made.load_state_dict(state)
         assert (made.epoch, len(list(made))) == (2, 5)
+
+
+def test_an_epoch_that_begins_anew_in_another_dataset_is_judged_from_its_start():
+    """From position 14, the last of its batches would leave ranks without samples."""
+    state = ElasticSampler(30, 7, 0, 1, seed=1).state_dict() | {"samples_consumed": 14}
+    order = ElasticSampler(16, 8, 0, 4, seed=1, drop_last=False, allow_other_dataset=True)
+    with ElasticLoader(datasets.Numbers(16), order) as made:
+        assert made.state_problem(state) is None
+        made.load_state_dict(state)
+        assert len(list(made)) == 2
+
+
+@pytest.mark.parametrize("seed", [2**128 + 1, -1])
+def test_any_whole_number_is_a_seed(seed):
+    order = ElasticSampler(8, 4, 0, 1, seed=seed)
+    with ElasticLoader(datasets.Numbers(8), order) as made:
+        assert len(list(made)) == 2

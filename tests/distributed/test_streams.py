@@ -68,7 +68,7 @@ def load_streams(path: str, dims: Dims) -> tuple[tuple[float, float, float], Any
     with Checkpointer(path, config=worlds.config()) as checkpointer:
         report = checkpointer.load(state)
         assert report is not None
-    return draw(), state.per_rank["mine"], state.per_rank["noise"].tolist(), "\n".join(report.notes)
+    return draw(), state.per_rank["mine"], state.per_rank["noise"].tolist(), "\n".join(report.deviations)
 
 
 def test_streams_and_values_on_every_kind_of_world(pool, tmp_path):
@@ -86,7 +86,9 @@ def test_streams_and_values_on_every_kind_of_world(pool, tmp_path):
         assert len({*(drawn[kind] for drawn in streams), *(drawn[kind] for drawn in saved)}) == 5
     for *_, mine, noise, told in first:
         assert (mine, noise) == (None, [-1.0] * 3)
-        assert "python, torch derived from step and data coordinate; numpy continued" in told
+        assert "rng: reinitialised (python, torch derived from step and data coordinate)" in told
+        assert "random numbers: numpy continued, the same on all data coordinates" in told
+        assert "per_rank.*: 2 skipped" in told
         assert "per_rank: saved on 2 rank(s), loaded on 3; left untouched" in told
 
     wider = pool.run(load_streams, 4, by_rank, GRID)

@@ -7,7 +7,8 @@ import json
 import pytest
 import torch
 
-from dcp_ckpt import CheckpointInfo, SaveHandle, errors
+from dcp_ckpt import CheckpointInfo, LoadReport, SaveHandle, errors
+from dcp_ckpt.load.report import RejectedCheckpoint
 from launch.data import Batch
 from launch.report import Reporter, exit_code, samples_digest
 
@@ -102,3 +103,30 @@ def test_digest_depends_on_ids_and_order():
 )
 def test_exit_code_is_that_of_the_command_line(error, code):
     assert exit_code(error("reason")) == code
+
+
+def test_a_resume_tells_all_that_was_not_simply_restored(capsys):
+    report = LoadReport(
+        step=7,
+        path="runs/run-001/step-00000007",
+        epoch=1,
+        saved_world_size=4,
+        world_size=2,
+        restored=("model.weight",),
+        reinitialised={"rng": "torch derived from step and data coordinate"},
+        cast=(),
+        notes=("a note",),
+        skipped=("scaler",),
+        rejected=(RejectedCheckpoint(path="runs/run-001/step-00000008", reason="damaged"),),
+        metrics={},
+        bytes_read=1,
+        seconds=0.1,
+    )
+    Reporter(rank=0, log_json=None).loaded(report, None, world_size=2)
+    assert capsys.readouterr().out.splitlines() == [
+        "resumed at step 7, saved by 4 ranks, now 2",
+        "  rejected runs/run-001/step-00000008: damaged",
+        "  rng: reinitialised (torch derived from step and data coordinate)",
+        "  scaler: skipped",
+        "  a note",
+    ]

@@ -81,7 +81,7 @@ class Pipeline:
         )
         self._is_first, self._is_last = place == 0, place == num_ranks - 1
         self.model = chunks[0] if num_chunks == 1 else ModelParts(chunks)
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.01)
+        self.optimizer = torch.optim.AdamW(self.model.named_parameters(), lr=0.01)
         self.state = TrainState(
             model=self.model,
             optimizer=self.optimizer,

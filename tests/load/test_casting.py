@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch.distributed.checkpoint.state_dict_saver import save as stock_save
 
-from dcp_ckpt import Checkpointer, LoadReport, load_checkpoint
+from dcp_ckpt import Checkpointer, LoadReport, TrainState, load_checkpoint
 from dcp_ckpt.errors import StateMismatch
 from tests.load import trainings
 from tests.load.trainings import Training, differing
@@ -92,6 +93,34 @@ def test_nothing_is_cast_unasked_and_nothing_reported_where_nothing_differs(stor
     _, report = load(stored, {"float": torch.float32, "int": torch.int32}, cast=("*",))
     assert report.cast == ()
     assert "cast" not in str(report)
+
+
+class Quantized(torch.optim.SGD):
+    """Keeps a mask and eight bits of every element."""
+
+    def step(self, closure: Any = None) -> Any:
+        for parameter in self.param_groups[0]["params"]:
+            self.state[parameter] = {
+                "moment": torch.full(parameter.shape, 200, dtype=torch.uint8),
+                "seen": torch.ones(parameter.shape, dtype=torch.bool),
+                "scale": torch.ones(parameter.shape),
+            }
+
+
+def test_moments_that_are_integers_stay_so(tmp_path: Path) -> None:
+    source, target = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2, dtype=torch.bfloat16)
+    optimizer, live = Quantized(source.parameters(), lr=0.1), Quantized(target.parameters(), lr=0.1)
+    optimizer.step()
+    with Checkpointer(tmp_path) as checkpointer:
+        step = checkpointer.save(TrainState(model=source, optimizer=optimizer), step=1).result(60).path
+    load_checkpoint(step, TrainState(model=target, optimizer=live), cast=("*",))
+    state = live.state[target.weight]
+    assert {key: value.dtype for key, value in state.items()} == {
+        "moment": torch.uint8,
+        "seen": torch.bool,
+        "scale": torch.bfloat16,
+    }
+    assert state["moment"].unique().tolist() == [200]
 
 
 def test_a_training_goes_on_in_another_precision(tmp_path: Path) -> None:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+import torch
+
+from dcp_ckpt import Checkpointer, TrainState, load_checkpoint
 from dcp_ckpt.load.grouping import grouped, last_parts
 from dcp_ckpt.load.report import CastTensor, LoadReport, RejectedCheckpoint
 
@@ -74,3 +78,27 @@ def test_groups_are_as_fine_as_there_is_room_for() -> None:
     assert [group.label for group in grouped(names, most=2, depth=2)] == ["model.*"]
     assert [group.label for group in grouped(["a.b", "a.b.c", "x"], most=9, depth=1)] == ["a.*", "x"]
     assert last_parts(["a.w", "b.w", "b.b", "c.x", "d.y"]) == "w, b, x, ..."
+
+
+def test_what_ranks_have_for_themselves_is_accounted_for(tmp_path: Path) -> None:
+    model = torch.nn.Linear(2, 2)
+    with Checkpointer(tmp_path) as checkpointer:
+        step = checkpointer.save(TrainState(model=model, per_rank={"mine": 1}), step=1).result(30).path
+    whole = load_checkpoint(step, TrainState(model=model, per_rank={"mine": 0}))
+    assert whole.restored == ("model.bias", "model.weight", "per_rank.mine", "rng")
+    assert (whole.skipped, whole.reinitialised, whole.deviations) == ((), {}, ())
+    weights = load_checkpoint(step, TrainState(model=model, rng=False))
+    assert weights.restored == ("model.bias", "model.weight")
+    assert weights.skipped == ("per_rank.mine", "rng"), "they are stored, and nothing asked for them"
+    assert weights.deviations == ("per_rank.mine: skipped", "rng: skipped")
+
+
+def test_random_numbers_that_are_new_are_not_called_restored(tmp_path: Path) -> None:
+    model = torch.nn.Linear(2, 2)
+    with Checkpointer(tmp_path) as checkpointer:
+        step = checkpointer.save(TrainState(model=model, rng=False), step=1).result(30).path
+    report = load_checkpoint(step, TrainState(model=model))
+    assert list(report.reinitialised) == ["rng"]
+    assert "not saved, derived from step and data coordinate" in report.reinitialised["rng"]
+    assert report.restored == ("model.bias", "model.weight")
+    assert report.notes == ()

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.optim.swa_utils import SWALR
 
 from dcp_ckpt import CheckpointConfig, Checkpointer, TrainState, load_checkpoint
 from dcp_ckpt.errors import StateMismatch
@@ -172,6 +173,33 @@ def test_groups_are_matched_by_their_parameters_not_by_their_order(grouped: Path
     load_checkpoint(grouped, TrainState(model=model, optimizer=optimizer))
     assert [lr for lr, *_ in hyper(optimizer)] == [0.0625, 0.5, 0.5]
     assert hyper(optimizer)[1][2] == "body"
+
+
+def test_an_optimizer_of_named_parameters_keeps_its_names_for_them(tmp_path: Path) -> None:
+    """They are in the order of its own groups, and say what it calls its parameters now."""
+    source, target = Training.make(steps=0).model, Training.make(steps=0, head="top").model
+    with Checkpointer(tmp_path) as checkpointer:
+        optimizer = torch.optim.AdamW(source.named_parameters(), lr=0.5)
+        step = checkpointer.save(TrainState(model=source, optimizer=optimizer), step=1).result(60).path
+    live = list(reversed(list(target.named_parameters())))
+    optimizer = torch.optim.AdamW(live)
+    load_checkpoint(step, TrainState(model=target, optimizer=optimizer), rename={"model.head": "model.top"})
+    (group,) = optimizer.param_groups
+    assert group["lr"] == 0.5
+    assert group["param_names"] == [name for name, _ in live]
+
+
+def test_what_schedulers_leave_in_groups_makes_no_other_kind_of_optimizer(tmp_path: Path) -> None:
+    source, target = Training.make(steps=0).model, Training.make(steps=0).model
+    optimizer = torch.optim.AdamW(source.parameters())
+    torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.5, total_steps=9)
+    with Checkpointer(tmp_path) as checkpointer:
+        step = checkpointer.save(TrainState(model=source, optimizer=optimizer), step=1).result(60).path
+    live = torch.optim.AdamW(target.named_parameters())
+    SWALR(live, swa_lr=0.25)
+    load_checkpoint(step, TrainState(model=target, optimizer=live))
+    assert live.param_groups[0]["lr"] == optimizer.param_groups[0]["lr"]
+    assert live.param_groups[0]["swa_lr"] == 0.25
 
 
 @pytest.mark.parametrize(

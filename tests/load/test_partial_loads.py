@@ -70,9 +70,7 @@ def test_the_selected_part_is_restored_and_the_rest_is_not_touched(
     left = before.keys() - chosen
     assert differing({n: after[n] for n in left}, {n: before[n] for n in left}) == set()
     assert {names[name] for name in left} <= set(report.skipped)
-    assert {names[name] for name in chosen if not name.startswith(("rng", "per_rank"))} <= set(
-        report.restored
-    )
+    assert {names[name] for name in chosen} <= set(report.restored)
     assert not set(report.skipped) & set(report.restored)
 
 

@@ -205,6 +205,8 @@ def test_names_that_collide_are_refused(stored: Path) -> None:
     before = live.snapshot()
     with pytest.raises(ConfigError, match=r"model.blocks.0.0.bias and model.blocks.1.0.bias cannot have the"):
         live.load(stored, rename={"model.blocks.0": "model.blocks.1"})
+    with pytest.raises(ConfigError, match=r"per_rank.counter and rng cannot have the name"):
+        live.load(stored, rename={"rng": "per_rank.counter"})
     with pytest.raises(ConfigError, match="cannot have the name ''"):
         live.load(stored, rename={"lr_scheduler": ""})
     with pytest.raises(ConfigError, match=r"not 'model\.blocks\.\*'"):

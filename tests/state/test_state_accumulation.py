@@ -340,6 +340,21 @@ def test_gradients_from_before_a_load_are_those_of_nobody():
     refused(state)
 
 
+def test_a_scale_that_is_loaded_back_is_no_step_that_was_skipped():
+    model = Net()
+    scaler = torch.amp.GradScaler("cpu")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    state = TrainState(model=model, optimizer=optimizer, scaler=scaler)
+    scaler.scale(model(INPUTS).square().mean()).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    saved = in_memory.save(components_to_save(state))
+    in_memory.load(saved, components_of(state))
+    optimizer.zero_grad()
+    scaler.scale(model(INPUTS).square().mean()).backward()
+    refused(state)
+
+
 def test_nothing_is_kept_alive():
     model = Net()
     optimizer = torch.optim.Adam(model.parameters())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch.distributed.checkpoint.state_dict_saver import save as stock_save
 from dcp_ckpt import Checkpointer, TrainState, load_checkpoint, open_checkpoint, plan_load, verify
 from dcp_ckpt.cli.main import cli
 from dcp_ckpt.dcp import Reader
-from dcp_ckpt.errors import LoadError, StateMismatch
+from dcp_ckpt.errors import ConfigError, LoadError, StateMismatch
 
 ROWS, WIDTH = 512, 32
 WEIGHT_BYTES = ROWS * WIDTH * 4
@@ -122,6 +123,51 @@ def test_moments_of_a_tied_weight_are_not_guessed_for_two(tmp_path):
         StateMismatch, match=r"optimizer\.state\.head\.weight: the optimizer has this parameter"
     ):
         load_checkpoint(step, training(tied=False, seed=1))
+
+
+@pytest.mark.parametrize(
+    ("selection", "chosen", "left"),
+    [
+        ({"exclude": ("*.head.*",)}, "model.wte.weight", "model.head.weight"),
+        ({"include": ("model.head", "optimizer")}, "model.head.weight", "model.wte.weight"),
+        (
+            {"exclude": ("model.wte.*", "*.head.*")},
+            "optimizer.state.wte.weight",
+            "optimizer.state.head.weight",
+        ),
+    ],
+    ids=["exclude", "include", "moments"],
+)
+def test_one_tensor_is_not_restored_and_left_out_at_once(tmp_path, selection, chosen, left):
+    step, target = save(tmp_path, training()), training(seed=1)
+    before = target.model.wte.weight.detach().clone()
+    with pytest.raises(ConfigError, match=rf"{chosen} is selected and {left} is not"):
+        load_checkpoint(step, target, **selection)
+    assert torch.equal(target.model.wte.weight, before)
+    report = load_checkpoint(step, target, exclude=("*.wte.*", "*.head.*"))
+    assert torch.equal(target.model.wte.weight, before)
+    assert {"model.wte.weight", "model.head.weight"} <= set(report.skipped)
+
+
+def test_what_is_tied_elsewhere_and_a_tensor_of_its_own_here_can_be_left_out(tmp_path):
+    source, target = Tied(), Tied(tied=False, seed=1)
+    step = save(tmp_path, TrainState(model=source, rng=False))
+    before = target.head.weight.detach().clone()
+    report = load_checkpoint(step, TrainState(model=target, rng=False), exclude=("model.head",))
+    assert torch.equal(target.wte.weight, source.wte.weight)
+    assert torch.equal(target.head.weight, before)
+    assert (report.restored, report.skipped) == (("model.wte.weight",), ("model.head.weight",))
+
+
+def test_a_tied_tensor_that_does_not_fit_is_named_by_all_names_that_have_to_be_left_out(tmp_path):
+    step, target = save(tmp_path, training()), training(seed=1)
+    target.model.wte.weight = target.model.head.weight = nn.Parameter(torch.zeros(ROWS + 1, WIDTH))
+    target = TrainState(model=target.model, optimizer=torch.optim.AdamW(target.model.parameters()), rng=False)
+    with pytest.raises(StateMismatch) as caught:
+        load_checkpoint(step, target)
+    (advice,) = re.findall(r"exclude=\((.*)\) leaves", caught.value.message)
+    report = load_checkpoint(step, target, exclude=re.findall('"(.*?)"', advice))
+    assert {"model.wte.weight", "model.head.weight"} <= set(report.skipped)
 
 
 def test_a_model_that_lacks_one_of_the_names_is_told(tmp_path):

@@ -61,7 +61,7 @@ def test_a_run_resumed_from_all_its_state_is_bit_identical():
 def test_random_numbers_come_last_in_load_order():
     prefixes = [component.prefix[0] for component in make(0).components()]
     assert prefixes == [
-        "model", "optimizer", "lr_scheduler", "scaler", "dataloader", "extra", "per_rank", "rng",
+        "model", "scaler", "optimizer", "lr_scheduler", "dataloader", "extra", "per_rank", "rng",
     ]  # fmt: skip
     assert "rng" not in {component.prefix[0] for component in make(0, rng=False).components()}
 
