@@ -357,6 +357,7 @@ def test_a_run_and_a_save_under_way_are_no_places_for_an_export(dtypes: str, tmp
             export(dtypes, out, format="dcp", exclude="*complex*", force=True)
     assert files(step) == before
     assert not (run / ".metadata").exists()
+    export(dtypes, run / "model.pt", format="torch")
 
 
 def test_a_checkpoint_is_not_exported_over_itself(tmp_path: Path) -> None:

@@ -73,14 +73,14 @@ def outdated_files(
         force: replace what is there.
 
     Raises:
-        ConfigError: a checkpoint, finished or not, or a run is there, which is no place for other files, or
-            the checkpoint that is exported.
+        ConfigError: a checkpoint, finished or not, is there, which is no place for other files, or the one
+            that is exported, or a run, which is no place for a checkpoint of another format.
         StorageExists: something is there, and nothing may be replaced.
     """
     names = storage.list_names("")
     if _is_same(storage.url, source):
         raise ConfigError(f"{source} is the checkpoint that is exported: choose another place")
-    if ours := _what_it_is(names):
+    if ours := _what_it_is(names, place.format):
         raise ConfigError(
             f"{storage.url} is {ours}, where retention and other readers expect no other files: choose "
             "another place"
@@ -99,11 +99,12 @@ def _is_same(url: str, source: str) -> bool:
     return url.rstrip("/") == source or os.path.realpath(url) == os.path.realpath(source)
 
 
-def _what_it_is(names: Sequence[str]) -> str | None:
-    """What of this project's a directory with these files is, if anything."""
+def _what_it_is(names: Sequence[str], format: ExportFormat) -> str | None:
+    """What a directory with these files is that an export would harm, if anything."""
     if MANIFEST in names:
         return "a checkpoint"
-    if RUN_JSON in names:
+    # Other files do no harm beside a run's, but this makes a stock checkpoint of its directory.
+    if RUN_JSON in names and format == "dcp":
         return "a run"
     # Those of stock DCP name no attempt.
     is_attempt = any(parse_fragment_name(name) or parse_data_file_name(name) for name in names)
