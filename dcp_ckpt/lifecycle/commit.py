@@ -75,6 +75,7 @@ def check_layouts(fragments: Sequence[Fragment]) -> str | None:
     tensors: dict[str, TensorEntry] = {}
     indexed_by: dict[str, int] = {}
     chunks: dict[str, list[Box]] = {}
+    stored_by: dict[str, set[int]] = {}
     for fragment in fragments:
         tensors.update((entry.name, entry) for entry in fragment.tensors)
         for name in fragment.indexed_names:
@@ -87,9 +88,13 @@ def check_layouts(fragments: Sequence[Fragment]) -> str | None:
                 )
         for chunk in fragment.chunks:
             chunks.setdefault(chunk.tensor, []).append(chunk.box)
-    for name in chunks:
+            stored_by.setdefault(chunk.tensor, set()).add(fragment.rank)
+    for name, ranks in stored_by.items():
         if name not in tensors:
             return f"rank(s) store {name}, which the lowest rank of its mesh does not have"
+        if others := ranks.difference(expand_ranks(tensors[name].owners)):
+            shown = ", ".join(map(str, sorted(others)))
+            return f"{name}: rank(s) {shown} store parts of it, where readers will not look for them"
     for name, entry in tensors.items():
         problem = tiling_problem(entry.shape, chunks.get(name, ()))
         if problem:

@@ -10,6 +10,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 from zlib import crc32
 
@@ -133,11 +134,14 @@ def export(
         plan = plan_export(contents, request)
         files = _files(plan, values, request, place)
         with open_output(open_storage(place.root), replace=force) as output:
-            outdated = outdated_files(output.storage, place, files, source=checkpoint.url, force=force)
+            find_outdated = partial(
+                outdated_files, output.storage, place, files, source=checkpoint.url, force=force
+            )
+            find_outdated()  # which refuses what cannot be
             require_room(output.storage, files)
             payloads = Payloads(source, plan.tensors)
             _write(output, files, payloads, progress)
-            output.publish(outdated)
+            output.publish(find_outdated)
             path = "/".join(filter(None, (output.storage.url.rstrip("/"), place.name)))
         return _report(checkpoint, plan, files, payloads, path, format)
 

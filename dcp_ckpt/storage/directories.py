@@ -7,12 +7,20 @@ raises plain `OSError`.
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
-__all__ = ["make_directories", "sync_directory"]
+__all__ = ["locked_directory", "make_directories", "sync_directory"]
 
 # Some network and user-space file systems have no such thing as syncing a directory: nothing to wait for.
 _NO_DIRECTORY_SYNC = frozenset({errno.EINVAL, errno.ENOTSUP})
+# Or none of directories: a network file system may ask for a file that is open for writing.
+_NO_DIRECTORY_LOCK = frozenset({errno.EBADF, errno.EINVAL, errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP})
+_LONGEST_LOCK_SECONDS = 60.0
+_BETWEEN_TRIES_SECONDS = 0.01
 
 
 def sync_directory(directory: str) -> None:
@@ -25,6 +33,37 @@ def sync_directory(directory: str) -> None:
             raise
     finally:
         os.close(fd)
+
+
+@contextmanager
+def locked_directory(directory: str) -> Iterator[None]:
+    """Keep out whoever else locks the directory, where the file system can; waits for them.
+
+    Raises:
+        BlockingIOError: somebody had it for a minute, which only a stopped process does.
+    """
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        _lock(fd)
+        yield
+    finally:
+        os.close(fd)
+
+
+def _lock(fd: int) -> None:
+    deadline = time.monotonic() + _LONGEST_LOCK_SECONDS
+    while True:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(_BETWEEN_TRIES_SECONDS)
+            continue
+        except OSError as error:
+            if error.errno not in _NO_DIRECTORY_LOCK:
+                raise
+        return
 
 
 def make_directories(directory: str, *, root: str, made: list[str] | None = None) -> None:

@@ -13,14 +13,14 @@ import os
 import stat
 import threading
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from itertools import groupby
 from typing import TypeVar
 from urllib.parse import quote
 
 from dcp_ckpt.errors import StorageExists, StorageNotFound, StorageTransient, StorageUnsuitable
 from dcp_ckpt.storage.base import Buffer, ByteRange, Lease, ObjectInfo, ObjectWriter, StorageCapabilities
-from dcp_ckpt.storage.directories import make_directories, sync_directory
+from dcp_ckpt.storage.directories import locked_directory, make_directories, sync_directory
 from dcp_ckpt.storage.keys import check_key, check_prefix
 from dcp_ckpt.storage.local_abilities import try_out, usual_capabilities
 from dcp_ckpt.storage.local_lease import FileLease, file_lease_is_held
@@ -199,6 +199,10 @@ class LocalStorage:
             # The new name first: should the power fail in between, two names are better than none.
             sync_directory(os.path.dirname(new_path))
             sync_directory(os.path.dirname(path))
+
+    def locked(self) -> AbstractContextManager[None]:
+        """`locked_directory` of the root; raises plain `OSError`. Beyond `Storage`, for `rename_files`."""
+        return locked_directory(self._root)
 
     def rename_files(
         self, names: Iterable[tuple[str, str]], *, replace: bool, renamed: builtins.list[str]

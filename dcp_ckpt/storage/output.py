@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import secrets
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from types import TracebackType
 
@@ -18,6 +18,7 @@ from dcp_ckpt.errors import ConfigError, StorageError
 from dcp_ckpt.storage.base import ObjectWriter, Storage
 from dcp_ckpt.storage.keys import temporary_name
 from dcp_ckpt.storage.local import LocalStorage
+from dcp_ckpt.storage.os_errors import translated
 
 __all__ = ["Output", "open_output"]
 
@@ -72,11 +73,14 @@ class Output(Closing):
         self._finished.append(name)
 
     @abstractmethod
-    def publish(self, outdated: Iterable[str] = ()) -> None:
+    def publish(self, find_outdated: Callable[[], Iterable[str]]) -> None:
         """Give all files their final names; whoever sees the last one sees all of them.
 
+        Two that publish in one place at a time do so one after the other, where the file system has locks.
+
         Args:
-            outdated: files that must not stand beside the new ones; they are deleted first.
+            find_outdated: says which files must not stand beside the new ones, or raises; they are deleted
+                first.
 
         Raises:
             StorageExists: a name was taken meanwhile, and nothing may be replaced.
@@ -114,16 +118,20 @@ class _LocalOutput(Output):
         self._token = secrets.token_hex(8)
         self._published: list[str] = []
 
-    def publish(self, outdated: Iterable[str] = ()) -> None:
-        # Of several files the last one names the others: an old one must never name new files.
-        last = self._finished[-1:] if self._replace and len(self._finished) > 1 else []
-        self._local.delete([*last, *outdated])
-        names = [(self._key(name), name) for name in self._finished]
-        self._local.rename_files(names, replace=self._replace, renamed=self._published)
+    def publish(self, find_outdated: Callable[[], Iterable[str]]) -> None:
+        with translated("lock the directory", self._local.url), self._local.locked():
+            # Of several files the last one names the others: an old one must never name new files.
+            last = self._finished[-1:] if self._replace and len(self._finished) > 1 else []
+            self._local.delete([*last, *find_outdated()])
+            names = [(self._key(name), name) for name in self._finished]
+            self._local.rename_files(names, replace=self._replace, renamed=self._published)
 
     def discard(self) -> None:
-        with suppress(StorageError):
-            self._local.delete(reversed(self._published))
+        is_all_there = self._published == self._finished
+        # What has replaced another is not taken away once it is whole: nothing would be left.
+        if not (self._replace and is_all_there):
+            with suppress(StorageError):
+                self._local.delete(reversed(self._published))
         super().discard()
         with suppress(StorageError):
             self._local.remove_own_root()
@@ -133,7 +141,7 @@ class _LocalOutput(Output):
 
 
 class _ObjectOutput(Output):
-    def publish(self, outdated: Iterable[str] = ()) -> None:
+    def publish(self, find_outdated: Callable[[], Iterable[str]]) -> None:
         """Nothing: what is whole is there already, the last file since a moment ago."""
 
     def _key(self, name: str) -> str:

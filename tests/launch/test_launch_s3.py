@@ -144,8 +144,8 @@ def test_killed_in_an_upload_and_resumed_on_two_ranks(
         proxy.set_faults(network, link=link)
         resumed = train(resumed_log, s3_prefix, 2, proxy.endpoint_url, "--resume", "must")
     (resume,) = [event for event in resumed if event["event"] == "resume"]
-    assert resume == {"event": "resume", "step": max(committed), "from_world": 4, "to_world": 2}
-    assert max(reported) <= resume["step"]
+    assert (resume["from_world"], resume["to_world"]) == (4, 2)
+    assert max((*committed, *reported)) <= resume["step"] < KILLED_STEP, "what was whole may be committed now"
     chain = events(killed_log) + resumed
     samples = {event["step"]: event["samples"] for event in reference if event["event"] == "step"}
     done = [(event["step"], event["samples"]) for event in chain if event["event"] == "step"]

@@ -270,5 +270,6 @@ def test_a_limited_run_goes_on_as_if_it_had_never_stopped(tmp_path: Path) -> Non
             assert part.wait()[0] == 0, part.output.read_text()
             stops = "time limit" in part.output.read_text()
             assert stops is bool(limit), part.output.read_text()
-    assert [event["step"] for event in part.events("resume")] == [2, 4]
+    first, second = (event["step"] for event in part.events("resume"))
+    assert 0 < first < second < 8, "all ranks stop at a step that they agree on, so one or a few steps in"
     assert part.events("step") == expected

@@ -300,6 +300,12 @@ def test_layouts_tile_every_tensor_or_the_tensor_is_named(tmp_path):
     assert "which the lowest rank of its mesh does not have" in str(check_layouts([second]))
     doubled = replace(second, tensors=first.tensors)
     assert "is described by rank 0 and by rank 1" in str(check_layouts([first, doubled]))
+    misled = [
+        replace(entry, owners=[[0, 1]]) if entry.name == "model.weight" else entry for entry in first.tensors
+    ]
+    assert "model.weight: rank(s) 1 store parts of it" in str(
+        check_layouts([replace(first, tensors=misled), second])
+    )
     also_called = replace(second, aliases={"other": [["model", "bias"]]})
     assert "model.bias is described by rank 0 and by rank 1" in str(check_layouts([first, also_called]))
     assert summarize(also_called, b"").aliases != summarize(second, b"").aliases

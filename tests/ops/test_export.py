@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import struct
 import zipfile
 from pathlib import Path
@@ -345,11 +346,27 @@ def test_a_checkpoint_is_no_place_for_an_export(dtypes: str, tmp_path: Path) -> 
     assert files(step) == before
 
 
+def test_a_run_and_a_save_under_way_are_no_places_for_an_export(dtypes: str, tmp_path: Path) -> None:
+    """Among the files of a save, a forced export would take data for that of an older export."""
+    run = Path(shutil.copytree(dtypes.partition("@")[0], tmp_path / "run"))
+    step = run / "step-00000010"
+    (step / "manifest.json").unlink()
+    before = files(step)
+    for out, what in ((step, "a checkpoint that is not finished"), (run, "a run")):
+        with pytest.raises(ConfigError, match=f"is {what}, where"):
+            export(dtypes, out, format="dcp", exclude="*complex*", force=True)
+    assert files(step) == before
+    assert not (run / ".metadata").exists()
+    export(dtypes, run / "model.pt", format="torch")
+
+
 def test_a_checkpoint_is_not_exported_over_itself(tmp_path: Path) -> None:
     stock_save({"model": {"w": torch.ones(2)}}, checkpoint_id=tmp_path / "step-7")
+    (tmp_path / "newest").symlink_to("step-7")
     before = files(tmp_path / "step-7")
-    with pytest.raises(ConfigError, match="is the checkpoint that is exported"):
-        export(tmp_path / "step-7", tmp_path / "step-7", format="dcp", dtype="bf16", force=True)
+    for out in ("step-7", "newest"):
+        with pytest.raises(ConfigError, match="is the checkpoint that is exported"):
+            export(tmp_path / "step-7", tmp_path / out, format="dcp", dtype="bf16", force=True)
     assert files(tmp_path / "step-7") == before
 
 

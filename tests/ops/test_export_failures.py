@@ -6,6 +6,7 @@ import errno
 import os
 import shutil
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
@@ -22,6 +23,7 @@ from dcp_ckpt.errors import (
     StorageError,
     StorageExists,
     StorageFull,
+    StorageTransient,
 )
 from dcp_ckpt.ops.exporting.payloads import Payloads
 from dcp_ckpt.ops.exporting.plan import ExportTensor
@@ -204,6 +206,61 @@ def test_a_name_that_is_taken_meanwhile_is_not_replaced(ref: str, tmp_path: Path
     with pytest.raises(StorageExists):
         export(ref, tmp_path, progress=take)
     assert files(tmp_path) == {"model.safetensors": b"another's"}
+
+
+def test_what_came_beside_it_meanwhile_is_seen(ref: str, tmp_path: Path) -> None:
+    """Loaders prefer the one file, whoever wrote it."""
+
+    def export_another(done: int, total: int) -> None:
+        if done == total:
+            export(ref, tmp_path, dtype="bf16")
+
+    with pytest.raises(StorageExists):
+        export(ref, tmp_path, **SHARDED, progress=export_another)
+    assert files(tmp_path).keys() == {"model.safetensors"}
+    (tmp_path / "model.safetensors").unlink()
+    export(ref, tmp_path, **SHARDED, progress=export_another, force=True)
+    assert_right("shards", tmp_path)
+
+
+def test_two_that_replace_at_once_are_not_mixed(
+    ref: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One index would name the shards of both, and nothing would tell that they are of two models."""
+    monkeypatch.setattr("dcp_ckpt.storage.directories._LONGEST_LOCK_SECONDS", 0.0)
+    tried: list[SystemCall] = []
+
+    def replace_as_well(call: SystemCall) -> None:
+        if call.name == "replace" and call.after and not tried:
+            tried.append(call)
+            with suppress(StorageTransient):  # cannot lock the directory
+                export(ref, tmp_path, dtype="float64", max_shard_bytes=80_000, force=True)
+
+    with interposed(replace_as_well):
+        export(ref, tmp_path, **SHARDED, force=True)
+    assert tried
+    assert_right("shards", tmp_path)
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_what_has_replaced_another_stays_when_the_last_sync_fails(
+    kind: str, ref: str, tmp_path: Path
+) -> None:
+    """The old export is gone by then, and the new one is whole."""
+    export_as(kind, ref, tmp_path, dtype="float64")
+    last = {"torch": "model.pt", "dcp": ".metadata"}.get(kind, "model.safetensors")
+    last += ".index.json" if kind == "shards" else ""
+    is_replaced = False
+
+    def fail_behind(call: SystemCall) -> None:
+        nonlocal is_replaced
+        is_replaced |= call.name == "replace" and call.after and call.matches(f"{tmp_path}/{last}")
+        if is_replaced and call.name == "fsync" and not call.after:
+            raise OSError(errno.EIO, os.strerror(errno.EIO), call.paths[-1])
+
+    with pytest.raises(StorageError), interposed(fail_behind):
+        export_as(kind, ref, tmp_path, force=True)
+    assert_right(kind, tmp_path)
 
 
 def test_what_the_progress_raises_ends_it(ref: str, tmp_path: Path) -> None:

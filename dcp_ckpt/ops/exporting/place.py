@@ -11,7 +11,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dcp_ckpt.errors import ConfigError, StorageExists, StorageFull
-from dcp_ckpt.format.names import DCP_METADATA, MANIFEST
+from dcp_ckpt.format.names import (
+    DCP_METADATA,
+    MANIFEST,
+    RUN_JSON,
+    parse_data_file_name,
+    parse_fragment_name,
+)
 from dcp_ckpt.format.safetensors import is_model_file
 from dcp_ckpt.ops.exporting.files import PlannedFile
 from dcp_ckpt.ops.exporting.request import ExportFormat
@@ -67,15 +73,16 @@ def outdated_files(
         force: replace what is there.
 
     Raises:
-        ConfigError: a checkpoint is there, which is no place for other files, or the one that is exported.
+        ConfigError: a checkpoint, finished or not, is there, which is no place for other files, or the one
+            that is exported, or a run, which is no place for a checkpoint of another format.
         StorageExists: something is there, and nothing may be replaced.
     """
     names = storage.list_names("")
-    if storage.url.rstrip("/") == source:
+    if _is_same(storage.url, source):
         raise ConfigError(f"{source} is the checkpoint that is exported: choose another place")
-    if MANIFEST in names:
+    if ours := _what_it_is(names, place.format):
         raise ConfigError(
-            f"{storage.url} is a checkpoint, where retention and other readers expect no other files: choose "
+            f"{storage.url} is {ours}, where retention and other readers expect no other files: choose "
             "another place"
         )
     found = [name for name in names if place.is_own(name)]
@@ -85,6 +92,23 @@ def outdated_files(
             path=storage.url,
         )
     return sorted(set(found) - {file.name for file in files})
+
+
+def _is_same(url: str, source: str) -> bool:
+    """Whether two paths or URLs are one place, by whatever symbolic links."""
+    return url.rstrip("/") == source or os.path.realpath(url) == os.path.realpath(source)
+
+
+def _what_it_is(names: Sequence[str], format: ExportFormat) -> str | None:
+    """What a directory with these files is that an export would harm, if anything."""
+    if MANIFEST in names:
+        return "a checkpoint"
+    # Other files do no harm beside a run's, but this makes a stock checkpoint of its directory.
+    if RUN_JSON in names and format == "dcp":
+        return "a run"
+    # Those of stock DCP name no attempt.
+    is_attempt = any(parse_fragment_name(name) or parse_data_file_name(name) for name in names)
+    return "a checkpoint that is not finished" if is_attempt else None
 
 
 def require_room(storage: Storage, files: Sequence[PlannedFile]) -> None:
