@@ -95,6 +95,9 @@ class SignalWatch(Closing):
             assert self._alarm is not None
             self._alarm.is_handled = True
             self._put_back()
+            # In the background of a shell script SIGINT was ignored before, which would ignore this one, too.
+            if signal.getsignal(number) is signal.SIG_IGN:
+                signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
 
 

@@ -18,6 +18,10 @@ SECOND_SIGNAL = """
 import os, signal, sys, time
 from dcp_ckpt.stopping.signals import SignalWatch
 number = getattr(signal, sys.argv[1])
+if sys.argv[2] == "ignored":
+    signal.signal(number, signal.SIG_IGN)
+else:
+    signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 with SignalWatch([sys.argv[1]], print):
     os.kill(os.getpid(), number)
     os.kill(os.getpid(), number)
@@ -29,10 +33,15 @@ print("not reached")
 """
 
 
+@pytest.mark.parametrize("before", ["default", "ignored"])
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
-def test_a_second_signal_ends_the_process_and_an_echo_of_the_first_does_not(name: str) -> None:
+def test_a_second_signal_ends_the_process_and_an_echo_of_the_first_does_not(name: str, before: str) -> None:
     ended = subprocess.run(
-        [sys.executable, "-c", SECOND_SIGNAL, name], capture_output=True, text=True, timeout=20, check=False
+        [sys.executable, "-c", SECOND_SIGNAL, name, before],
+        capture_output=True,
+        text=True,
+        timeout=20,
+        check=False,
     )
     assert ended.stdout == f"{name}\nstill here\n"
     assert ended.returncode == -signal.Signals[name]
