@@ -1,21 +1,23 @@
 """Filling target tensors from a checkpoint: read whole blocks, check them, copy what is wanted.
 
-Nothing unchecked ever reaches a target. Local to a rank; blocks; several reads are under way at once, each
-checked and copied by the thread that read it.
+What lies in a target as it lies in the file is read into it and checked there, which takes half the time of a
+copy on the way (benchmarks/NOTES.md); the rest is copied from memory that is used again. Local to a rank;
+blocks; several reads are under way at once, each checked and copied by the thread that read it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from dcp_ckpt.errors import CorruptCheckpoint, StorageError
 from dcp_ckpt.format.boxes import Box, tiling_problem
-from dcp_ckpt.format.digests import BLOCK_BYTES, digest
+from dcp_ckpt.format.digests import BLOCK_BYTES, digest, digest_of_parts
 from dcp_ckpt.format.fragment import ChunkEntry
-from dcp_ckpt.load.ranges import Piece, Read, cover, parts_between, pieces_of
+from dcp_ckpt.load.landing import Landing, mark_written
+from dcp_ckpt.load.ranges import Piece, Read, Stretch, cover, pieces_of, stretches_of
 from dcp_ckpt.load.source import Source
 from dcp_ckpt.storage.base import ByteRange
 
@@ -61,8 +63,8 @@ def fill(source: Source, targets: Mapping[str, Target], *, verify: bool, concurr
         Bytes read from storage.
 
     Raises:
-        CorruptCheckpoint: a block differs from its digest, a file is missing or too short. Targets may be
-            partly filled then, but only with checked bytes.
+        CorruptCheckpoint: a block differs from its digest, a file is missing or too short. What the targets
+            hold is not to be used then.
     """
     wanted = {name: target.box for name, target in targets.items()}
     requests = [
@@ -75,47 +77,90 @@ def fill(source: Source, targets: Mapping[str, Target], *, verify: bool, concurr
 @torch.no_grad()
 def fill_requests(source: Source, requests: Sequence[Request], *, verify: bool, concurrency: int) -> int:
     """As `fill`, where a tensor may have several targets."""
-    verify = verify and source.has_digests
     pieces: list[Piece] = []
-    landings: list[_Landing] = []
+    landings: list[Landing] = []
     for request in requests:
         dtype = source.tensors[request.name].dtype
         found = pieces_of(request.name, dtype, request.target.box, request.chunks)
         _require_covered(request.name, request.target.box, found, path=source.directory)
         pieces += found
-        landings += [_Landing(piece, request.target.local, getattr(torch, dtype)) for piece in found]
-    files = {(piece.rank, piece.file) for piece in pieces}
-    stated = {key: source.file_bytes(*key) for key in files}
+        landings += [Landing(piece, request.target.local, getattr(torch, dtype)) for piece in found]
+    mark_written(request.target.local for request in requests)
+    stated = {key: source.file_bytes(*key) for key in {(piece.rank, piece.file) for piece in pieces}}
     if source.has_digests:
         reads = cover(pieces, stated)
     else:
         reads = cover(pieces, stated, block_bytes=_PAGE_BYTES, overlap_bytes=_LARGEST_ITEM_BYTES - 1)
-
-    def consume(index: int, data: memoryview) -> None:
-        read = reads[index]
-        if verify:
-            _check(source, read, data, pieces)
-        content = torch.frombuffer(data, dtype=torch.uint8)
-        for member in read.pieces:
-            landings[member].take(content, read)
-
+    arrivals = _Arrivals(source, reads, pieces, landings, verify=verify and source.has_digests)
     try:
-        source.storage.read_ranges(
-            [
-                ByteRange(
-                    key=source.file_key(read.rank, read.file), offset=read.start, num_bytes=read.num_bytes
-                )
-                for read in reads
-            ],
-            consume,
-            concurrency=concurrency,
-        )
+        source.storage.read_ranges(arrivals.ranges(), arrivals.consume, concurrency=concurrency)
     except StorageError as error:
-        if damage := source.damage(error, {source.file_key(*key): stated[key] for key in files}):
+        if damage := source.damage(error, {source.file_key(*key): size for key, size in stated.items()}):
             damage.message += _needed_from(source, damage.path or "", pieces)
             raise damage from error
         raise
     return sum(read.num_bytes for read in reads)
+
+
+class _Arrivals:
+    """What is done with each read, on the thread that made it."""
+
+    def __init__(
+        self,
+        source: Source,
+        reads: Sequence[Read],
+        pieces: Sequence[Piece],
+        landings: Sequence[Landing],
+        *,
+        verify: bool,
+    ) -> None:
+        self._source = source
+        self._reads = reads
+        self._pieces = pieces
+        self._landings = landings
+        self._verify = verify
+        self._memory: dict[int, Sequence[memoryview]] = {}
+
+    def ranges(self) -> list[ByteRange]:
+        """The reads, with the memory of the targets where their bytes can lie as they are."""
+        fits = [landing.takes_bytes for landing in self._landings]
+        return [
+            ByteRange(
+                key=self._source.file_key(read.rank, read.file),
+                offset=read.start,
+                num_bytes=read.num_bytes,
+                into=self._offer(number, stretches_of(read, self._pieces, fits)),
+            )
+            for number, read in enumerate(self._reads)
+        ]
+
+    def _offer(
+        self, number: int, stretches: Sequence[Stretch] | None
+    ) -> Callable[[], Sequence[memoryview]] | None:
+        if stretches is None:
+            return None
+
+        def make() -> Sequence[memoryview]:
+            parts = [
+                memoryview(bytearray(stretch.num_bytes))
+                if stretch.piece is None
+                else self._landings[stretch.piece].memory(stretch.offset, stretch.num_bytes)
+                for stretch in stretches
+            ]
+            self._memory[number] = parts
+            return parts
+
+        return make
+
+    def consume(self, number: int, data: memoryview) -> None:
+        read = self._reads[number]
+        landed = self._memory.pop(number, None) if not data else None
+        if self._verify:
+            _check(self._source, read, landed or [data], self._pieces)
+        if landed is None:
+            content = torch.frombuffer(data, dtype=torch.uint8)
+            for member in read.pieces:
+                self._landings[member].take(content, read)
 
 
 def _require_covered(name: str, wanted: Box, pieces: Sequence[Piece], *, path: str) -> None:
@@ -141,12 +186,11 @@ def _needed_from(source: Source, path: str, pieces: Sequence[Piece]) -> str:
     return f"; bytes {min(piece.start for piece in wanted)} to {stop} of it hold {', '.join(names)}{note}"
 
 
-def _check(source: Source, read: Read, data: memoryview, pieces: Sequence[Piece]) -> None:
-    for position in range(0, read.num_bytes, BLOCK_BYTES):
-        block = read.first_block + position // BLOCK_BYTES
-        if digest(data[position : position + BLOCK_BYTES]) == source.block_digest(
-            read.rank, read.file, block
-        ):
+def _check(source: Source, read: Read, parts: Sequence[memoryview], pieces: Sequence[Piece]) -> None:
+    for number, content in enumerate(_blocks(parts)):
+        block = read.first_block + number
+        found = digest(content[0]) if len(content) == 1 else digest_of_parts(content)
+        if found == source.block_digest(read.rank, read.file, block):
             continue
         start = block * BLOCK_BYTES
         stop = min(start + BLOCK_BYTES, read.start + read.num_bytes)
@@ -165,39 +209,18 @@ def _check(source: Source, read: Read, data: memoryview, pieces: Sequence[Piece]
         )
 
 
-class _Landing:
-    """Where one piece goes: each read's elements straight to their places, nothing kept in between."""
-
-    def __init__(self, piece: Piece, local: torch.Tensor, dtype: torch.dtype) -> None:
-        region = local[piece.outer] if piece.outer else local
-        sizes, strides = piece.sizes, piece.strides
-        if piece.is_row_major and region.is_contiguous():
-            region, sizes, strides = region.reshape(-1), (region.numel(),), (1,)
-        else:
-            order = sorted(range(len(sizes)), key=strides.__getitem__, reverse=True)
-            region = region.permute(order)
-            sizes, strides = tuple(sizes[dim] for dim in order), tuple(strides[dim] for dim in order)
-        self._region, self._sizes, self._strides = region, sizes, strides
-        self._dtype = dtype
-        self._start = piece.start
-
-    def take(self, content: torch.Tensor, read: Read) -> None:
-        """Copy, and cast, all elements of the piece that begin in `read`, whose bytes are `content`."""
-        item_bytes = self._dtype.itemsize
-        first = -((self._start - read.start) // item_bytes)
-        stop = -((self._start - read.stop) // item_bytes)
-        with torch.inference_mode(self._region.is_inference()):
-            self._copy(content, read, first, stop)
-
-    def _copy(self, content: torch.Tensor, read: Read, first: int, stop: int) -> None:
-        item_bytes = self._dtype.itemsize
-        for part in parts_between(self._sizes, self._strides, first, stop):
-            start = self._start + part.first * item_bytes - read.start
-            found = content[start : start + part.span * item_bytes]
-            if start % item_bytes:
-                found = found.clone()  # stock containers begin at any offset
-            elements = found.view(self._dtype)
-            if self._strides != (1,):
-                elements = elements.as_strided(part.sizes, self._strides)
-            place = tuple(slice(o, o + n) for o, n in zip(part.offsets, part.sizes, strict=True))
-            self._region[place].copy_(elements)
+def _blocks(parts: Sequence[memoryview]) -> Iterator[list[memoryview]]:
+    """The bytes of all parts, cut into blocks; the last one may be shorter."""
+    block: list[memoryview] = []
+    missing_bytes = BLOCK_BYTES
+    for part in parts:
+        while len(part):
+            taken = part[:missing_bytes]
+            block.append(taken)
+            part = part[len(taken) :]
+            missing_bytes -= len(taken)
+            if not missing_bytes:
+                yield block
+                block, missing_bytes = [], BLOCK_BYTES
+    if block:
+        yield block

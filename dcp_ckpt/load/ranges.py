@@ -19,7 +19,18 @@ from dcp_ckpt.format.dtypes import dtype_info
 from dcp_ckpt.format.fragment import ChunkEntry
 from dcp_ckpt.load.source import StridedChunk
 
-__all__ = ["MERGE_GAP_BYTES", "READ_BYTES", "Part", "Piece", "Read", "cover", "parts_between", "pieces_of"]
+__all__ = [
+    "MERGE_GAP_BYTES",
+    "READ_BYTES",
+    "Part",
+    "Piece",
+    "Read",
+    "Stretch",
+    "cover",
+    "parts_between",
+    "pieces_of",
+    "stretches_of",
+]
 
 READ_BYTES = 4 * BLOCK_BYTES
 """One read: large enough for the device, small enough to stay in cache while it is checked and copied."""
@@ -85,6 +96,19 @@ class Read:
     @property
     def first_block(self) -> int:
         return self.start // BLOCK_BYTES
+
+
+_MOST_STRETCHES = 64
+"""A read with more of them is faster copied than scattered."""
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """Some bytes of a read: `num_bytes` of a piece from `offset` in it, or of nothing that is wanted."""
+
+    piece: int | None
+    offset: int
+    num_bytes: int
 
 
 @dataclass(frozen=True)
@@ -256,3 +280,25 @@ def _split(
             if pieces[index].stop > offset:
                 touching.append(index)
         yield offset, stop, tuple(touching)
+
+
+def stretches_of(read: Read, pieces: Sequence[Piece], fits: Sequence[bool]) -> list[Stretch] | None:
+    """The bytes of a read, cut where the memory that they go to changes; None where they must be copied.
+
+    Args:
+        fits: for each piece, whether its bytes can lie in its target as they are.
+    """
+    found: list[Stretch] = []
+    end = read.start
+    for index in read.pieces:
+        start, stop = max(pieces[index].start, read.start), min(pieces[index].stop, read.stop)
+        # One chunk may fill several targets: bytes can be read into one of them only.
+        if not fits[index] or start < end:
+            return None
+        if start > end:
+            found.append(Stretch(None, 0, start - end))
+        found.append(Stretch(index, start - pieces[index].start, stop - start))
+        end = stop
+    if end < read.start + read.num_bytes:
+        found.append(Stretch(None, 0, read.start + read.num_bytes - end))
+    return found if len(found) <= _MOST_STRETCHES else None

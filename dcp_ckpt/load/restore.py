@@ -72,7 +72,7 @@ def restore(
     Raises:
         ConfigError: a glob or a renaming that fits nothing; nothing was changed anywhere.
         StateMismatch: it does not fit on some rank; nothing was changed anywhere.
-        CorruptCheckpoint: it is damaged; tensors may hold checked bytes of it, so load another one whole.
+        CorruptCheckpoint: it is damaged; tensors may hold bytes of it, so load another one whole.
     """
 
     def phase(name: str, act: Callable[[], _Result]) -> _Result:

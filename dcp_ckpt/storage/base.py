@@ -59,11 +59,18 @@ class ObjectInfo:
 
 @dataclass(frozen=True, kw_only=True)
 class ByteRange:
-    """`num_bytes` bytes from `offset` of the object `key`."""
+    """`num_bytes` bytes from `offset` of the object `key`.
+
+    Args:
+        into: an offer: makes writable memory, together `num_bytes` long, that the bytes may be read into, one
+            part after the other. A storage that takes it calls it once, on the thread that reads, and then
+            hands no bytes to `consume`; any other ignores it.
+    """
 
     key: str
     offset: int
     num_bytes: int
+    into: Callable[[], Sequence[memoryview]] | None = None
 
 
 class ObjectWriter(Protocol):
@@ -148,7 +155,7 @@ class Storage(Protocol):
         Args:
             ranges: in any order; sorted by key and offset is fastest.
             consume: called as `consume(index, data)` once per range, from several threads at once; `data` is
-                valid during the call only.
+                valid during the call only, and empty where the bytes were read `into` what the range offers.
 
         Raises:
             StorageNotFound: an object is missing.

@@ -68,7 +68,7 @@ class MeteredStorage(ForwardingStorage):
         self._add_request("read_ranges", len(ranges))
 
         def count_and_consume(number: int, data: memoryview) -> None:
-            self._add_bytes("read_ranges", data.nbytes)
+            self._add_bytes("read_ranges", ranges[number].num_bytes)
             consume(number, data)
 
         self._inner.read_ranges(ranges, count_and_consume, concurrency=concurrency)

@@ -53,6 +53,23 @@ class StorageSuite(StorageWriteSuite):
         expected = [data[item.key][item.offset : item.offset + item.num_bytes] for item in ranges * 10]
         assert got == expected
 
+    @pytest.mark.parametrize("concurrency", [1, 8])
+    def test_memory_that_is_offered_is_filled_or_left_alone(self, storage: Storage, concurrency: int) -> None:
+        content = bytes(i % 251 for i in range(50_000))
+        storage.put("a", content)
+        memory = [bytearray(7_000) for _ in range(7)]
+
+        def offer(number: int) -> ByteRange:
+            whole = memoryview(memory[number])
+            # More parts than one system call takes, and empty ones.
+            parts = [whole[:0], *(whole[i : i + 1] for i in range(2_000)), whole[2_000:6_500], whole[6_500:]]
+            return ByteRange(key="a", offset=number * 7_000, num_bytes=7_000, into=lambda: parts)
+
+        handed = read_all_ranges(storage, [offer(number) for number in range(7)], concurrency=concurrency)
+        for number, data in enumerate(handed):
+            expected = content[number * 7_000 : (number + 1) * 7_000]
+            assert (data, bytes(memory[number])) in ((b"", expected), (expected, bytes(7_000)))
+
     def test_no_ranges(self, storage: Storage) -> None:
         assert read_all_ranges(storage, [], concurrency=4) == []
 
@@ -60,10 +77,12 @@ class StorageSuite(StorageWriteSuite):
     def test_an_object_that_ends_early_is_named(self, storage: Storage, concurrency: int) -> None:
         storage.put("a/short", bytes(100))
         ranges = [ByteRange(key="a/short", offset=offset, num_bytes=10) for offset in (0, 50, 95)]
-        with pytest.raises(StorageError, match="a/short") as caught:
-            read_all_ranges(storage, ranges, concurrency=concurrency)
-        assert not isinstance(caught.value, StorageNotFound | StorageTransient)
-        assert "95" in str(caught.value)
+        into = [ByteRange(key="a/short", offset=95, num_bytes=10, into=lambda: [memoryview(bytearray(10))])]
+        for asked in (ranges, into):
+            with pytest.raises(StorageError, match="a/short") as caught:
+                read_all_ranges(storage, asked, concurrency=concurrency)
+            assert not isinstance(caught.value, StorageNotFound | StorageTransient)
+            assert "95" in str(caught.value)
 
     @pytest.mark.parametrize("concurrency", [1, 4])
     def test_the_first_failure_of_consume_ends_the_read(self, storage: Storage, concurrency: int) -> None:

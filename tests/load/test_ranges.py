@@ -9,7 +9,16 @@ import pytest
 
 from dcp_ckpt.format.boxes import Box
 from dcp_ckpt.format.fragment import ChunkEntry
-from dcp_ckpt.load.ranges import MERGE_GAP_BYTES, READ_BYTES, cover, parts_between, pieces_of
+from dcp_ckpt.load.ranges import (
+    MERGE_GAP_BYTES,
+    READ_BYTES,
+    Piece,
+    Stretch,
+    cover,
+    parts_between,
+    pieces_of,
+    stretches_of,
+)
 
 MIB = 1 << 20
 
@@ -98,3 +107,41 @@ def test_near_rows_are_one_piece() -> None:
     wanted = Box((0, 100), (5000, 50))
     assert MERGE_GAP_BYTES > 4 * 1000
     assert len(pieces_of("t", "float32", wanted, [(0, chunk((5000, 1000)))])) == 1
+
+
+def dense(start: int, num_bytes: int) -> Piece:
+    return Piece(
+        tensor="w",
+        rank=0,
+        file=0,
+        start=start,
+        num_bytes=num_bytes,
+        sizes=(num_bytes,),
+        strides=(1,),
+        outer=(slice(0, num_bytes),),
+    )
+
+
+def test_a_read_is_cut_where_its_memory_changes() -> None:
+    pieces = [dense(4096, 3 * READ_BYTES), dense(3 * READ_BYTES + 8192, 5)]
+    reads = cover(pieces, {(0, 0): 3 * READ_BYTES + 9000})
+    first, *_, last = (stretches_of(read, pieces, [True, True]) for read in reads)
+    assert first == [Stretch(None, 0, 4096), Stretch(0, 0, READ_BYTES - 4096)]
+    assert last == [
+        Stretch(0, 3 * READ_BYTES - 4096, 4096),
+        Stretch(None, 0, 4096),
+        Stretch(1, 0, 5),
+        Stretch(None, 0, 803),
+    ]
+
+
+def test_a_read_is_copied_where_it_cannot_be_cut() -> None:
+    def cut(pieces: list[Piece], fits: list[bool]) -> list[Stretch] | None:
+        (read,) = cover(pieces, {(0, 0): MIB})
+        return stretches_of(read, pieces, fits)
+
+    assert cut([dense(0, 10), dense(10, 10)], [True, True]) is not None
+    assert cut([dense(0, 10), dense(10, 10)], [True, False]) is None
+    assert cut([dense(0, 10), dense(9, 10)], [True, True]) is None, "two targets want the same bytes"
+    many = [dense(2 * i, 1) for i in range(100)]
+    assert cut(many, [True] * 100) is None

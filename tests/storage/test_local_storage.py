@@ -32,7 +32,7 @@ from dcp_ckpt.storage.keys import is_temporary
 from dcp_ckpt.storage.local import LocalStorage
 from dcp_ckpt.storage.system_calls import SystemCalls
 from dcp_ckpt.testing.storage_suite import StorageSuite
-from dcp_ckpt.testing.storage_write_suite import PAGE_BYTES
+from dcp_ckpt.testing.storage_write_suite import PAGE_BYTES, read_all_ranges
 
 NUM_PROCESSES = 16
 
@@ -258,6 +258,17 @@ def test_nothing_is_published_in_a_directory_that_was_moved_away(tmp_path: Path)
     with pytest.raises(StorageNotFound):
         late.create_exclusive("step/manifest.json", b"x")
     assert storage.list_names("") == ["trash/"]
+
+
+def test_bytes_are_read_into_the_memory_that_is_offered(tmp_path: Path) -> None:
+    storage = LocalStorage(tmp_path)
+    storage.put("a", b"0123456789")
+    left, right = bytearray(4), bytearray(3)
+    offered = ByteRange(
+        key="a", offset=2, num_bytes=7, into=lambda: [memoryview(left), memoryview(b""), memoryview(right)]
+    )
+    assert read_all_ranges(storage, [offered]) == [b""]
+    assert (bytes(left), bytes(right)) == (b"2345", b"678")
 
 
 # Where the root is not what it should be.

@@ -1,0 +1,115 @@
+"""Where bytes go: into the memory of the target where they lie alike, and by a copy everywhere else."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+import torch
+
+from dcp_ckpt import Checkpointer, load_checkpoint
+from dcp_ckpt.errors import CorruptCheckpoint
+from dcp_ckpt.load.landing import Landing
+from dcp_ckpt.load.ranges import Piece
+
+STEP = "step-00000001"
+ROWS, COLUMNS = 3_000, 1_001
+"""12 MB: some blocks of 1 MiB lie in one tensor only, some are shared, and rows do not divide them."""
+
+
+def state(fill: float) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(4)
+    values = (
+        torch.rand(ROWS, COLUMNS, generator=generator)
+        if fill == 0
+        else torch.full((ROWS, COLUMNS), float(fill))
+    )
+    return {"a": values.clone(), "b": (values[:7] * 3).bfloat16(), "c": values[:1500] + 1}
+
+
+TARGETS = {
+    "as it lies": lambda tensor: torch.empty_like(tensor),
+    "with other strides": lambda tensor: torch.empty(tensor.shape[::-1], dtype=tensor.dtype).t(),
+    "a part of more": lambda tensor: torch.empty(tensor.shape[0], tensor.shape[1] + 1, dtype=tensor.dtype)[
+        :, 1:
+    ],
+    "a row of more": lambda tensor: torch.empty(2, *tensor.shape, dtype=tensor.dtype)[1],
+    "needs gradients": lambda tensor: torch.empty_like(tensor).requires_grad_(),
+    "a lazy negative": lambda tensor: torch._neg_view(torch.empty_like(tensor)),
+}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("run")
+    with Checkpointer(run) as checkpointer:
+        checkpointer.save(state(0), step=1).result(60)
+    return run
+
+
+def different(left: Mapping[str, torch.Tensor], right: Mapping[str, torch.Tensor]) -> list[str]:
+    return [name for name in left if not torch.equal(left[name], right[name])]
+
+
+@pytest.mark.parametrize("kind", TARGETS)
+def test_every_target_gets_the_same_elements(run: Path, kind: str) -> None:
+    targets = {name: TARGETS[kind](tensor) for name, tensor in state(1).items()}
+    load_checkpoint(run / STEP, targets)
+    assert different(state(0), targets) == []
+
+
+def test_writes_past_torch_are_seen_by_autograd(run: Path) -> None:
+    targets = state(1)
+    weight = torch.ones(ROWS, COLUMNS, requires_grad=True)
+    loss = (weight * targets["a"]).sum()
+    load_checkpoint(run / STEP, targets)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_tensors_of_inference_mode_are_filled(run: Path) -> None:
+    with torch.inference_mode():
+        targets = state(1)
+    load_checkpoint(run / STEP, targets)
+    with torch.inference_mode():
+        assert different(state(0), targets) == []
+
+
+@pytest.mark.parametrize("place", [0.01, 0.3, 0.7, 0.99])
+def test_what_is_read_into_a_target_is_checked_there(run: Path, tmp_path: Path, place: float) -> None:
+    damaged = tmp_path / "run"
+    (damaged / STEP).mkdir(parents=True)
+    for file in (run / STEP).iterdir():
+        data = bytearray(file.read_bytes())
+        if file.suffix == ".distcp":
+            data[int(len(data) * place)] ^= 1
+        (damaged / STEP / file.name).write_bytes(data)
+    with pytest.raises(CorruptCheckpoint, match="differs from its digest"):
+        load_checkpoint(damaged / STEP, state(1))
+
+
+@pytest.mark.parametrize(
+    ("target", "takes_bytes"),
+    [
+        (torch.empty(4, 3), True),
+        (torch.empty(4, 3, dtype=torch.float64), False),
+        (torch.empty(3, 4).t(), False),
+        (torch.empty(4, 1).expand(4, 3), False),
+        (torch._neg_view(torch.empty(4, 3)), False),
+        (torch.empty(4, 3, device="meta"), False),
+    ],
+    ids=["alike", "another dtype", "strided", "expanded", "negative", "on a device"],
+)
+def test_bytes_are_taken_only_where_they_lie_alike(target: torch.Tensor, takes_bytes: bool) -> None:
+    piece = Piece(
+        tensor="w",
+        rank=0,
+        file=0,
+        start=0,
+        num_bytes=48,
+        sizes=(4, 3),
+        strides=(3, 1),
+        outer=(slice(0, 4), slice(0, 3)),
+    )
+    assert Landing(piece, target, torch.float32).takes_bytes is takes_bytes
