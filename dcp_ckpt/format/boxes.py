@@ -11,6 +11,7 @@ import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from dcp_ckpt.errors import ConfigError
 
@@ -20,6 +21,7 @@ __all__ = [
     "Placement",
     "compress_ranks",
     "expand_ranks",
+    "holding_ranks",
     "intersect",
     "shard_box",
     "split_rows",
@@ -77,7 +79,8 @@ class Mesh:
 
     def coordinate(self, rank: int) -> tuple[int, ...] | None:
         """The mesh coordinate of a rank, or None when the rank is not part of the mesh."""
-        return self._unravel(self.ranks.index(rank)) if rank in self.ranks else None
+        position = self._positions.get(rank)
+        return None if position is None else self._unravel(position)
 
     def coordinates(self) -> Iterator[tuple[int, ...]]:
         """The coordinates of `ranks`, in their order."""
@@ -89,6 +92,10 @@ class Mesh:
         for dim in dims:
             number = number * self.shape[dim] + coordinate[dim]
         return number
+
+    @cached_property
+    def _positions(self) -> dict[int, int]:
+        return {rank: position for position, rank in enumerate(self.ranks)}
 
     def _unravel(self, position: int) -> tuple[int, ...]:
         coordinate = []
@@ -117,16 +124,78 @@ def shard_box(
     what a rank holds when FSDP shards what tensor parallelism has sharded before.
     """
     offsets, sizes = [0] * len(shape), list(shape)
-    strided = [i for i, placement in enumerate(placements) if placement.split_factor > 1]
-    others = [i for i, placement in enumerate(placements) if placement.split_factor == 1]
-    for mesh_dim in (*others, *reversed(strided)):
-        dim = placements[mesh_dim].dim
-        if dim is None:
-            continue
+    for mesh_dim, dim in _splits(placements):
         start, size = _chunk(sizes[dim], mesh_shape[mesh_dim], coordinate[mesh_dim])
         offsets[dim] += start
         sizes[dim] = size
     return Box(tuple(offsets), tuple(sizes))
+
+
+def _splits(placements: Sequence[Placement]) -> list[tuple[int, int]]:
+    """Mesh dimension and tensor dimension of each split, in the order in which they are applied."""
+    splits = [(i, found.dim) for i, found in enumerate(placements) if found.dim is not None]
+    plain = [split for split in splits if placements[split[0]].split_factor == 1]
+    return plain + [split for split in reversed(splits) if placements[split[0]].split_factor > 1]
+
+
+def holding_ranks(
+    shape: Sequence[int],
+    mesh: Mesh,
+    placements: Sequence[Placement],
+    owners: Sequence[Sequence[int]],
+    wanted: Box,
+) -> list[int]:
+    """The owners that hold elements of a box under these placements, ascending.
+
+    Found by dividing, so it takes as long as there are answers, not as there are ranks.
+
+    Args:
+        owners: as runs `[first, count]`, all of them ranks of the mesh.
+    """
+    if intersect(Box.whole(shape), wanted) is None:
+        return []
+    splits = _splits(placements)
+    split_dims = {mesh_dim for mesh_dim, _ in splits}
+    num_copies = math.prod(size for mesh_dim, size in enumerate(mesh.shape) if mesh_dim not in split_dims)
+    if sum(count for _, count in owners) <= num_copies:
+        held = ((rank, mesh.coordinate(rank)) for rank in expand_ranks(owners))
+        return sorted(
+            rank
+            for rank, at in held
+            if at is not None and intersect(shard_box(shape, mesh.shape, placements, at), wanted)
+        )
+    ranks = [
+        mesh.ranks[mesh.number(at, range(len(at)))]
+        for split_at in _split_coordinates(splits, mesh.shape, Box.whole(shape), wanted)
+        for at in itertools.product(
+            *([split_at[i]] if i in split_dims else range(size) for i, size in enumerate(mesh.shape))
+        )
+    ]
+    return sorted(rank for rank in ranks if any(first <= rank < first + count for first, count in owners))
+
+
+def _split_coordinates(
+    splits: Sequence[tuple[int, int]], mesh_shape: Sequence[int], box: Box, wanted: Box
+) -> Iterator[dict[int, int]]:
+    """Where along each mesh dimension that splits `box` the parts lie that have elements of `wanted`."""
+    if not splits:
+        yield {}
+        return
+    (mesh_dim, dim), *rest = splits
+    offset, size, num_parts = box.offsets[dim], box.sizes[dim], mesh_shape[mesh_dim]
+    first = max(wanted.offsets[dim] - offset, 0)
+    stop = min(wanted.offsets[dim] + wanted.sizes[dim] - offset, size)
+    if first >= stop:
+        return
+    full = -(-size // num_parts)
+    for index in range(first // full, -(-stop // full)):
+        start, part_size = _chunk(size, num_parts, index)
+        part = Box(
+            (*box.offsets[:dim], offset + start, *box.offsets[dim + 1 :]),
+            (*box.sizes[:dim], part_size, *box.sizes[dim + 1 :]),
+        )
+        for found in _split_coordinates(rest, mesh_shape, part, wanted):
+            yield {mesh_dim: index, **found}
 
 
 def strided_problem(

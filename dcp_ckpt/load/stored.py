@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from dcp_ckpt.errors import CorruptCheckpoint, StorageError, StorageNotFound
-from dcp_ckpt.format.boxes import Box, Mesh, Placement, expand_ranks, intersect, shard_box
+from dcp_ckpt.format.boxes import Box, Mesh, Placement, expand_ranks, holding_ranks, intersect
 from dcp_ckpt.format.consistency import chunk_problem
 from dcp_ckpt.format.epoch import is_tombstone
 from dcp_ckpt.format.fragment import ChunkEntry, Fragment, TensorEntry, ValueEntry
@@ -149,16 +149,10 @@ class StoredCheckpoint:
     def holders(self, name: str, box: Box) -> list[int]:
         """The ranks whose fragments may hold chunks of a tensor's box."""
         entry, mesh = self.tensors[name], self._meshes[name]
-        owners = expand_ranks(entry.owners)
         if mesh is None:
-            return list(owners)
+            return list(expand_ranks(entry.owners))
         placements = [Placement.parse(text) for text in entry.placements]
-        held = dict(zip(mesh.ranks, mesh.coordinates(), strict=True))
-        return [
-            rank
-            for rank in owners
-            if intersect(shard_box(entry.shape, mesh.shape, placements, held[rank]), box)
-        ]
+        return holding_ranks(entry.shape, mesh, placements, entry.owners, box)
 
     def block_digest(self, rank: int, file: int, block: int) -> str:
         """The stored digest of one block of a data file."""

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import itertools
 import math
+import time
 from collections.abc import Sequence
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor._utils import _compute_local_shape_and_global_offset
@@ -20,6 +21,7 @@ from dcp_ckpt.format.boxes import (
     Placement,
     compress_ranks,
     expand_ranks,
+    holding_ranks,
     intersect,
     shard_box,
     split_rows,
@@ -175,3 +177,33 @@ def test_placements_have_one_spelling():
     for text in ("", "S", "S-1", "r", "S1/", "P", "S0 ", "S0\n", "S0/2/2"):
         with pytest.raises(ConfigError, match="unknown placement"):
             Placement.parse(text)
+
+
+@settings(max_examples=400)
+@given(st.data(), shapes, meshes)
+def test_those_who_hold_a_box_are_found_by_dividing(data, shape, mesh_shape):
+    dims = st.none() | st.integers(0, len(shape) - 1)
+    placements = [Placement(data.draw(dims), data.draw(st.integers(1, 3))) for _ in mesh_shape]
+    placements = [Placement() if found.dim is None else found for found in placements]
+    ranks = data.draw(st.permutations(range(5, 5 + math.prod(mesh_shape))))
+    mesh = Mesh(mesh_shape, tuple(ranks))
+    owners = sorted(data.draw(st.sets(st.sampled_from(ranks), min_size=1)))
+    wanted = Box(
+        tuple(data.draw(st.integers(0, max(size - 1, 0))) for size in shape),
+        tuple(data.draw(st.integers(1, size + 1)) for size in shape),
+    )
+    held = dict(zip(ranks, all_boxes(shape, mesh_shape, placements), strict=True))
+    expected = [rank for rank in owners if intersect(held[rank], wanted)]
+    assert holding_ranks(shape, mesh, placements, compress_ranks(owners), wanted) == expected
+
+
+def test_finding_who_holds_a_box_does_not_look_at_every_rank() -> None:
+    ranks = tuple(range(1 << 14))
+    mesh, owners = Mesh((1 << 7, 1 << 7), ranks), [[0, 1 << 14]]
+    placements = [Placement(0), Placement(1)]
+    shape = (1 << 14, 1 << 14)
+    mesh.coordinate(0)
+    started = time.process_time()
+    for _ in range(500):
+        assert holding_ranks(shape, mesh, placements, owners, Box((128, 256), (128, 128))) == [130]
+    assert time.process_time() - started < 1, "one look at each of 16384 ranks takes a minute for 500 tensors"
