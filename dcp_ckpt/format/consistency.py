@@ -8,7 +8,7 @@ is decoded.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 from math import prod
 from typing import TYPE_CHECKING
@@ -36,19 +36,33 @@ def tables_problem(fragment: Fragment) -> str | None:
     )
 
 
-def ranks_problem(runs: Iterable[Sequence[int]], world_size: int) -> str | None:
-    """Why these runs do not list each of some ranks of a world once, or None.
-
-    Nothing is expanded before it is known to be no longer than the world.
-    """
-    num_ranks = 0
+def ranks_problem(runs: Sequence[Sequence[int]], world_size: int) -> str | None:
+    """Why these runs do not list each of some ranks of a world once, or None. Nothing is expanded."""
     for first, count in runs:
-        num_ranks += count
-        if first + count > world_size or num_ranks > world_size:
-            return f"[{first}, {count}] is out of range or repeated in a world of {world_size}"
-    if len(set(expand_ranks(runs))) != num_ranks:
-        return "a rank is repeated"
+        if first + count > world_size:
+            return f"[{first}, {count}] is out of range in a world of {world_size}"
+    for (first, stop), (later, _) in pairwise(_stretches(runs)):
+        if later < stop:
+            return f"a rank is repeated: {later} is in the run that begins with {first}, too"
     return None
+
+
+def _stretches(runs: Sequence[Sequence[int]]) -> list[tuple[int, int]]:
+    """Of each run that is not empty: its first rank, and the one behind its last. Ascending."""
+    return sorted((first, first + count) for first, count in runs if count > 0)
+
+
+def _are_among(ranks: Sequence[Sequence[int]], others: Sequence[Sequence[int]]) -> bool:
+    """Whether all ranks of some runs are in other runs, in which no rank is repeated."""
+    joined: list[tuple[int, int]] = []
+    for first, stop in _stretches(others):
+        if joined and joined[-1][1] == first:
+            joined[-1] = joined[-1][0], stop
+        else:
+            joined.append((first, stop))
+    return all(
+        any(outer <= first and stop <= end for outer, end in joined) for first, stop in _stretches(ranks)
+    )
 
 
 def chunk_problem(entry: TensorEntry, chunk: ChunkEntry) -> str | None:
@@ -149,7 +163,7 @@ def _layout_problem(entry: TensorEntry, meshes: Sequence[MeshEntry], world_size:
             return f"placements: {error.message}"
         if placement.dim is not None and placement.dim >= len(entry.shape):
             return f"placements: {text} of a tensor of {len(entry.shape)} dimensions"
-    if not set(expand_ranks(entry.owners)) <= set(expand_ranks(mesh.ranks)):
+    if not _are_among(entry.owners, mesh.ranks):
         return "owners: not all are ranks of its mesh"
     return None
 
