@@ -63,8 +63,9 @@ def fill(source: Source, targets: Mapping[str, Target], *, verify: bool, concurr
         Bytes read from storage.
 
     Raises:
-        CorruptCheckpoint: a block differs from its digest, a file is missing or too short. What the targets
-            hold is not to be used then.
+        CorruptCheckpoint: a block differs from its digest, a file is missing or too short. The targets are
+            not to be used then: parts of them are filled, and what was not found good is NaN (all bits set,
+            where the type has none).
     """
     wanted = {name: target.box for name, target in targets.items()}
     requests = [
@@ -99,6 +100,8 @@ def fill_requests(source: Source, requests: Sequence[Request], *, verify: bool, 
             damage.message += _needed_from(source, damage.path or "", pieces)
             raise damage from error
         raise
+    finally:
+        arrivals.discard_unchecked()
     return sum(read.num_bytes for read in reads)
 
 
@@ -154,13 +157,26 @@ class _Arrivals:
 
     def consume(self, number: int, data: memoryview) -> None:
         read = self._reads[number]
-        landed = self._memory.pop(number, None) if not data else None
+        landed = self._memory.get(number) if not data else None
         if self._verify:
             _check(self._source, read, landed or [data], self._pieces)
-        if landed is None:
+        if landed is not None:
+            del self._memory[number]
+        else:
             content = torch.frombuffer(data, dtype=torch.uint8)
             for member in read.pieces:
                 self._landings[member].take(content, read)
+
+    def discard_unchecked(self) -> None:
+        """Overwrite what was read into targets and not found good; no reading goes on any more.
+
+        Whoever goes on with the state in spite of the error shall see it at once: all bits set are NaN in
+        every floating type.
+        """
+        for parts in self._memory.values():
+            for part in parts:
+                part[:] = b"\xff" * len(part)
+        self._memory.clear()
 
 
 def _require_covered(name: str, wanted: Box, pieces: Sequence[Piece], *, path: str) -> None:

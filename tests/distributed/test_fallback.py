@@ -33,12 +33,13 @@ def save_steps(path: str) -> None:
 
 
 def load(path: str, which: Any) -> tuple[tuple[str, str], LoadReport | None, set[float], int]:
-    """What this rank was told, and what its state holds afterwards."""
+    """What this rank was told, and what its state holds afterwards, apart from NaN."""
     state = state_of(0)
     reports = []
     with Checkpointer(path, config=worlds.config()) as checkpointer:
         told = worlds.outcome(lambda: reports.append(checkpointer.load(state, which)))
-    found = set(state["w"].to_local().flatten().tolist())
+    values = state["w"].to_local().flatten()
+    found = set(values[~values.isnan()].tolist())
     return told, reports[0] if reports else None, found, state["step"]
 
 

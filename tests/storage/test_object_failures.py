@@ -208,7 +208,7 @@ def test_a_store_that_stays_down_is_given_up_at_the_deadline(opened, proxy, faul
     proxy.reset_log()
     proxy.set_faults(lambda arrival: fault)
     started = time.monotonic()
-    with pytest.raises(StorageTransient, match=r"gave up after [0-9]+ attempts in [01] s"):
+    with pytest.raises(StorageTransient, match=r"gave up after [0-9]+ attempts in [0-9]+ s"):
         storage.read("a")
     assert 0.3 < time.monotonic() - started < 5.0
     # 0.05 s doubles at each attempt: it neither hammers nor gives up early.
