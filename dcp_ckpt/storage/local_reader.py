@@ -10,6 +10,7 @@ import os
 import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 
 from dcp_ckpt.errors import StorageError
 from dcp_ckpt.storage.base import ByteRange
@@ -20,6 +21,10 @@ from dcp_ckpt.storage.ranges import run_in_order
 __all__ = ["read_file", "read_file_ranges"]
 
 _THREAD_BYTES = 8 << 20
+
+_READ_AHEAD_FROM_BYTES = 8 << 20
+"""From so much of one file on, the kernel is asked to read further ahead: half the time where the page cache
+is cold (benchmarks/NOTES.md), and of no use to a few small ranges."""
 
 _MOST_PARTS = 1024
 """Linux takes no more parts in one call (IOV_MAX)."""
@@ -39,7 +44,10 @@ def read_file_ranges(
     root: str,
 ) -> None:
     """As `Storage.read_ranges`, for checked ranges of files below `root`."""
-    files = _OpenFiles(Counter(item.key for item in ranges), root)
+    wanted_bytes: Counter[str] = Counter()
+    for item in ranges:
+        wanted_bytes[item.key] += item.num_bytes
+    files = _OpenFiles(Counter(item.key for item in ranges), wanted_bytes, root)
     # Starting a thread costs more than reading a few small files.
     worthwhile = 1 + sum(item.num_bytes for item in ranges) // _THREAD_BYTES
 
@@ -77,16 +85,20 @@ def read_file_ranges(
 class _OpenFiles:
     """Each file is opened at its first range and closed after its last, so few are open at a time."""
 
-    def __init__(self, uses: Counter[str], root: str) -> None:
+    def __init__(self, uses: Counter[str], wanted_bytes: Counter[str], root: str) -> None:
         self._lock = threading.Lock()
         self._uses = uses
+        self._wanted_bytes = wanted_bytes
         self._root = root
         self._fds: dict[str, int] = {}
 
     def acquire(self, key: str) -> int:
         with self._lock:
             if key not in self._fds:
-                self._fds[key] = open_regular(path_below(self._root, key), root=self._root)
+                self._fds[key] = fd = open_regular(path_below(self._root, key), root=self._root)
+                if self._wanted_bytes[key] >= _READ_AHEAD_FROM_BYTES:
+                    with suppress(OSError):  # only advice
+                        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_SEQUENTIAL)
             return self._fds[key]
 
     def release(self, key: str) -> None:

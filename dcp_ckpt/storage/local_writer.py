@@ -22,7 +22,8 @@ __all__ = ["LocalObjectWriter"]
 log = logging.getLogger(__name__)
 
 ALIGNMENT_BYTES = 4096
-_NO_RESERVATION = frozenset({errno.EINVAL, errno.ENODEV, errno.ENOSYS, errno.ENOTSUP, errno.EPERM})
+_NOT_HERE = frozenset({errno.EINVAL, errno.ENODEV, errno.ENOSYS, errno.ENOTSUP, errno.EPERM, errno.ESPIPE})
+"""How a kernel, a file system or a sandbox says that it does not do this at all."""
 
 
 class LocalObjectWriter:
@@ -73,12 +74,14 @@ class LocalObjectWriter:
                 f"segment [{offset}, {offset + len(view)}) of {self._path} must start at {self._end} or "
                 f"later and end at {self._size_bytes} or before"
             )
-        end = offset + len(view)
+        start, end = offset, offset + len(view)
         try:
             while view:
                 written = self._write_some(offset, view)
                 view = view[written:]
                 offset += written
+            if not self._direct:
+                self._begin_writeback(start, end - start)
         except OSError as error:
             self._failure = storage_error(error, "write", self._path, needed_bytes=self._size_bytes - offset)
             raise self._failure from error
@@ -130,7 +133,7 @@ class LocalObjectWriter:
         try:
             self._calls.reserve_space(self._fd, self._size_bytes)
         except OSError as error:
-            if error.errno not in _NO_RESERVATION:
+            if error.errno not in _NOT_HERE:
                 raise storage_error(error, action, self._path, needed_bytes=self._size_bytes) from error
 
     def _write_some(self, offset: int, view: memoryview) -> int:
@@ -149,6 +152,14 @@ class LocalObjectWriter:
             view = view[: ALIGNMENT_BYTES - misaligned]
         self._use_direct(False)
         return self._pwrite(view, offset)
+
+    def _begin_writeback(self, offset: int, num_bytes: int) -> None:
+        """Keep the disk busy from the first segment on, where the kernel would wait for the fsync."""
+        try:
+            self._calls.start_writeback(self._fd, offset, num_bytes)
+        except OSError as error:
+            if error.errno not in _NOT_HERE:
+                raise
 
     def _pwrite(self, view: memoryview, offset: int) -> int:
         written = self._calls.pwrite(self._fd, view, offset)

@@ -15,11 +15,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["SystemCalls", "rename_without_replacing", "reserve_space", "set_direct"]
+__all__ = ["SystemCalls", "rename_without_replacing", "reserve_space", "set_direct", "start_writeback"]
 
 _AT_FDCWD = -100
 _RENAME_NOREPLACE = 1
 _FALLOC_FL_KEEP_SIZE = 1
+_SYNC_FILE_RANGE_WRITE = 2
 
 
 def rename_without_replacing(source: str, target: str) -> None:
@@ -57,6 +58,21 @@ def set_direct(fd: int, direct: bool) -> None:
     fcntl.fcntl(fd, fcntl.F_SETFL, flags | flag if direct else flags & ~flag)
 
 
+def start_writeback(fd: int, offset: int, num_bytes: int) -> None:
+    """Have the kernel begin now to write these bytes from the page cache to the disk; do not wait for it.
+
+    Says nothing about durability (sync_file_range, SYNC_FILE_RANGE_WRITE): a later fsync waits, and reports
+    what failed.
+    """
+    arguments = (
+        ctypes.c_int(fd),
+        ctypes.c_int64(offset),
+        ctypes.c_int64(num_bytes),
+        ctypes.c_uint(_SYNC_FILE_RANGE_WRITE),
+    )
+    _call("sync_file_range", arguments, None)
+
+
 @dataclass(frozen=True, kw_only=True)
 class SystemCalls:
     """What the local storage calls where file systems differ; the defaults are the real calls."""
@@ -66,6 +82,7 @@ class SystemCalls:
     reserve_space: Callable[[int, int], None] = reserve_space
     set_direct: Callable[[int, bool], None] = set_direct
     pwrite: Callable[[int, memoryview, int], int] = os.pwrite
+    start_writeback: Callable[[int, int, int], None] = start_writeback
 
 
 def _call(name: str, arguments: tuple[Any, ...], path: str | None) -> None:

@@ -30,7 +30,7 @@ from dcp_ckpt.storage import Storage, open_storage
 from dcp_ckpt.storage.base import ByteRange
 from dcp_ckpt.storage.keys import is_temporary
 from dcp_ckpt.storage.local import LocalStorage
-from dcp_ckpt.storage.system_calls import SystemCalls
+from dcp_ckpt.storage.system_calls import SystemCalls, start_writeback
 from dcp_ckpt.testing.storage_suite import StorageSuite
 from dcp_ckpt.testing.storage_write_suite import PAGE_BYTES, read_all_ranges
 
@@ -563,3 +563,35 @@ def test_storage_needs_neither_torch_nor_numpy() -> None:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     output = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
     assert output.stdout == "set()\n"
+
+
+@pytest.mark.parametrize("refusal", [None, errno.ENOSYS, errno.EINVAL], ids=str)
+def test_what_goes_through_the_page_cache_is_on_its_way_to_the_disk_at_once(
+    tmp_path: Path, refusal: int | None
+) -> None:
+    begun: list[tuple[int, int]] = []
+
+    def begin(fd: int, offset: int, num_bytes: int) -> None:
+        begun.append((offset, num_bytes))
+        if refusal is not None:
+            raise OSError(refusal, os.strerror(refusal))
+        start_writeback(fd, offset, num_bytes)
+
+    writer = LocalStorage(tmp_path, calls=SystemCalls(start_writeback=begin)).open_writer(
+        "a", size_bytes=3000, direct=False
+    )
+    writer.write_segment(0, memoryview(b"a" * 2000))
+    writer.write_segment(2000, memoryview(b"b" * 1000))
+    writer.finish()
+    assert begun == [(0, 2000), (2000, 1000)]
+    assert (tmp_path / "a").read_bytes() == b"a" * 2000 + b"b" * 1000
+
+
+def test_a_disk_that_fails_in_between_fails_the_file(tmp_path: Path) -> None:
+    calls = SystemCalls(start_writeback=refuse(errno.EIO))
+    writer = LocalStorage(tmp_path, calls=calls).open_writer("a", size_bytes=10, direct=False)
+    with pytest.raises(StorageError) as raised:
+        writer.write_segment(0, memoryview(bytes(10)))
+    assert raised.value.errno == errno.EIO
+    writer.abort()
+    assert not (tmp_path / "a").exists()
