@@ -51,8 +51,8 @@ class Channel(Protocol):
     def world_size(self) -> int: ...
 
     @property
-    def ranks_on_host(self) -> int:
-        """How many ranks share this host's cores."""
+    def host_ranks(self) -> tuple[int, ...]:
+        """The ranks that share this host, this one among them, ascending."""
         ...
 
     def put(self, key: str, message: Any) -> None:
@@ -101,7 +101,7 @@ class SoloChannel:
 
     rank = 0
     world_size = 1
-    ranks_on_host = 1
+    host_ranks = (0,)
 
     def __init__(self) -> None:
         self._messages: dict[str, Any] = {}
@@ -201,7 +201,7 @@ def _connect_store(
         store,
         rank,
         world_size,
-        ranks_on_host=hosts.count(hosts[rank]),
+        host_ranks=tuple(other for other, host in enumerate(hosts) if host == hosts[rank]),
         close_seconds=min(timeout_seconds, 60.0),
     )
 

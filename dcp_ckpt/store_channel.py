@@ -49,7 +49,7 @@ class StoreChannel:
         rank: int,
         world_size: int,
         *,
-        ranks_on_host: int,
+        host_ranks: tuple[int, ...],
         close_seconds: float,
         calls: BoundedCalls | None = None,
         is_clone: bool = False,
@@ -58,7 +58,7 @@ class StoreChannel:
         self._calls = calls or BoundedCalls("dcp_ckpt-store")
         self.rank = rank
         self.world_size = world_size
-        self.ranks_on_host = ranks_on_host
+        self.host_ranks = host_ranks
         self._close_seconds = close_seconds
         self._is_clone = is_clone
 
@@ -99,7 +99,7 @@ class StoreChannel:
             store,
             self.rank,
             self.world_size,
-            ranks_on_host=self.ranks_on_host,
+            host_ranks=self.host_ranks,
             close_seconds=self._close_seconds,
             calls=calls,
             is_clone=True,

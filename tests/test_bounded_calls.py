@@ -68,7 +68,7 @@ def stopped(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[StoreChannel, int
         assert process.stdout is not None
         port = int(process.stdout.readline())
         store = TCPStore("127.0.0.1", port, None, False, timedelta(seconds=5), wait_for_workers=False)
-        channel = StoreChannel(store, 1, 2, ranks_on_host=2, close_seconds=1.0)
+        channel = StoreChannel(store, 1, 2, host_ranks=(0, 1), close_seconds=1.0)
         channel.put("there", 1)
         try:
             yield channel, process.pid

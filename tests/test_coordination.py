@@ -41,7 +41,7 @@ def channels() -> Iterator[list[StoreChannel]]:
     hosted = TCPStore("127.0.0.1", 0, None, True, timeout, wait_for_workers=False)
     joined = TCPStore("127.0.0.1", hosted.port, None, False, timeout, wait_for_workers=False)
     ranks = [
-        StoreChannel(store, rank, 2, ranks_on_host=2, close_seconds=2.0)
+        StoreChannel(store, rank, 2, host_ranks=(0, 1), close_seconds=2.0)
         for rank, store in enumerate((hosted, joined))
     ]
     yield ranks

@@ -26,7 +26,8 @@ from dcp_ckpt.format.containers import value_container
 from dcp_ckpt.format.fragment import ChunkEntry
 from dcp_ckpt.format.references import referenced_names
 from dcp_ckpt.format.values import decode_value
-from dcp_ckpt.load.fill import Request, Target, fill_requests
+from dcp_ckpt.load.fill import fill_requests
+from dcp_ckpt.load.read_plan import Request, Target
 from dcp_ckpt.load.stock import StockSource
 from dcp_ckpt.load.stored import StoredCheckpoint
 

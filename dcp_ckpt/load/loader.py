@@ -206,7 +206,7 @@ class Loader:
 
     def _num_readers(self) -> int:
         cores = len(os.sched_getaffinity(0))
-        return max(1, min(_MOST_READERS, cores // self._channel.ranks_on_host))
+        return max(1, min(_MOST_READERS, cores // len(self._channel.host_ranks)))
 
     def _report(
         self, directory: str, restored: Restored, rejected: Sequence[RejectedCheckpoint]

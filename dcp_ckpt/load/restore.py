@@ -16,9 +16,10 @@ from torch.distributed.tensor import DTensor
 from dcp_ckpt.coordination import Channel, agree
 from dcp_ckpt.errors import CheckpointError, LoadError
 from dcp_ckpt.format.boxes import Box
-from dcp_ckpt.load.fill import Target, fill
 from dcp_ckpt.load.fit import Fitted, fit
 from dcp_ckpt.load.fit_verdict import agreed_fit, raise_worst
+from dcp_ckpt.load.passing import fill_together
+from dcp_ckpt.load.read_plan import Target
 from dcp_ckpt.load.report import CastTensor
 from dcp_ckpt.load.selection import Selection
 from dcp_ckpt.load.source import Origin, Source
@@ -86,7 +87,18 @@ def restore(
         return fit(open_source(), made, selection, rank=channel.rank, world_size=channel.world_size)
 
     fitted, left_over = agreed_fit(channel, fit_here, tag=tag, timeout_seconds=timeout_seconds)
-    bytes_read = phase("read", lambda: _fill(fitted, verify=verify, concurrency=concurrency))
+    bytes_read = phase(
+        "read",
+        lambda: fill_together(
+            fitted.source,
+            _targets(fitted),
+            channel,
+            tag=f"{tag}/together",
+            verify=verify,
+            concurrency=concurrency,
+            timeout_seconds=timeout_seconds,
+        ),
+    )
     notes = phase("install", lambda: _install(fitted))
     origin = fitted.source.origin
     unasked = () if verify or not fitted.source.has_digests else ("digests: CheckpointConfig(verify=False)",)
@@ -102,12 +114,14 @@ def restore(
     )
 
 
-def _fill(fitted: Fitted, *, verify: bool, concurrency: int) -> int:
-    targets = {
-        fitted.stored_names.get(name, name): Target(local=local_tensor(tensor), box=_held_box(name, tensor))
+def _targets(fitted: Fitted) -> dict[str, Target]:
+    """What is to be filled, by stored name."""
+    return {
+        fitted.stored_names.get(name, name): Target(
+            local=local_tensor(tensor), box=_held_box(name, tensor), has_copies=_has_copies(tensor)
+        )
         for name, tensor in fitted.tensors.items()
     }
-    return fill(fitted.source, targets, verify=verify, concurrency=concurrency)
 
 
 def _held_box(name: str, tensor: torch.Tensor) -> Box:
@@ -115,6 +129,17 @@ def _held_box(name: str, tensor: torch.Tensor) -> Box:
     if not isinstance(tensor, DTensor):
         return Box.whole(tuple(tensor.shape))
     return placements_of(tensor, name)[1]
+
+
+def _has_copies(tensor: torch.Tensor) -> bool:
+    """Whether other ranks may hold the same part of it."""
+    if not isinstance(tensor, DTensor):
+        return True
+    sizes = tensor.device_mesh.shape
+    return any(
+        placement.is_replicate() and size > 1
+        for placement, size in zip(tensor.placements, sizes, strict=True)
+    )
 
 
 def _install(fitted: Fitted) -> list[str]:

@@ -162,7 +162,8 @@ class StockCheckpoint(Checkpoint):
         """
         import torch
 
-        from dcp_ckpt.load.fill import Target, fill
+        from dcp_ckpt.load.fill import fill
+        from dcp_ckpt.load.read_plan import Target
 
         self._require(key, self.tensors)
         entry = self.tensors[key]

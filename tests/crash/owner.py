@@ -327,7 +327,7 @@ def _watch_nothing(key: str, *, bytes_done: int, bytes_total: int) -> None:
 
 
 def _channel(rank: int, store: HashStore) -> StoreChannel:
-    return StoreChannel(store, rank, RANKS, ranks_on_host=RANKS, close_seconds=0.0)
+    return StoreChannel(store, rank, RANKS, host_ranks=tuple(range(RANKS)), close_seconds=0.0)
 
 
 def _derive_metadata(storage: Storage, directory: StepDir) -> None:

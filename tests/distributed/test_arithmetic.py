@@ -28,7 +28,8 @@ from dcp_ckpt.format.fragment import (
 from dcp_ckpt.format.manifest import FragmentSummary, build_manifest, summarize
 from dcp_ckpt.format.names import AttemptId, data_file_name, fragment_name
 from dcp_ckpt.lifecycle.commit import check_layouts, check_summaries
-from dcp_ckpt.load.fill import Target, fill
+from dcp_ckpt.load.fill import fill
+from dcp_ckpt.load.read_plan import Target
 from dcp_ckpt.load.stored import StoredCheckpoint
 from dcp_ckpt.save.layout import SEGMENT_BYTES, plan_file
 from dcp_ckpt.save.placement import TensorSpec, assign_owners

@@ -206,7 +206,7 @@ from dcp_ckpt import Checkpointer, CheckpointConfig
 dist.init_process_group("gloo")
 with Checkpointer(sys.argv[1], config=CheckpointConfig(timeout_seconds=30.0)) as checkpointer:
     channel = checkpointer._channel
-    assert channel.ranks_on_host == 1, channel.ranks_on_host
+    assert len(channel.host_ranks) == 1, channel.host_ranks
     checkpointer.save({"x": torch.ones(3)}, step=1).result(30)
 dist.destroy_process_group()
 """

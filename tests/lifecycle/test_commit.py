@@ -216,7 +216,7 @@ def test_a_failure_that_cannot_be_made_durable_is_unknown(tmp_path):
 def two_ranks() -> Iterator[StoreChannel]:
     """Rank 0's channel in a world of two."""
     store = TCPStore("127.0.0.1", 0, None, True, timedelta(seconds=20), wait_for_workers=False)
-    with closing(StoreChannel(store, 0, 2, ranks_on_host=2, close_seconds=0.1)) as channel:
+    with closing(StoreChannel(store, 0, 2, host_ranks=(0, 1), close_seconds=0.1)) as channel:
         yield channel
 
 

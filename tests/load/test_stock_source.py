@@ -23,7 +23,8 @@ from torch.distributed.checkpoint.state_dict_saver import save as stock_save
 from dcp_ckpt import LoadReport, load_checkpoint
 from dcp_ckpt.errors import CheckpointNotFound, CorruptCheckpoint, LoadError, StateMismatch
 from dcp_ckpt.format.boxes import Box
-from dcp_ckpt.load.fill import Target, fill
+from dcp_ckpt.load.fill import fill
+from dcp_ckpt.load.read_plan import Target
 from dcp_ckpt.load.stock import STOCK_UNVERIFIED, open_stock
 from dcp_ckpt.storage import open_storage
 from dcp_ckpt.storage.metered import MeteredStorage

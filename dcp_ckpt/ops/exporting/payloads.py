@@ -81,7 +81,8 @@ class Payloads:
         return math.prod(entry.shape) * dtype_info(entry.dtype).item_bytes
 
     def _fill(self, batch: Sequence[ExportTensor]) -> dict[str, _Held]:
-        from dcp_ckpt.load.fill import Request, Target, fill_requests
+        from dcp_ckpt.load.fill import fill_requests
+        from dcp_ckpt.load.read_plan import Request, Target
 
         held = {name: _Held(self._source, name) for tensor in batch for name in tensor.stored_tensors}
         requests = [
