@@ -116,3 +116,23 @@ def test_a_load_takes_less_than_the_bound(
     results = fresh.run(load, 2, str(stored), name, dim, dtype, is_transposed)
     assert all(is_right for _, is_right in results)
     assert max(taken for taken, _ in results) < BOUND_BYTES
+
+
+def load_whole(directory: str) -> tuple[int, bool]:
+    """As `load`, of a plain tensor, which every rank has: read together, through memory that they share."""
+    os.sched_getaffinity = lambda _: set(range(8))
+    target = torch.full(SHAPES["tall"], -1.0)
+    Path("/proc/self/clear_refs").write_text("5")
+    before = memory_bytes("VmRSS")
+    report = load_checkpoint(directory, {"tall": target}, exclude=("wide",), config=worlds.config())
+    taken = memory_bytes("VmHWM") - before
+    expected = torch.empty_like(target)
+    fill(expected, 0, 0)
+    assert report.bytes_read < 0.6 * target.nbytes
+    return taken, torch.equal(target, expected)
+
+
+def test_replicas_that_read_together_take_less_than_the_bound(fresh: RankPool, stored: Path) -> None:
+    results = fresh.run(load_whole, 2, str(stored))
+    assert all(is_right for _, is_right in results)
+    assert max(taken for taken, _ in results) < 2 * BOUND_BYTES
