@@ -40,6 +40,7 @@ class Landing:
             sizes, strides = tuple(sizes[dim] for dim in order), tuple(strides[dim] for dim in order)
         self._region, self._sizes, self._strides = region, sizes, strides
         self._dtype = dtype
+        self._is_on_gpu = region.device.type == "cuda"
         self._start = piece.start
         self._bytes = _bytes_of(region) if strides == (1,) and region.dtype == dtype else None
 
@@ -47,6 +48,11 @@ class Landing:
     def takes_bytes(self) -> bool:
         """Whether its elements lie in the target as they do in the file, so that they can be read into it."""
         return self._bytes is not None
+
+    @property
+    def gpu(self) -> torch.device | None:
+        """The CUDA device that `take` copies to; its copies are only submitted, on the current stream."""
+        return self._region.device if self._is_on_gpu else None
 
     def memory(self, offset: int, num_bytes: int) -> memoryview:
         """The memory of some of the piece's bytes; only where it `takes_bytes`."""
@@ -72,7 +78,7 @@ class Landing:
             if self._strides != (1,):
                 elements = elements.as_strided(part.sizes, self._strides)
             place = tuple(slice(o, o + n) for o, n in zip(part.offsets, part.sizes, strict=True))
-            self._region[place].copy_(elements)
+            self._region[place].copy_(elements, non_blocking=self._is_on_gpu)
 
 
 def _bytes_of(region: torch.Tensor) -> memoryview | None:

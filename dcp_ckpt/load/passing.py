@@ -17,8 +17,7 @@ from dcp_ckpt.coordination import Channel
 from dcp_ckpt.load.fill import read_all
 from dcp_ckpt.load.meeting import meet, stay_alone
 from dcp_ckpt.load.neighbours import Neighbours, Slots
-from dcp_ckpt.load.ranges import READ_BYTES
-from dcp_ckpt.load.read_plan import ReadPlan, Target, plan_reads, requests_for
+from dcp_ckpt.load.read_plan import MOST_READ_BYTES, ReadPlan, Target, plan_reads, requests_for
 from dcp_ckpt.load.replicas import shares_of, wants_digest
 from dcp_ckpt.load.source import Source
 from dcp_ckpt.storage.base import ByteRange
@@ -30,9 +29,6 @@ _WORTH_IT_BYTES = 8 << 20
 
 _SLOTS_PER_THREAD = 2
 """One is filled while the other is emptied."""
-
-_OVERLAP_BYTES = 4096
-"""A read may go on beyond READ_BYTES, for elements across its end."""
 
 
 def fill_together(
@@ -69,7 +65,7 @@ def fill_together(
         stay_alone(channel, tag)
         return read_all(copies, concurrency=concurrency) + read_all(others, concurrency=concurrency)
     wants = wants_digest(source.directory, {n: t for n, t in targets.items() if t.has_copies}, verify=verify)
-    make_slots = partial(Slots, _SLOTS_PER_THREAD * concurrency, READ_BYTES + _OVERLAP_BYTES)
+    make_slots = partial(Slots, _SLOTS_PER_THREAD * concurrency, MOST_READ_BYTES)
     neighbours = meet(channel, tag, wants, make_slots, timeout_seconds=timeout_seconds)
     if neighbours is None:
         num_bytes = read_all(copies, concurrency=concurrency)

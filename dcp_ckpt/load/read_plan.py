@@ -17,15 +17,18 @@ from dcp_ckpt.format.boxes import Box, tiling_problem
 from dcp_ckpt.format.digests import BLOCK_BYTES, digest, digest_of_parts
 from dcp_ckpt.format.fragment import ChunkEntry
 from dcp_ckpt.load.landing import Landing, mark_written
-from dcp_ckpt.load.ranges import Piece, Read, cover, pieces_of
+from dcp_ckpt.load.ranges import READ_BYTES, Piece, Read, cover, pieces_of
 from dcp_ckpt.load.source import Source
 
-__all__ = ["ReadPlan", "Request", "Target", "plan_reads", "requests_for"]
+__all__ = ["MOST_READ_BYTES", "ReadPlan", "Request", "Target", "plan_reads", "requests_for"]
 
 _PAGE_BYTES = 4096
 """Without digests a read need not cover whole blocks, only whole pages."""
 
 _LARGEST_ITEM_BYTES = 16
+
+MOST_READ_BYTES = READ_BYTES + _PAGE_BYTES
+"""No read has more: some go on behind READ_BYTES, for elements that lie across its end."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +82,11 @@ class ReadPlan:
         """Bytes that are read."""
         return sum(read.num_bytes for read in self.reads)
 
+    @property
+    def is_for_gpu(self) -> bool:
+        """Whether any of it is copied to a GPU."""
+        return any(landing.gpu is not None for landing in self.landings)
+
     def check(self, read: Read, parts: Sequence[memoryview]) -> None:
         """Compare what was read with its digests; does nothing where nothing is to be verified.
 
@@ -95,10 +103,12 @@ class ReadPlan:
                 raise self._difference(read, block)
 
     def take(self, read: Read, data: memoryview) -> None:
-        """Copy what the targets want of a read, whose bytes are `data`."""
+        """Copy what the targets want of a read, whose bytes are `data`; they may change afterwards."""
         content = torch.frombuffer(data, dtype=torch.uint8)
         for member in read.pieces:
             self.landings[member].take(content, read)
+        for gpu in {self.landings[member].gpu for member in read.pieces} - {None}:
+            torch.cuda.current_stream(gpu).synchronize()
 
     @contextmanager
     def reading(self) -> Iterator[None]:

@@ -16,6 +16,7 @@ import torch
 
 from dcp_ckpt.closing import Closing
 from dcp_ckpt.errors import StorageFull
+from dcp_ckpt.save.host_copy import pin, unpin
 from dcp_ckpt.save.layout import SEGMENT_BYTES, round_up
 
 __all__ = ["Arena", "arena_bytes"]
@@ -63,6 +64,7 @@ class Arena(Closing):
             self._give_up()
             raise
         self._closed = False
+        self._is_pinned: bool | None = None
 
     def write(self, offset: int, data: bytes) -> None:
         """Lay bytes in at `offset`."""
@@ -75,11 +77,18 @@ class Arena(Closing):
             num_bytes *= size
         return self.bytes[offset : offset + num_bytes].view(dtype).view(sizes)
 
+    def pin(self) -> None:
+        """Prepare the memory for fast copies from GPUs. Called before each save; does so once, and blocks."""
+        if self._is_pinned is None:
+            self._is_pinned = pin(self.bytes)
+
     def discard(self) -> None:
         """Give its memory back now, although the writer still maps it; what it held is zeros from here on.
 
         Nobody may be reading or writing it: a save in flight would be damaged.
         """
+        # CUDA would go on copying to the pages that are given back.
+        self._unpin()
         self._map.madvise(mmap.MADV_REMOVE)
 
     def close(self) -> None:
@@ -87,10 +96,16 @@ class Arena(Closing):
         if self._closed:
             return
         self._closed = True
+        self._unpin()
         os.close(self.descriptor)
         # Not unmapped by hand: tensors over the map may still be referenced, and unmapping under them would
         # crash. The map goes with the last of them.
         del self.bytes, self._map
+
+    def _unpin(self) -> None:
+        if self._is_pinned:
+            unpin(self.bytes)
+        self._is_pinned = False
 
     def _give_up(self) -> None:
         # The error holds on to the frames here, and so to the map: its memory goes back now.

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from dcp_ckpt.errors import SaveFailed
+from dcp_ckpt.save.host_copy import copy_to_host
 from dcp_ckpt.save.replicas import sample_of
 from dcp_ckpt.state.placements import local_tensor
 from dcp_ckpt.wording import shown_names
@@ -123,7 +124,7 @@ class LateCopy:
                 for tensor in tensors
                 for part, _ in tensor.parts
             ]
-            torch._foreach_copy_(views, sources)
+            copy_to_host(views, sources)
         return {tensor.name: sample_of(tensor.local) for tensor in tensors if tensor.is_sampled}
 
     def _refuse_changed(self, indices: Sequence[int]) -> None:

@@ -18,6 +18,7 @@ from dcp_ckpt.format.containers import SLAB_ALIGNMENT_BYTES, value_container
 from dcp_ckpt.format.fragment import FileEntry, ValueEntry
 from dcp_ckpt.format.joining import EQUAL
 from dcp_ckpt.save.arena import Arena, arena_bytes
+from dcp_ckpt.save.host_copy import copy_to_host
 from dcp_ckpt.save.late_copy import LateCopy, LateTensor, can_be_late
 from dcp_ckpt.save.layout import SEGMENT_BYTES, round_up
 from dcp_ckpt.save.memory import require_memory
@@ -218,7 +219,9 @@ class Stager:
         containers = self._value_containers(captured)
         plan = self._plan(captured)
         selected = self._selector.select(plan, None, {}, has_values=bool(containers))
-        self._bind(plan, containers, selected.selection)
+        bound = self._bind(plan, containers, selected.selection)
+        if _is_on_gpu(captured):
+            bound.arena.pin()
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -244,6 +247,8 @@ class Stager:
         unchanged = {} if base is None else self._comparer.find_unchanged(plan, locals_, is_late, base)
         selected = self._selector.select(plan, base, unchanged, has_values=bool(containers))
         bound = self._bind(plan, containers, selected.selection)
+        if _is_on_gpu(captured):
+            bound.arena.pin()
         rest = self._rest(bound, live, locals_, is_late)
         early = [
             (view, plan.part(number, locals_))
@@ -251,8 +256,7 @@ class Stager:
             if not is_late[plan.sources[number][0]]
         ]
         if early:
-            views, sources = zip(*early, strict=True)
-            torch._foreach_copy_(views, sources)
+            copy_to_host(*zip(*early, strict=True))
         sampled = [] if self._world_size == 1 else [i for i in plan.replicas if not is_late[i]]
         values, written_bytes = self._lay_values(captured, bound, containers)
         return Staged(
@@ -422,6 +426,10 @@ class Stager:
         end = round_up(position, SEGMENT_BYTES)
         bound.arena.write(position, bytes(end - position))
         return {".".join(path): entry for path, entry in entries.items()}, end
+
+
+def _is_on_gpu(captured: Captured) -> bool:
+    return any(local_tensor(tensor).device.type == "cuda" for tensor in captured.tensors.values())
 
 
 def _value_bytes(containers: Mapping[Path, bytes]) -> int:

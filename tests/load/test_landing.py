@@ -118,3 +118,13 @@ def test_bytes_are_taken_only_where_they_lie_alike(target: torch.Tensor, takes_b
         outer=(slice(0, 4), slice(0, 3)),
     )
     assert Landing(piece, target, torch.float32).takes_bytes is takes_bytes
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("kind", ["as it lies", "with other strides", "a part of more"])
+def test_targets_on_a_gpu_get_the_same_elements(run: Path, kind: str) -> None:
+    targets = {
+        name: TARGETS[kind](tensor.to("cuda") if name != "c" else tensor) for name, tensor in state(1).items()
+    }
+    load_checkpoint(run / STEP, targets)
+    assert different(state(0), {name: target.cpu() for name, target in targets.items()}) == []
