@@ -13,7 +13,7 @@ BENCH_JSON ?= build/save_latency.json
 # One thread per rank: many ranks share the cores, and results repeat.
 demo test bench test-crash: export OMP_NUM_THREADS := 1
 
-.PHONY: help setup demo test test-crash lint bench s3 clean
+.PHONY: help setup demo test test-crash docs lint bench s3 clean
 
 help: ## show this list
 	@sed -nE 's/^([a-z0-9-]+):[^#]*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 24
@@ -41,6 +41,9 @@ test: lint ## lint, types and all tests but the long ones
 
 test-crash: $(READY) ## every crash point, real kills and bad networks (about an hour)
 	$(BIN)/python -m pytest -m crash
+
+docs: $(READY) ## build the documentation into build/site
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet --site-dir build/site
 
 lint: $(READY) ## ruff and mypy
 	$(BIN)/ruff check .

@@ -1,4 +1,4 @@
-"""The documentation is held to what is there: links resolve, and commands in the README exist."""
+"""The documentation is held to what is there: links, commands, examples, and a site that builds."""
 
 from __future__ import annotations
 
@@ -13,8 +13,10 @@ from typing import Any
 
 import pytest
 
+import dcp_ckpt
+
 ROOT = Path(__file__).resolve().parent.parent
-SKIPPED_FOLDERS = {".venv", ".git", "build", "runs"}
+SKIPPED_FOLDERS = {".venv", ".git", "build", "runs", "site"}
 PAGES = sorted(
     path for path in ROOT.rglob("*.md") if not SKIPPED_FOLDERS & set(path.relative_to(ROOT).parts[:-1])
 )
@@ -43,10 +45,10 @@ def test_relative_links_resolve(page: Path) -> None:
     assert not problems, f"{page.name}: {problems}"
 
 
-def readme_commands() -> list[list[str]]:
-    """The words of each command in the README's bash blocks, prompt and variables left off."""
+def commands_of(page: Path) -> list[list[str]]:
+    """The words of each command in a page's bash blocks, prompt and variables left off."""
     commands = []
-    for language, block in FENCE.findall((ROOT / "README.md").read_text()):
+    for language, block in FENCE.findall(page.read_text()):
         if language != "bash":
             continue
         for line in block.replace("\\\n", " ").splitlines():
@@ -59,7 +61,8 @@ def readme_commands() -> list[list[str]]:
 
 
 def named(program: str) -> list[list[str]]:
-    return [words for words in readme_commands() if words[0].rpartition("/")[2] == program]
+    """All commands of all pages that call a program."""
+    return [words for page in PAGES for words in commands_of(page) if words[0].rpartition("/")[2] == program]
 
 
 @cache
@@ -78,14 +81,14 @@ def unknown_flags(words: list[str], shown: str) -> list[str]:
     return [flag for flag in flags if not re.search(rf"(?<![\w-]){re.escape(flag)}(?![\w-])", shown)]
 
 
-def test_make_targets_of_the_readme_exist() -> None:
+def test_make_targets_exist() -> None:
     targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
     used = {word for words in named("make") for word in words[1:] if "=" not in word}
     assert used, "the README names no make target: how does a newcomer start?"
     assert used <= targets, f"not in the Makefile: {sorted(used - targets)}"
 
 
-def test_programs_of_the_readme_exist_and_know_their_flags() -> None:
+def test_programs_exist_and_know_their_flags() -> None:
     for words in named("torchrun"):
         position = next(i for i, word in enumerate(words) if word.endswith(".py"))
         script = words[position]
@@ -94,7 +97,7 @@ def test_programs_of_the_readme_exist_and_know_their_flags() -> None:
         assert not unknown, f"{script} does not know {unknown}"
 
 
-def test_subcommands_of_the_readme_exist_and_know_their_flags() -> None:
+def test_subcommands_exist_and_know_their_flags() -> None:
     for words in named("dcp-ckpt"):
         shown = (
             help_text("-m", "dcp_ckpt", words[1])
@@ -179,3 +182,50 @@ def test_examples_of_stock_dcp_run(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     for block in blocks:
         exec(compile(block, "docs/stock-dcp.md", "exec"), names)
     assert names["report"].step == 200  # type: ignore[attr-defined]
+
+
+def test_the_quickstart_runs_as_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    training, reading = python_blocks("docs/quickstart.md")
+    names: dict[str, Any] = {}
+    # Removals wait for readers that may be under way; nobody reads here.
+    training = training.replace("LatestN(2))", "LatestN(2), grace_seconds=0.0)")
+    exec(compile(training, "docs/quickstart.md", "exec"), names)
+    names["train"](last_step=60)  # as in a new process: it goes on
+    for words in commands_of(ROOT / "docs/quickstart.md"):
+        if words[0] == "dcp-ckpt":
+            done = subprocess.run(
+                [sys.executable, "-m", "dcp_ckpt", *words[1:]],
+                capture_output=True, text=True, timeout=120, check=False,
+                env=os.environ | {"PYTHONPATH": str(ROOT)},
+            )  # fmt: skip
+            assert done.returncode == 0, f"{words}: {done.stderr}"
+    exec(compile(reading, "docs/quickstart.md", "exec"), names)
+    assert "model.weight" in capsys.readouterr().out
+    assert names["weight"].shape == (8, 8)
+    kept = {int(path.name[-8:]) for path in Path("runs/first").glob("step-*")}
+    assert kept == {30, 50, 60}, "the two newest, and the one that it went on from"
+
+
+@pytest.mark.parametrize("page", ["docs/resume.md", "docs/migration.md"])
+def test_examples_run_twice(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for block in python_blocks(page):
+        exec(compile(block, page, "exec"), {})
+    if page == "docs/resume.md":
+        names: dict[str, Any] = {}
+        exec(compile(python_blocks(page)[0], page, "exec"), names)
+        assert names["report"].step == 1
+
+
+def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", tmp_path / "site"],
+        capture_output=True, text=True, timeout=120, check=False, cwd=ROOT,
+        env=os.environ | {"NO_MKDOCS_2_WARNING": "1", "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    api = (tmp_path / "site/api/index.html").read_text()
+    missing = [name for name in dcp_ckpt.__all__ if not re.search(rf'id="dcp_ckpt\.[\w.]*{name}"', api)]
+    assert not missing, f"not in docs/api.md: {missing}"
+    assert "dcp-ckpt-verify" in (tmp_path / "site/cli/index.html").read_text()
