@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import mmap
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 
 import torch
@@ -77,9 +77,9 @@ class Arena(Closing):
             num_bytes *= size
         return self.bytes[offset : offset + num_bytes].view(dtype).view(sizes)
 
-    def pin(self) -> None:
-        """Prepare the memory for fast copies from GPUs. Called before each save; does so once, and blocks."""
-        if self._is_pinned is None:
+    def pin_for(self, sources: Iterable[torch.Tensor]) -> None:
+        """Make copies fast where any source is on a GPU. Called before each save; pins once, and blocks."""
+        if self._is_pinned is None and any(source.device.type == "cuda" for source in sources):
             self._is_pinned = pin(self.bytes)
 
     def discard(self) -> None:

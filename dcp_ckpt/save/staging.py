@@ -220,8 +220,7 @@ class Stager:
         plan = self._plan(captured)
         selected = self._selector.select(plan, None, {}, has_values=bool(containers))
         bound = self._bind(plan, containers, selected.selection)
-        if _is_on_gpu(captured):
-            bound.arena.pin()
+        bound.arena.pin_for(captured.tensors.values())
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -247,8 +246,7 @@ class Stager:
         unchanged = {} if base is None else self._comparer.find_unchanged(plan, locals_, is_late, base)
         selected = self._selector.select(plan, base, unchanged, has_values=bool(containers))
         bound = self._bind(plan, containers, selected.selection)
-        if _is_on_gpu(captured):
-            bound.arena.pin()
+        bound.arena.pin_for(captured.tensors.values())
         rest = self._rest(bound, live, locals_, is_late)
         early = [
             (view, plan.part(number, locals_))
@@ -426,10 +424,6 @@ class Stager:
         end = round_up(position, SEGMENT_BYTES)
         bound.arena.write(position, bytes(end - position))
         return {".".join(path): entry for path, entry in entries.items()}, end
-
-
-def _is_on_gpu(captured: Captured) -> bool:
-    return any(local_tensor(tensor).device.type == "cuda" for tensor in captured.tensors.values())
 
 
 def _value_bytes(containers: Mapping[Path, bytes]) -> int:

@@ -26,8 +26,10 @@ def test_all_bytes_are_there_when_the_call_returns(device: str) -> None:
 def test_an_arena_is_pinned_once_and_not_for_ever() -> None:
     with Arena(1 << 20, require=lambda num_bytes: None) as arena:
         memory = arena.bytes
-        arena.pin()
-        arena.pin()
+        arena.pin_for([torch.ones(1)])
+        assert not memory.is_pinned()
+        arena.pin_for([torch.ones(1, device="cuda")])
+        arena.pin_for([torch.ones(1, device="cuda")])
         assert memory.is_pinned()
     assert not memory.is_pinned()
 
@@ -35,7 +37,7 @@ def test_an_arena_is_pinned_once_and_not_for_ever() -> None:
 @needs_gpu
 def test_pages_that_are_given_back_are_not_copied_to_any_more() -> None:
     with Arena(1 << 20, require=lambda num_bytes: None) as arena:
-        arena.pin()
+        arena.pin_for([torch.ones(1, device="cuda")])
         arena.discard()
         copy_to_host([arena.bytes], [torch.ones(arena.size_bytes, dtype=torch.uint8, device="cuda")])
         assert bool((arena.bytes == 1).all())
