@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 
 from dcp_ckpt.config import CheckpointConfig
-from dcp_ckpt.coordination import broadcast, connect, gather, global_ranks, rank_in
+from dcp_ckpt.coordination import broadcast, connect, global_ranks, rank_in, reduce
 from dcp_ckpt.errors import (
     CheckpointError,
     CheckpointNotFound,
@@ -364,7 +364,7 @@ class Checkpointer:
             if stop is not None:
                 # Together: a launcher that sees one rank end signals the others, who may be busy here.
                 with contextlib.suppress(CoordinationError):
-                    gather(self._channel, "stop/end", None, timeout_seconds=_END_SECONDS)
+                    reduce(self._channel, "stop/end", None, lambda _: None, timeout_seconds=_END_SECONDS)
         finally:
             self._resources.close()
         if untold is not None and untold.error is not None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Protocol, TypeVar
 
@@ -23,6 +24,7 @@ from dcp_ckpt.store_channel import MISSING, StoreChannel, store_errors
 __all__ = [
     "MISSING",
     "Channel",
+    "Failures",
     "SoloChannel",
     "StoreChannel",
     "agree",
@@ -31,9 +33,9 @@ __all__ = [
     "connect",
     "error_fields",
     "error_from_fields",
-    "gather",
+    "failures_from",
+    "first_failures",
     "global_ranks",
-    "raise_first",
     "rank_in",
     "reduce",
 ]
@@ -255,18 +257,6 @@ def broadcast(
     return answer
 
 
-def gather(channel: Channel, tag: str, message: Any, *, timeout_seconds: float) -> list[Any]:
-    """Collect one message of every rank. Called on all ranks; blocks.
-
-    Returns:
-        The messages in rank order, on every rank.
-
-    Raises:
-        CoordinationError: names the ranks that did not answer in time; raised on every rank that did.
-    """
-    return reduce(channel, tag, message, list, timeout_seconds=timeout_seconds)
-
-
 def reduce(
     channel: Channel,
     tag: str,
@@ -278,7 +268,8 @@ def reduce(
     """Let rank 0 combine one message of every rank, and tell all of them. Called on all ranks; blocks.
 
     Args:
-        combine: called on rank 0 only, with the messages in rank order; its result must be JSON.
+        combine: called on rank 0 only, with the messages in rank order; its result must be JSON, and small,
+            since every rank gets it: a list with an entry for each rank would be ranks times ranks.
 
     Raises:
         CheckpointError: what `combine` raised, on every rank.
@@ -300,13 +291,56 @@ def reduce(
     return broadcast(channel, f"{tag}/all", collect, timeout_seconds=timeout_seconds + 10.0)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Failures:
+    """What failed on how many ranks; the same on every rank. False where nothing did.
+
+    Args:
+        errors: the first of each kind, in the order of ranks.
+    """
+
+    errors: tuple[CheckpointError, ...] = ()
+    num_ranks: int = 0
+
+    def __bool__(self) -> bool:
+        return self.num_ranks > 0
+
+    def raise_first(self, *, rather: type[CheckpointError] = CheckpointError) -> None:
+        """Raise the first failure, if any, saying how many ranks failed.
+
+        Args:
+            rather: where there is one of this kind, the first of these.
+        """
+        if not self.errors:
+            return
+        error = next((error for error in self.errors if isinstance(error, rather)), self.errors[0])
+        if self.num_ranks > 1:
+            error.message += f" (and {self.num_ranks - 1} more ranks failed)"
+        raise error
+
+
+def first_failures(verdicts: Sequence[dict[str, Any] | None]) -> dict[str, Any]:
+    """What all ranks are told of the `error_fields` of those that failed; see `failures_from`."""
+    failed = [fields for fields in verdicts if fields is not None]
+    firsts = {fields["kind"]: fields for fields in reversed(failed)}
+    return {
+        "errors": [fields for fields in failed if firsts[fields["kind"]] is fields],
+        "num_ranks": len(failed),
+    }
+
+
+def failures_from(told: dict[str, Any]) -> Failures:
+    """The inverse of `first_failures`, but for what it left out."""
+    return Failures(errors=tuple(map(error_from_fields, told["errors"])), num_ranks=told["num_ranks"])
+
+
 def agree(
     channel: Channel, tag: str, act: Callable[[], _Result], *, timeout_seconds: float
-) -> tuple[_Result | None, list[CheckpointError]]:
-    """Act on every rank, then learn every rank's failure. Called on all ranks; blocks.
+) -> tuple[_Result | None, Failures]:
+    """Act on every rank, then learn whether all succeeded. Called on all ranks; blocks.
 
     Returns:
-        This rank's result (None when it failed) and the errors of all ranks, the same list on every rank.
+        This rank's result (None when it failed), and what failed on whichever ranks.
     """
     result: _Result | None = None
     own: dict[str, Any] | None = None
@@ -314,17 +348,8 @@ def agree(
         result = act()
     except Exception as error:
         own = error_fields(as_checkpoint_error(error, rank=channel.rank))
-    verdicts = gather(channel, tag, own, timeout_seconds=timeout_seconds)
-    return result, [error_from_fields(fields) for fields in verdicts if fields is not None]
-
-
-def raise_first(failures: Sequence[CheckpointError]) -> None:
-    """Raise the first failure, saying how many ranks failed."""
-    if not failures:
-        return
-    if len(failures) > 1:
-        failures[0].message += f" (and {len(failures) - 1} more ranks failed)"
-    raise failures[0]
+    told = reduce(channel, tag, own, first_failures, timeout_seconds=timeout_seconds)
+    return result, failures_from(told)
 
 
 def as_checkpoint_error(error: BaseException, *, rank: int) -> CheckpointError:

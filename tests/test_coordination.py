@@ -6,7 +6,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -18,6 +18,7 @@ from dcp_ckpt import errors
 from dcp_ckpt.coordination import (
     MISSING,
     Channel,
+    Failures,
     SoloChannel,
     StoreChannel,
     agree,
@@ -25,10 +26,11 @@ from dcp_ckpt.coordination import (
     broadcast,
     error_fields,
     error_from_fields,
-    gather,
-    raise_first,
+    failures_from,
+    first_failures,
+    reduce,
 )
-from dcp_ckpt.errors import CheckpointError, CoordinationError, SaveFailed, StorageFull
+from dcp_ckpt.errors import CheckpointError, CoordinationError, SaveFailed, StorageError, StorageFull
 
 Result = TypeVar("Result")
 WAIT = 20.0
@@ -131,20 +133,25 @@ def test_a_rank_0_that_does_not_answer_is_named(channels):
     assert "rank 0 did not answer within" in str(error)
 
 
-def test_everybody_hears_everybody(channels):
-    def tell(channel: Channel) -> list[str]:
-        return gather(channel, "tag", f"I am {channel.rank}", timeout_seconds=WAIT)
+def test_rank_0_combines_what_all_ranks_say_and_all_get_only_that(channels):
+    def tell(channel: Channel) -> int:
+        return reduce(channel, "tag", {"number": channel.rank + 1}, _sum, timeout_seconds=WAIT)
 
-    assert on_all(channels, tell) == [["I am 0", "I am 1"]] * 2
+    assert on_all(channels, tell) == [3, 3]
+    assert channels[1].get("tag/all", timeout_seconds=WAIT) == {"result": 3}
+
+
+def _sum(messages: list[dict[str, int]]) -> int:
+    return sum(message["number"] for message in messages)
 
 
 def test_a_rank_that_does_not_answer_is_named(channels):
-    error = error_of(lambda: gather(channels[0], "tag", 1, timeout_seconds=0.05))
+    error = error_of(lambda: reduce(channels[0], "tag", 1, sum, timeout_seconds=0.05))
     assert "rank(s) 1 did not answer within" in str(error)
 
 
 def test_a_failure_of_one_rank_is_told_to_all_and_the_next_call_meets_no_old_message(channels):
-    def act(channel: Channel, tag: str, bad: int) -> tuple[str | None, list[CheckpointError]]:
+    def act(channel: Channel, tag: str, bad: int) -> tuple[str | None, Failures]:
         return agree(
             channel,
             tag,
@@ -155,17 +162,35 @@ def test_a_failure_of_one_rank_is_told_to_all_and_the_next_call_meets_no_old_mes
     results = on_all(channels, lambda channel: act(channel, "first", 1))
     assert [result for result, _ in results] == ["done by 0", None]
     for _, failures in results:
-        assert [(type(failure), failure.rank) for failure in failures] == [(StorageFull, 1)]
+        assert failures
+        assert [(type(failure), failure.rank) for failure in failures.errors] == [(StorageFull, 1)]
         with pytest.raises(StorageFull, match="rank 1 has no space"):
-            raise_first(failures)
+            failures.raise_first()
     results = on_all(channels, lambda channel: act(channel, "second", -1))
-    assert results == [("done by 0", []), ("done by 1", [])]
+    assert results == [("done by 0", Failures()), ("done by 1", Failures())]
+
+
+def told_of(errors: Sequence[CheckpointError | None]) -> dict[str, Any]:
+    return first_failures([None if error is None else error_fields(error) for error in errors])
 
 
 def test_the_first_failure_says_how_many_there_are():
-    raise_first([])
-    with pytest.raises(SaveFailed, match=r"a \(and 2 more ranks failed\)"):
-        raise_first([SaveFailed("a"), SaveFailed("b"), SaveFailed("c")])
+    Failures().raise_first()
+    failures = failures_from(told_of([None, SaveFailed("a"), StorageFull("b"), SaveFailed("c")]))
+    with pytest.raises(SaveFailed, match=r"^a \(and 2 more ranks failed\)"):
+        failures.raise_first()
+    failures = failures_from(told_of([SaveFailed("a"), StorageFull("b"), None]))
+    with pytest.raises(StorageFull, match=r"^b \(and 1 more ranks failed\)"):
+        failures.raise_first(rather=StorageError)
+    with pytest.raises(SaveFailed, match=r"^d$"):
+        failures_from(told_of([SaveFailed("d")])).raise_first(rather=StorageError)
+
+
+def test_what_is_told_of_failures_does_not_grow_with_the_ranks():
+    few, many = (
+        told_of([SaveFailed("a", rank=1), StorageFull("b", rank=2)] * number) for number in (1, 1000)
+    )
+    assert many == {**few, "num_ranks": 2000}
 
 
 def test_what_is_not_ours_is_wrapped_and_keeps_its_rank():
@@ -187,7 +212,7 @@ def test_every_error_crosses_ranks_as_it_is(name):
 
 def test_a_single_process_is_a_world_of_its_own():
     channel = SoloChannel()
-    assert gather(channel, "tag", "me", timeout_seconds=0.1) == ["me"]
+    assert reduce(channel, "tag", "me", "".join, timeout_seconds=0.1) == "me"
     assert broadcast(channel, "other", lambda: 5, timeout_seconds=0.1) == 5
     assert channel.get_many(["tag/0", "absent"], timeout_seconds=0.1) == ["me", MISSING]
     channel.forget(["tag/0", "absent"])

@@ -77,6 +77,10 @@ class Mesh:
     shape: tuple[int, ...]
     ranks: tuple[int, ...]
 
+    def __hash__(self) -> int:
+        # Many tensors share a mesh, and meshes are keys: that of 16,000 ranks is hashed once.
+        return self._hash
+
     def coordinate(self, rank: int) -> tuple[int, ...] | None:
         """The mesh coordinate of a rank, or None when the rank is not part of the mesh."""
         position = self._positions.get(rank)
@@ -92,6 +96,10 @@ class Mesh:
         for dim in dims:
             number = number * self.shape[dim] + coordinate[dim]
         return number
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash((self.shape, self.ranks))
 
     @cached_property
     def _positions(self) -> dict[int, int]:

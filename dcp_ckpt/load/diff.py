@@ -97,20 +97,25 @@ def of_all_ranks(first: Sequence[Problem], answers: Sequence[Answer]) -> list[Pr
     Args:
         answers: of all ranks, in their order.
     """
-    everywhere = set(range(len(answers)))
-    ranks: dict[Problem, set[int]] = {problem: set(everywhere) for problem in first}
+    # Most often all ranks have the same ones: who lacks one is kept, not who has it.
+    lacking: dict[Problem, set[int]] = {problem: set() for problem in first}
+    more: dict[Problem, list[int]] = {}
     for rank, found in enumerate(answers):
         for index in found.lacks:
-            ranks[first[index]].discard(rank)
+            lacking[first[index]].add(rank)
         for problem in found.more:
-            ranks.setdefault(problem, set()).add(rank)
+            more.setdefault(problem, []).append(rank)
+    having = {
+        problem: [rank for rank in range(len(answers)) if rank not in ranks] if ranks else []
+        for problem, ranks in lacking.items()
+    }
     return [
-        problem if having == everywhere else replace(problem, detail=f"{problem.detail}{_on(having)}")
-        for problem, having in ranks.items()
-        if having == everywhere or problem.kind != "unexpected"
+        replace(problem, detail=f"{problem.detail}{_on(ranks)}") if ranks else problem
+        for problem, ranks in (having | more).items()
+        if not ranks or problem.kind != "unexpected"
     ]
 
 
-def _on(ranks: Iterable[int]) -> str:
-    first, *others = sorted(ranks)
+def _on(ranks: Sequence[int]) -> str:
+    first, *others = ranks
     return f" (rank {first} and {len(others)} more)" if others else f" (rank {first})"

@@ -1,7 +1,7 @@
 """Whether a checkpoint fits the state of all ranks: one verdict, in one message.
 
-Owns that exchange between ranks, which costs one message of each rank where all fits. Called by
-`load.restore`, on all ranks.
+Owns that exchange between ranks, which costs one message of each rank where all fits, and one answer that
+does not grow with the ranks. Called by `load.restore`, on all ranks.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from dcp_ckpt.coordination import (
     as_checkpoint_error,
     broadcast,
     error_fields,
-    error_from_fields,
-    gather,
-    raise_first,
+    failures_from,
+    first_failures,
+    reduce,
 )
-from dcp_ckpt.errors import CheckpointError, ConfigError, LoadError, StateMismatch
+from dcp_ckpt.errors import ConfigError, LoadError, StateMismatch
 from dcp_ckpt.load.diff import Answer, answer, of_all_ranks
 from dcp_ckpt.load.elsewhere import common_to_all
 from dcp_ckpt.load.fit import Fitted
@@ -26,7 +26,7 @@ from dcp_ckpt.load.mismatch import mismatch_message
 from dcp_ckpt.load.selection import unmatched_message
 from dcp_ckpt.state.component import Problem
 
-__all__ = ["agreed_fit", "raise_worst"]
+__all__ = ["agreed_fit"]
 
 
 def agreed_fit(
@@ -58,25 +58,30 @@ def agreed_fit(
         "is_part": fitted is not None and fitted.elsewhere is not None,
         "unmatched": [] if fitted is None else fitted.unmatched,
     }
-    verdicts = gather(channel, f"{tag}/fit", own, timeout_seconds=timeout_seconds)
-    raise_worst([error_from_fields(one["failure"]) for one in verdicts if one["failure"] is not None])
+    told = reduce(channel, f"{tag}/fit", own, _together, timeout_seconds=timeout_seconds)
+    failures_from(told["failures"]).raise_first(rather=LoadError)
     assert fitted is not None, "no rank failed"
     verdict = _Verdict(channel, fitted, tag=tag, timeout_seconds=timeout_seconds)
-    if unmatched := set.intersection(*(set(one["unmatched"]) for one in verdicts)):
-        raise verdict.unmatched_error(sorted(unmatched))
-    problems, left_over, fits = list(fitted.problems), fitted.unasked, all(one["fits"] for one in verdicts)
-    if any(one["is_part"] for one in verdicts):
+    if told["unmatched"]:
+        raise verdict.unmatched_error(told["unmatched"])
+    problems, left_over, fits = list(fitted.problems), fitted.unasked, told["fits"]
+    if told["is_part"]:
         nobodys, left_over = verdict.elsewhere()
         problems += nobodys
-        fits = all(gather(channel, f"{tag}/fits", not problems, timeout_seconds=timeout_seconds))
+        fits = reduce(channel, f"{tag}/fits", not problems, all, timeout_seconds=timeout_seconds)
     if not fits:
         verdict.require_fit(problems)
     return fitted, left_over
 
 
-def raise_worst(failures: Sequence[CheckpointError]) -> None:
-    """Raise one of the failures, if any: rather one that says something of the checkpoint."""
-    raise_first(sorted(failures, key=lambda failure: not isinstance(failure, LoadError)))
+def _together(verdicts: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """What the ranks found, of all of them: no longer for many ranks than for one."""
+    return {
+        "failures": first_failures([one["failure"] for one in verdicts]),
+        "fits": all(one["fits"] for one in verdicts),
+        "is_part": any(one["is_part"] for one in verdicts),
+        "unmatched": sorted(set.intersection(*(set(one["unmatched"]) for one in verdicts))),
+    }
 
 
 class _Verdict:
@@ -114,15 +119,20 @@ class _Verdict:
         fitted = self._fitted
         first = _decoded(self._told("problems", lambda: _encoded(own)))
         difference = answer(first, own)
-        answers = gather(
+
+        def judge(answers: list[dict[str, Any]]) -> list[list[str]]:
+            """On rank 0, of all answers."""
+            found = [Answer(more=tuple(_decoded(a["more"])), lacks=tuple(a["lacks"])) for a in answers]
+            return _encoded(of_all_ranks(first, found))
+
+        told = reduce(
             self._channel,
             f"{self._tag}/answers",
             {"more": _encoded(difference.more), "lacks": difference.lacks},
+            judge,
             timeout_seconds=self._timeout_seconds,
         )
-        problems = of_all_ranks(
-            first, [Answer(more=tuple(_decoded(a["more"])), lacks=tuple(a["lacks"])) for a in answers]
-        )
+        problems = _decoded(told)
         if not problems:
             return
         source = fitted.source

@@ -17,7 +17,7 @@ from dcp_ckpt.coordination import Channel, agree
 from dcp_ckpt.errors import CheckpointError, LoadError
 from dcp_ckpt.format.boxes import Box
 from dcp_ckpt.load.fit import Fitted, fit
-from dcp_ckpt.load.fit_verdict import agreed_fit, raise_worst
+from dcp_ckpt.load.fit_verdict import agreed_fit
 from dcp_ckpt.load.passing import fill_together
 from dcp_ckpt.load.read_plan import Target
 from dcp_ckpt.load.report import CastTensor
@@ -78,7 +78,8 @@ def restore(
 
     def phase(name: str, act: Callable[[], _Result]) -> _Result:
         result, failures = agree(channel, f"{tag}/{name}", act, timeout_seconds=timeout_seconds)
-        raise_worst(failures)
+        # Rather what says something of the checkpoint: then there may be another one to load.
+        failures.raise_first(rather=LoadError)
         assert result is not None, "no rank failed"
         return result
 

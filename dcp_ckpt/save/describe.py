@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from dcp_ckpt.errors import StateError
@@ -22,10 +23,14 @@ def describe(tensors: Mapping[tuple[str, ...], torch.Tensor]) -> list[TensorSpec
     Raises:
         StateError: a tensor that cannot be stored, by name and reason.
     """
-    return [_spec(path, tensor) for path, tensor in tensors.items()]
+    meshes: dict[DeviceMesh, tuple[Mesh, tuple[str, ...]]] = {}
+    return [_spec(path, tensor, meshes) for path, tensor in tensors.items()]
 
 
-def _spec(path: tuple[str, ...], tensor: torch.Tensor) -> TensorSpec:
+def _spec(
+    path: tuple[str, ...], tensor: torch.Tensor, meshes: dict[DeviceMesh, tuple[Mesh, tuple[str, ...]]]
+) -> TensorSpec:
+    """One tensor's; `meshes` are those that were seen before: a mesh is as long as there are ranks."""
     name = ".".join(path)
     if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta:
         raise StateError(
@@ -41,7 +46,9 @@ def _spec(path: tuple[str, ...], tensor: torch.Tensor) -> TensorSpec:
     dim_names: tuple[str, ...] = ()
     placements: tuple[Placement, ...] = ()
     if isinstance(tensor, DTensor):
-        mesh, dim_names = mesh_of(tensor)
+        if tensor.device_mesh not in meshes:
+            meshes[tensor.device_mesh] = mesh_of(tensor)
+        mesh, dim_names = meshes[tensor.device_mesh]
         placements, _ = placements_of(tensor, name)
     return TensorSpec(
         path=path,

@@ -15,7 +15,7 @@ from typing import Any
 
 import msgspec
 
-from dcp_ckpt.coordination import Channel, agree, as_checkpoint_error, broadcast, error_fields, raise_first
+from dcp_ckpt.coordination import Channel, agree, as_checkpoint_error, broadcast, error_fields
 from dcp_ckpt.errors import (
     CheckpointError,
     CoordinationError,
@@ -65,7 +65,7 @@ def open_together(
                 return storage
         if not is_swept:
             break
-    raise_first(failures)
+    failures.raise_first()
     raise AssertionError("whoever has no storage has failed")
 
 

@@ -134,8 +134,7 @@ class Pilot:
             # Rank 0 decides by its own deadline at the latest, and then has to act on storage. Its death is
             # noticed at once, so the patience here costs nothing.
             verdict = self._await_verdict(flight, flight.deadline + self._patience_seconds)
-            if verdict.outcome == "committed":
-                self._comparison.forget(before=flight.keys.call)
+            self._forget(before=flight.keys.call, verdict=verdict)
             self._resolve(flight, verdict)
             return
         verdict = self._coordinator.conclude(
@@ -165,11 +164,14 @@ class Pilot:
         bases.written(flight.attempt, flight.directory, summary.ref)
 
     def _forget(self, *, before: int, verdict: Verdict) -> None:
-        """Free the messages of earlier calls: whoever reported to this one has read them."""
+        """Free this rank's messages of earlier calls: whoever reported to this one has read them.
+
+        Each rank its own: rank 0 would ask the store once for each rank of a large world.
+        """
         if verdict.outcome != "committed":
             return
         for call in range(self._forgotten + 1, before):
-            self._channel.forget(SaveKeys(call).all(self._channel.world_size))
+            self._channel.forget(SaveKeys(call).told_by(self._channel.rank))
         self._forgotten = before - 1
         self._comparison.forget(before=before)
 

@@ -8,6 +8,7 @@ order, so they agree.
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -78,41 +79,74 @@ def assign_owners(specs: Sequence[TensorSpec], *, rank: int, world_size: int) ->
     owned: list[OwnedBox] = []
     owners: list[tuple[int, ...]] = []
     groups: list[tuple[int, ...]] = []
-    loads: dict[tuple[int, ...], dict[int, int]] = {}
+    known = _Groups(rank, world_size)
     for index, spec in enumerate(specs):
-        held, group, candidates = _held_box(spec, rank, world_size)
-        load = loads.setdefault(group, dict.fromkeys(group, 0))
+        held, group = _held_box(spec, rank), known.of(spec)
+        candidates = known.world if spec.mesh is None else spec.mesh.ranks
         writers = set()
-        for part in _parts(held, spec.item_bytes, len(group)):
-            writer = min(group, key=lambda member: (load[member], member))
-            load[writer] += max(part.num_elements * spec.item_bytes, 1)
+        for part in _parts(held, spec.item_bytes, len(group.ranks)):
+            writer = group.take(max(part.num_elements * spec.item_bytes, 1))
             writers.add(writer)
             if writer == rank:
                 owned.append(
                     OwnedBox(tensor=index, box=part, local=_relative(part, held), is_part=part != held)
                 )
-        owners.append(tuple(sorted(writers)) if candidates == group else candidates)
-        groups.append(group)
+        owners.append(tuple(sorted(writers)) if candidates == group.ranks else candidates)
+        groups.append(group.ranks)
     return Ownership(owned=tuple(owned), owners=tuple(owners), groups=tuple(groups))
 
 
-def _held_box(spec: TensorSpec, rank: int, world_size: int) -> tuple[Box, tuple[int, ...], tuple[int, ...]]:
-    """The box this rank holds, the ranks that hold the same box, and all ranks that hold any."""
+def _held_box(spec: TensorSpec, rank: int) -> Box:
+    """The box that this rank holds."""
     if spec.mesh is None:
-        world = tuple(range(world_size))
-        return Box.whole(spec.shape), world, world
+        return Box.whole(spec.shape)
     own = spec.mesh.coordinate(rank)
     assert own is not None, "a rank outside of the mesh holds no part of the tensor"
-    box = shard_box(spec.shape, spec.mesh.shape, spec.placements, own)
-    sharded = [i for i, placement in enumerate(spec.placements) if placement.dim is not None]
-    if len(sharded) == len(spec.placements):
-        return box, (rank,), spec.mesh.ranks
-    group = tuple(
-        member
-        for member, coordinate in zip(spec.mesh.ranks, spec.mesh.coordinates(), strict=True)
-        if all(coordinate[i] == own[i] for i in sharded)
-    )
-    return box, group, spec.mesh.ranks
+    return shard_box(spec.shape, spec.mesh.shape, spec.placements, own)
+
+
+class _Group:
+    """The ranks that hold the same boxes, and how many bytes of these each of them writes."""
+
+    def __init__(self, ranks: tuple[int, ...]) -> None:
+        self.ranks = ranks
+        self._loads = [(0, rank) for rank in sorted(ranks)]
+
+    def take(self, num_bytes: int) -> int:
+        """The member with the fewest bytes so far, who writes these; the lowest where several have as few."""
+        load, writer = self._loads[0]
+        heapq.heapreplace(self._loads, (load + num_bytes, writer))
+        return writer
+
+
+class _Groups:
+    """The groups of one rank. Most tensors have that of another one, so each is looked for once."""
+
+    def __init__(self, rank: int, world_size: int) -> None:
+        self._rank = rank
+        self.world = tuple(range(world_size))
+        self._found: dict[tuple[Mesh | None, tuple[int, ...]], _Group] = {}
+        self._by_ranks: dict[tuple[int, ...], _Group] = {}
+
+    def of(self, spec: TensorSpec) -> _Group:
+        """The ranks that hold the same box of a tensor as this one."""
+        sharded = tuple(i for i, placement in enumerate(spec.placements) if placement.dim is not None)
+        key = spec.mesh, sharded
+        if key not in self._found:
+            ranks = self.world if spec.mesh is None else self._alike(spec.mesh, sharded)
+            self._found[key] = self._by_ranks.setdefault(ranks, _Group(ranks))
+        return self._found[key]
+
+    def _alike(self, mesh: Mesh, sharded: tuple[int, ...]) -> tuple[int, ...]:
+        own = mesh.coordinate(self._rank)
+        assert own is not None, "its box was found"
+        if len(sharded) == len(mesh.shape):
+            return (self._rank,)
+        return tuple(
+            member
+            for member, coordinate in zip(mesh.ranks, mesh.coordinates(), strict=True)
+            if all(coordinate[i] == own[i] for i in sharded)
+        )
 
 
 def _parts(box: Box, item_bytes: int, num_members: int) -> list[Box]:

@@ -96,7 +96,7 @@ def make_plan(
     """
     described = describe(captured.tensors)
     spread = _with_copies(described, captured.holders, own=global_ranks[rank], world_size=world_size)
-    specs = [_in_group_ranks(spec, global_ranks) for spec in spread]
+    specs = _in_group_ranks(spread, global_ranks)
     names = tuple(".".join(spec.path) for spec in specs)
     _refuse_collisions(specs, names)
     ownership = assign_owners(specs, rank=rank, world_size=world_size)
@@ -146,43 +146,49 @@ def _with_copies(
     specs: Sequence[TensorSpec], holders: Mapping[Path, Holders], *, own: int, world_size: int
 ) -> list[TensorSpec]:
     """The tensors on the meshes of all ranks that hold them or copies of them; ranks are global ones."""
-    known: dict[tuple[Holders, tuple[int, ...]], tuple[tuple[int, ...], ...]] = {}
+    known: dict[tuple[Holders, Mesh], Mesh | None] = {}
     found = []
     for spec in specs:
         held_by = holders.get(spec.path)
         if held_by is None:
             found.append(spec)
             continue
-        shape, ranks = ((), (own,)) if spec.mesh is None else (spec.mesh.shape, spec.mesh.ranks)
-        if (held_by, ranks) not in known:
-            known[held_by, ranks] = held_by.copies(ranks)
-        copies = known[held_by, ranks]
-        if len(copies) == (world_size if spec.mesh is None else 1):
+        held = Mesh((), (own,)) if spec.mesh is None else spec.mesh
+        if (held_by, held) not in known:
+            copies = held_by.copies(held.ranks)
+            is_known = len(copies) == (world_size if spec.mesh is None else 1)
+            ranks = tuple(chain.from_iterable(copies))
+            known[held_by, held] = None if is_known else Mesh((len(copies), *held.shape), ranks)
+        mesh = known[held_by, held]
+        if mesh is None:
             found.append(spec)
             continue
         found.append(
             replace(
                 spec,
-                mesh=Mesh((len(copies), *shape), tuple(chain.from_iterable(copies))),
-                dim_names=("copies", *spec.dim_names) if len(spec.dim_names) == len(shape) else (),
+                mesh=mesh,
+                dim_names=("copies", *spec.dim_names) if len(spec.dim_names) == len(held.shape) else (),
                 placements=(Placement(), *spec.placements),
             )
         )
     return found
 
 
-def _in_group_ranks(spec: TensorSpec, global_ranks: Sequence[int]) -> TensorSpec:
-    """Number the mesh's ranks as the saving group does."""
-    if spec.mesh is None:
-        return spec
+def _in_group_ranks(specs: Sequence[TensorSpec], global_ranks: Sequence[int]) -> list[TensorSpec]:
+    """Number the ranks of meshes as the saving group does; each mesh once, since many tensors share it."""
     position = {rank: index for index, rank in enumerate(global_ranks)}
-    outside = [rank for rank in spec.mesh.ranks if rank not in position]
-    if outside:
-        raise StateError(
-            f"{'.'.join(spec.path)} is sharded over rank(s) {outside} outside of the process group that saves"
-        )
-    mesh = Mesh(spec.mesh.shape, tuple(position[rank] for rank in spec.mesh.ranks))
-    return replace(spec, mesh=mesh)
+    known: dict[Mesh, Mesh] = {}
+    for spec in specs:
+        if spec.mesh is None or spec.mesh in known:
+            continue
+        outside = [rank for rank in spec.mesh.ranks if rank not in position]
+        if outside:
+            raise StateError(
+                f"{'.'.join(spec.path)} is sharded over rank(s) {outside} outside of the process group that "
+                "saves"
+            )
+        known[spec.mesh] = Mesh(spec.mesh.shape, tuple(position[rank] for rank in spec.mesh.ranks))
+    return [spec if spec.mesh is None else replace(spec, mesh=known[spec.mesh]) for spec in specs]
 
 
 def _refuse_collisions(specs: Sequence[TensorSpec], names: Sequence[str]) -> None:
@@ -200,9 +206,14 @@ def _tables(
     meshes: list[MeshEntry] = []
     numbers: dict[tuple[Mesh, tuple[str, ...]], int] = {}
     entries = []
+    lowest = {mesh: min(mesh.ranks) for mesh in {spec.mesh for spec in specs} if mesh is not None}
+    runs: dict[int, list[list[int]]] = {}
     for spec, owners in zip(specs, ownership.owners, strict=True):
-        if rank != (0 if spec.mesh is None else min(spec.mesh.ranks)):
+        if rank != (0 if spec.mesh is None else lowest[spec.mesh]):
             continue
+        # By identity: all tensors of a mesh have one tuple, as long as there are ranks.
+        if id(owners) not in runs:
+            runs[id(owners)] = compress_ranks(owners)
         number = None
         if spec.mesh is not None:
             number = numbers.setdefault((spec.mesh, spec.dim_names), len(meshes))
@@ -221,7 +232,7 @@ def _tables(
                 shape=list(spec.shape),
                 mesh=number,
                 placements=[str(placement) for placement in spec.placements],
-                owners=compress_ranks(owners),
+                owners=runs[id(owners)],
             )
         )
     return meshes, entries

@@ -20,8 +20,7 @@ from dcp_ckpt.coordination import (
     as_checkpoint_error,
     error_fields,
     error_from_fields,
-    gather,
-    raise_first,
+    reduce,
 )
 from dcp_ckpt.errors import CheckpointError, StateError, StorageFull
 from dcp_ckpt.policies import KeepPolicy
@@ -52,7 +51,7 @@ class Room:
 
 @dataclass(frozen=True, kw_only=True)
 class Needs:
-    """What a save takes on one rank, told to all of them.
+    """What a save takes on one rank, told to rank 0.
 
     Args:
         memory_bytes: beyond what it holds.
@@ -73,7 +72,7 @@ class Needs:
 
 
 def needs_problem(needs: Sequence[Needs]) -> CheckpointError | None:
-    """Why no save of this state can succeed, the same on all ranks; None when nothing is known. Pure."""
+    """Why no save of this state can succeed; None when nothing is known. Pure."""
     errors = [error_from_fields(need.error) for need in needs if need.error is not None]
     if errors:
         return errors[0]
@@ -115,26 +114,39 @@ def prepare_saves(
             held then.
     """
     captured, own = _own_needs(stager, capture, look_for_room, rank=channel.rank)
-    messages = gather(channel, f"{tag}/needs", asdict(own), timeout_seconds=timeout_seconds)
-    needs = msgspec.convert(messages, type=list[Needs])
-    problem = needs_problem(needs)
-    if problem is not None:
+    told = reduce(
+        channel,
+        f"{tag}/needs",
+        asdict(own),
+        lambda messages: _judged(msgspec.convert(messages, type=list[Needs]), keep),
+        timeout_seconds=timeout_seconds,
+    )
+    if told["problem"] is not None:
         stager.close()
-        raise problem
-    unready = [f"rank {need.rank}: {need.unready}" for need in needs if need.unready is not None]
-    if captured is None or unready:
-        if channel.rank == 0:
-            log.warning("what a save takes is not known before the first one: %s", "; ".join(unready))
+        raise error_from_fields(told["problem"])
+    needed_bytes: int | None = told["needed_bytes"]
+    if captured is None or needed_bytes is None:
         return None
-    if channel.rank == 0:
-        _log_needs(needs, keep)
     _, failures = agree(
         channel, f"{tag}/arena", lambda: stager.prepare(captured), timeout_seconds=timeout_seconds
     )
     if failures:
         stager.close()
-        raise_first(failures)
-    return sum(need.file_bytes for need in needs)
+        failures.raise_first()
+    return needed_bytes
+
+
+def _judged(needs: Sequence[Needs], keep: KeepPolicy | None) -> dict[str, Any]:
+    """On rank 0: what all ranks have to know. `needed_bytes` is None where some needs are not known."""
+    problem = needs_problem(needs)
+    if problem is not None:
+        return {"problem": error_fields(problem), "needed_bytes": None}
+    unready = [f"rank {need.rank}: {need.unready}" for need in needs if need.unready is not None]
+    if unready:
+        log.warning("what a save takes is not known before the first one: %s", "; ".join(unready))
+        return {"problem": None, "needed_bytes": None}
+    _log_needs(needs, keep)
+    return {"problem": None, "needed_bytes": sum(need.file_bytes for need in needs)}
 
 
 def _own_needs(

@@ -80,9 +80,9 @@ class SaveKeys:
         """What others compare theirs with; of rank 0, and of the ranks that lead a pipeline stage."""
         return f"save/{self.call}/replicas/{rank}"
 
-    def all(self, world_size: int) -> list[str]:
-        """Every key of this call that rank 0 frees."""
-        return [self.record, self.verdict, *map(self.report, range(world_size))]
+    def told_by(self, rank: int) -> list[str]:
+        """The keys of this call that a rank publishes, and frees when all have read them."""
+        return [self.report(rank), *([self.record, self.verdict] if rank == 0 else [])]
 
 
 def to_message(document: Record | Report | Verdict) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from typing import Any
 import msgspec
 
 from dcp_ckpt.config import CheckpointConfig
-from dcp_ckpt.coordination import Channel, agree, broadcast, raise_first
+from dcp_ckpt.coordination import Channel, agree, broadcast
 from dcp_ckpt.errors import CheckpointError, StorageTransient
 from dcp_ckpt.format.epoch import EpochClaim
 from dcp_ckpt.format.manifest import Manifest
@@ -93,7 +93,7 @@ class Session:
             if pilot is not None:
                 pilot.close()
             link.hold_lease(storage.url, None)
-            raise_first(failures)
+            failures.raise_first()
 
     def resumed_from(self, directory: str, epoch: int, step: int) -> None:
         """Rank 0: steps go on after this one, and it is never removed while this epoch lives.
