@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import msgspec
@@ -16,7 +16,7 @@ from dcp_ckpt.format.documents import FORMAT_VERSION, decode_document, decoding,
 from dcp_ckpt.format.fields import Count, Digest, Identity, RankRuns, Version
 from dcp_ckpt.format.fragment import CopiesEntry, Fragment, decode_fragment
 from dcp_ckpt.format.joining import common_digest
-from dcp_ckpt.format.names import MANIFEST, AttemptId
+from dcp_ckpt.format.names import AttemptId
 
 __all__ = [
     "MANIFEST_FORMAT",
@@ -228,7 +228,7 @@ def decode_manifest(data: bytes, *, path: str) -> Manifest:
         problem = f"fragments: {len(manifest.fragments)} fragments for a world of {manifest.world_size}"
     elif repeated := ranks_problem(manifest.index, manifest.world_size):
         problem = f"index: {repeated}"
-    elif _document_digest(data, path=path) != manifest.digest:
+    elif _stated_digest(data, manifest, path=path) != manifest.digest:
         problem = "digest: its own digest does not match: it was changed after it was written"
     else:
         return manifest
@@ -259,12 +259,17 @@ def decode_listed_fragment(data: bytes, manifest: Manifest, rank: int, *, path: 
 
 
 def _own_digest(manifest: Manifest) -> str:
-    return _document_digest(encode_json(manifest), path=MANIFEST)
+    """Digest of all fields but `digest`."""
+    unsigned = {field.name: getattr(manifest, field.name) for field in fields(manifest)}
+    del unsigned["digest"]
+    return digest(encode_json(unsigned))
 
 
-def _document_digest(data: bytes, *, path: str) -> str:
-    """Digest of all fields but `digest`, including fields that this version does not know."""
+def _stated_digest(data: bytes, manifest: Manifest, *, path: str) -> str:
+    """What `data`, decoded to `manifest`, should state: with fields that this version does not know."""
+    if encode_json(manifest) == data:
+        return _own_digest(manifest)
     with decoding(MANIFEST_FORMAT, path=path):
-        fields = msgspec.json.decode(data, type=dict[str, Any])
-        fields.pop("digest", None)
-        return digest(encode_json(fields))
+        unsigned = msgspec.json.decode(data, type=dict[str, Any])
+        unsigned.pop("digest", None)
+        return digest(encode_json(unsigned))

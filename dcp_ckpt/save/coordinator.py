@@ -33,7 +33,7 @@ from dcp_ckpt.lifecycle.commit import (
 from dcp_ckpt.lifecycle.epochs import require_newest
 from dcp_ckpt.lifecycle.retract import retract
 from dcp_ckpt.save.deadlines import CONCLUDE_SECONDS, REPORT_SLACK_SECONDS
-from dcp_ckpt.save.record import Report, SaveKeys, Verdict, from_message
+from dcp_ckpt.save.record import Report, SaveKeys, Verdict, from_messages
 from dcp_ckpt.save.watch import Watchdog
 from dcp_ckpt.storage.base import Storage
 
@@ -109,7 +109,7 @@ class Coordinator:
         wanted = [keys.report(rank) for rank in range(self._channel.world_size)]
         left = max(deadline - time.monotonic(), 0.0)
         found = self._channel.get_many(wanted, timeout_seconds=left)
-        reports = [from_message(Report, message) for message in found if message is not MISSING]
+        reports = from_messages(Report, [message for message in found if message is not MISSING])
         return reports, [rank for rank, message in enumerate(found) if message is MISSING]
 
     def _silent(self, keys: SaveKeys) -> tuple[int, ...]:

@@ -6,6 +6,7 @@ key.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
@@ -14,7 +15,7 @@ import msgspec
 from dcp_ckpt.format.documents import decoder_of
 from dcp_ckpt.format.manifest import FragmentSummary
 
-__all__ = ["Record", "Report", "SaveKeys", "Verdict", "from_message", "to_message"]
+__all__ = ["Record", "Report", "SaveKeys", "Verdict", "from_message", "from_messages", "to_message"]
 
 _Document = TypeVar("_Document")
 
@@ -90,5 +91,10 @@ def to_message(document: Record | Report | Verdict) -> dict[str, Any]:
 
 
 def from_message(kind: type[_Document], message: Any) -> _Document:
+    return from_messages(kind, [message])[0]
+
+
+def from_messages(kind: type[_Document], messages: Sequence[Any]) -> list[_Document]:
+    """As `from_message`, of many at once."""
     decoder_of(kind)  # several threads convert
-    return msgspec.convert(message, type=kind)
+    return [msgspec.convert(message, type=kind) for message in messages]

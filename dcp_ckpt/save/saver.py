@@ -17,11 +17,8 @@ from typing import Any
 from dcp_ckpt.config import CheckpointConfig
 from dcp_ckpt.coordination import Channel, as_checkpoint_error, error_fields, error_from_fields
 from dcp_ckpt.errors import CheckpointError, CoordinationError, Fenced
-from dcp_ckpt.format.boxes import compress_ranks
 from dcp_ckpt.format.epoch import EpochClaim
-from dcp_ckpt.format.fragment import CopiesEntry, Fragment
 from dcp_ckpt.format.names import AttemptId, StepDir
-from dcp_ckpt.format.values import encode_value
 from dcp_ckpt.lifecycle.epochs import utc_now
 from dcp_ckpt.save.bases import Bases
 from dcp_ckpt.save.deadlines import WRITER_END_SECONDS, take_back_seconds
@@ -29,9 +26,9 @@ from dcp_ckpt.save.fence import Fence
 from dcp_ckpt.save.final_save import FinalSave, plan_final_save
 from dcp_ckpt.save.handle import SaveHandle
 from dcp_ckpt.save.handover import Handover
+from dcp_ckpt.save.own_fragment import own_fragment
 from dcp_ckpt.save.pilot import Flight, Pilot
 from dcp_ckpt.save.record import Record, SaveKeys, from_message, to_message
-from dcp_ckpt.save.replicas import ReplicaSet
 from dcp_ckpt.save.reuse import Base
 from dcp_ckpt.save.space import Space
 from dcp_ckpt.save.staging import Staged, Stager, capture
@@ -320,7 +317,18 @@ class Saver:
             if not flight.handover.mark_copied():
                 return
             replicas = staged.replicas(late_samples)
-            fragment = self._fragment(flight, staged, replicas)
+            fragment = own_fragment(
+                staged,
+                replicas,
+                self._claim,
+                flight.attempt,
+                rank=self._channel.rank,
+                world_size=self._channel.world_size,
+                step=flight.step,
+                created_at=flight.created_at,
+                metrics=flight.metrics,
+                tags=flight.tags,
+            )
             job = WriteJob(
                 storage_url=self._url,
                 directory=str(flight.directory),
@@ -338,39 +346,3 @@ class Saver:
             flight.handover.fail(as_checkpoint_error(error, rank=self._channel.rank))
             if not isinstance(error, Exception):
                 raise
-
-    def _fragment(self, flight: Flight, staged: Staged, replicas: Sequence[ReplicaSet]) -> Fragment:
-        coordinates = self._channel.rank == 0
-        of_all, *of_some = replicas
-        return Fragment(
-            run_id=self._claim.run_id,
-            epoch=self._claim.epoch,
-            epoch_id=self._claim.epoch_id,
-            attempt=str(flight.attempt),
-            step=flight.step,
-            rank=self._channel.rank,
-            world_size=self._channel.world_size,
-            files=[file for file, _ in staged.files],
-            meshes=staged.plan.meshes,
-            tensors=staged.plan.tensors,
-            chunks=staged.selection.chunks,
-            layout=staged.selection.digest,
-            aliases=staged.indexed_aliases,
-            values=staged.values,
-            per_rank=staged.per_rank,
-            replicated=of_all.digest,
-            copies=[CopiesEntry(ranks=compress_ranks(one.ranks), digest=one.digest) for one in of_some],
-            created_at=flight.created_at if coordinates else None,
-            metrics=_encoded_metrics(flight.metrics) if coordinates else {},
-            tags=list(flight.tags) if coordinates else [],
-        )
-
-
-def _encoded_metrics(metrics: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: encode_value(_plain(value), path=f"metrics[{name!r}]") for name, value in metrics.items()}
-
-
-def _plain(value: Any) -> Any:
-    """A 0-dim tensor or numpy number as the Python number that a metric is."""
-    item: Callable[[], Any] | None = getattr(value, "item", None)
-    return item() if callable(item) else value

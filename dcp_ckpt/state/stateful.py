@@ -171,7 +171,7 @@ class DictComponent:
     def _leaves(self) -> Iterator[tuple[Path, dict[str, Any], Any]]:
         """Leaves that are no objects: path, the dictionary that holds it, the leaf."""
         for path, parent, leaf in _entries(self._mapping, self._prefix):
-            if not isinstance(leaf, (nn.Module, torch.optim.Optimizer, Stateful)):
+            if not (isinstance(leaf, (nn.Module, torch.optim.Optimizer)) or _is_stateful(leaf)):
                 yield path, parent, leaf
 
     def components(self) -> list[Component]:
@@ -190,13 +190,21 @@ class DictComponent:
         for path, leaf in entries:
             if isinstance(leaf, torch.optim.Optimizer):
                 components.append(OptimizerComponent(path, leaf, names, watch))
-            elif isinstance(leaf, Stateful) and not isinstance(leaf, nn.Module):
+            elif _is_stateful(leaf) and not isinstance(leaf, nn.Module):
                 components.append(StatefulComponent(path, leaf))
         return components
 
     def _model(self, path: Path, module: nn.Module) -> ModelComponent:
         known = self._models.get(path)
         return known if known is not None and known.module is module else ModelComponent(path, module)
+
+
+def _is_stateful(leaf: Any) -> bool:
+    """Whether it is an object that gives and takes its state.
+
+    Tensors first: there are many of them, and to see that one has no such methods takes 20 us.
+    """
+    return not isinstance(leaf, torch.Tensor) and isinstance(leaf, Stateful)
 
 
 def _entries(mapping: dict[str, Any], path: Path) -> Iterator[tuple[Path, dict[str, Any], Any]]:
