@@ -5,15 +5,20 @@ Pure: names and arithmetic, no torch, no effects. Used by the phases for the nam
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 __all__ = [
     "LABELS",
     "MACHINE",
+    "METADATA",
     "OURS",
     "PROCESS",
+    "SCALE_LABELS",
+    "SCALE_TARGETS",
+    "SCALE_UNITS",
     "SHARED",
+    "STOCK_KEY",
     "STOCK_LOAD",
     "STOCK_SAVE",
     "SUCCESSOR",
@@ -33,6 +38,8 @@ PROCESS = "dcp.async_save process"
 SHARED = "dcp.async_save process+shm"
 SUCCESSOR = "torch_checkpointing"
 MACHINE = "machine"
+METADATA = ".metadata"
+STOCK_KEY = "dcp.load of one key"
 
 LABELS = {
     "memcpy": "copy of the state, memory warm",
@@ -138,9 +145,51 @@ TARGETS = (
 """The ratios of the contract, in its order."""
 
 
-def compute_ratios(medians: Mapping[tuple[str, str], float]) -> dict[str, float | None]:
+SCALE_LABELS = {
+    "planning_1k": "planning of a steady save, 1024 ranks: one rank and rank 0",
+    "planning_4k": "planning of a steady save, 4096 ranks: one rank and rank 0",
+    "planning_16k": "planning of a steady save, 16384 ranks: one rank and rank 0",
+    "planning_rank_16k": "of it, what each rank does",
+    "planning_first_16k": "plan of the first save on each rank, 16384 ranks",
+    "resume_bytes_16k": "what a rank reads to find its bytes, saved by 16384 ranks",
+    "resume_planning_16k": "reading, checking and searching that",
+    "list_10000": "list 10,000 checkpoints, cold process",
+    "list_api_10000": "list 10,000 checkpoints, warm process",
+    "cli_help": "dcp-ckpt --help",
+    "cli_list": "dcp-ckpt list, 3 checkpoints",
+    "one_tensor": "open a checkpoint of 20,000 chunks and read one tensor",
+    "one_tensor_sharded": "the same, the tensor and all others in 16 shards",
+    "one_tensor_bytes": "bytes read for it (rchar)",
+}
+"""As `LABELS`, of the benchmarks of scale."""
+
+SCALE_UNITS = {"resume_bytes_16k": "bytes", "one_tensor_bytes": "bytes"}
+
+SCALE_TARGETS = (
+    _same("planning_1k", METADATA, 1 / 100, 1 / 1000),
+    _same("planning_4k", METADATA, 1 / 100, 1 / 1000),
+    _same("planning_16k", METADATA, 1 / 100, 1 / 1000),
+    _same("resume_bytes_16k", METADATA, 1 / 50, 1 / 500),
+    _same("list_10000", METADATA, 1 / 50, 1 / 500),
+    Target(name="cli_help", above=("cli_help", OURS), below=None, needed=0.150, aim=None),
+    Target(name="cli_list", above=("cli_list", OURS), below=None, needed=0.150, aim=None),
+    Target(
+        name="one_tensor",
+        above=("one_tensor", OURS),
+        below=("one_tensor", STOCK_KEY),
+        needed=1 / 50,
+        aim=1 / 300,
+        also=(("one_tensor", 0.010),),
+    ),
+)
+"""The ratios of `planning_scale.py`, `catalog_scale.py` and `random_access.py`; each gives its own ones."""
+
+
+def compute_ratios(
+    medians: Mapping[tuple[str, str], float], targets: Sequence[Target] = TARGETS
+) -> dict[str, float | None]:
     """All ratios; None where a side was not measured or the lower one is 0."""
-    return {target.name: _ratio(target, medians) for target in TARGETS}
+    return {target.name: _ratio(target, medians) for target in targets}
 
 
 def passes(target: Target, medians: Mapping[tuple[str, str], float]) -> bool | None:

@@ -6,7 +6,6 @@ errors. Knows no storage; callers pass the path only for the message.
 
 from __future__ import annotations
 
-import json
 import threading
 from collections import Counter
 from collections.abc import Hashable, Iterator
@@ -73,6 +72,9 @@ def decode_document(data: bytes, kind: type[_Document], *, format: str, path: st
             stated twice; the message names the field.
         FormatTooNew: written by a newer version of the format.
     """
+    document = _decoded_at_once(data, kind, format)
+    if document is not None:
+        return document
     with decoding(format, path=path):
         header = decoder_of(_Header).decode(data)
     if header.format != format:
@@ -86,10 +88,22 @@ def decode_document(data: bytes, kind: type[_Document], *, format: str, path: st
         )
     with decoding(format, path=path):
         document = decoder_of(kind).decode(data)
-        if encode_json(document) != data:
-            # The same bytes again mean that nothing was stated twice; that is quick, and all that we write.
-            _check_slowly(data)
+        _check_slowly(data)
     return document
+
+
+def _decoded_at_once(data: bytes, kind: type[_Document], format: str) -> _Document | None:
+    """What we write, and nothing else; None for what has to be looked at more closely.
+
+    The same bytes again mean that every field is there and nothing was stated twice.
+    """
+    try:
+        document = decoder_of(kind).decode(data)
+    except (ValueError, ArithmeticError, RecursionError):
+        return None
+    is_ours = getattr(document, "format", None) == format
+    is_known = is_ours and getattr(document, "format_version", 0) <= FORMAT_VERSION
+    return document if is_known and encode_json(document) == data else None
 
 
 @cache
@@ -99,6 +113,8 @@ def _decoder(kind: Any) -> msgspec.json.Decoder[Any]:
 
 def _check_slowly(data: bytes) -> None:
     """Find what decoding into a type skips over: damage in unknown fields, and names that come twice."""
+    import json  # what we wrote ourselves needs no such look, and commands start fast
+
     msgspec.json.decode(data)
     json.loads(data, object_pairs_hook=_without_repetition)
 

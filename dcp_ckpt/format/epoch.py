@@ -84,6 +84,8 @@ def decode_epoch(data: bytes, *, path: str) -> EpochClaim:
 
 def is_tombstone(data: bytes, *, path: str) -> bool:
     """Whether this stands in the place of a manifest to keep its name taken."""
+    if len(data) > TOMBSTONE_MOST_BYTES:
+        return False
     try:
         decode_document(data, Tombstone, format=TOMBSTONE_FORMAT, path=path)
     except LoadError:

@@ -8,11 +8,12 @@ directory that is no checkpoint why it is none. Decides nothing. Called by the c
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from dcp_ckpt.errors import (
     CheckpointError,
@@ -29,19 +30,25 @@ from dcp_ckpt.format.manifest import Manifest, decode_manifest
 from dcp_ckpt.format.names import MANIFEST, StepDir
 from dcp_ckpt.format.values import decode_value
 from dcp_ckpt.lifecycle.marks import Mark, active_marks, is_pinned, read_marks
-from dcp_ckpt.lifecycle.retention import Candidate
 from dcp_ckpt.lifecycle.runs import RunDocument, read_run
-from dcp_ckpt.policies import BestN, Mode
 from dcp_ckpt.storage.base import Storage
 from dcp_ckpt.storage.listed import listed_once
 from dcp_ckpt.storage.os_errors import is_no_file
 from dcp_ckpt.storage.ranges import run_in_order
+
+if TYPE_CHECKING:
+    from dcp_ckpt.lifecycle.retention import Candidate
+    from dcp_ckpt.policies import Mode
 
 __all__ = ["Catalogue", "CheckpointEntry", "RejectedStep", "read_catalogue", "step_directories"]
 
 log = logging.getLogger(__name__)
 
 _CONCURRENT_READS = 16
+
+_TRIED_READS = 8
+_SLOW_READ_SECONDS = 0.0005
+"""On a file system whose reads take less, threads would mostly wait for each other."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,6 +110,8 @@ class CheckpointEntry:
     @property
     def candidate(self) -> Candidate:
         """What retention needs to know."""
+        from dcp_ckpt.lifecycle.retention import Candidate  # listings do without it
+
         return Candidate(
             directory=self.directory,
             epoch=self.epoch,
@@ -164,6 +173,8 @@ class Catalogue:
 
     def best(self, metric: str, mode: Mode) -> CheckpointEntry | None:
         """The best that is not marked bad and has a finite value of `metric`; of equal ones the newest."""
+        from dcp_ckpt.policies import BestN  # listings do without it
+
         valid = [entry for entry in self.entries if not entry.is_bad]
         ranked = BestN(1, metric, mode).ranked(valid)
         return valid[ranked[0]] if ranked else None
@@ -234,7 +245,17 @@ def _read_manifests(storage: Storage, directories: Sequence[StepDir]) -> list[by
         except StorageError as error:
             found[number] = RejectedStep(directory=directory, state="unreadable", error=_unreadable(error))
 
-    run_in_order(len(directories), lambda: read, concurrency=_CONCURRENT_READS)
+    # An object store is always worth the threads; a file system may be in this host's memory.
+    num_tried = min(len(directories), _TRIED_READS) if storage.capabilities.directories else 0
+    started = time.monotonic()
+    for number in range(num_tried):
+        read(number)
+    is_slow = time.monotonic() - started >= num_tried * _SLOW_READ_SECONDS
+    run_in_order(
+        len(directories) - num_tried,
+        lambda: lambda number: read(num_tried + number),
+        concurrency=_CONCURRENT_READS if is_slow else 1,
+    )
     return found
 
 

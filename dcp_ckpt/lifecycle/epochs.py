@@ -9,8 +9,6 @@ from __future__ import annotations
 import logging
 import os
 import re
-import secrets
-import socket
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -154,9 +152,9 @@ def claim_epoch(
         claim = EpochClaim(
             run_id=run_id,
             epoch=epoch,
-            epoch_id=secrets.token_hex(16),
+            epoch_id=os.urandom(16).hex(),
             world_size=world_size,
-            host=socket.gethostname(),
+            host=os.uname().nodename,
             pid=os.getpid(),
             created_at=utc_now(),
             purpose=purpose,
@@ -195,7 +193,7 @@ def _close_gap(storage: Storage, claim: EpochClaim) -> None:
             path=storage.url,
         )
     for epoch in range(last + 1, claim.epoch):
-        skipped = replace(claim, epoch=epoch, epoch_id=secrets.token_hex(16), purpose="skipped")
+        skipped = replace(claim, epoch=epoch, epoch_id=os.urandom(16).hex(), purpose="skipped")
         with suppress(StorageExists):
             storage.create_exclusive(f"{EPOCHS}/{epoch_name(epoch)}", encode_epoch(skipped))
 

@@ -8,8 +8,8 @@ is skipped and logged. Written by `load`; read by the catalogue and before a rem
 from __future__ import annotations
 
 import logging
+import os
 import re
-import secrets
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
@@ -101,7 +101,7 @@ def write_mark(
         created_at=utc_now(),
         detail=dict(detail or {}),
         cancels=sorted(cancels),
-        id=secrets.token_hex(16),
+        id=os.urandom(16).hex(),
     )
     document = encode_json({name: value for name, value in asdict(mark).items() if name != "id"})
     storage.make_directory(f"{MARKS}/{directory}")

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import os
-import secrets
 from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -251,7 +250,7 @@ def _create(
     parent: RunParent | None,
 ) -> RunDocument:
     document = RunDocument(
-        run_id=secrets.token_hex(16),
+        run_id=os.urandom(16).hex(),
         number=number,
         name=name,
         created_at=utc_now(),

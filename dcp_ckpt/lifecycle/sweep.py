@@ -7,7 +7,7 @@ docs/format.md, sections 9 and 10. Only the holder of the newest epoch calls thi
 from __future__ import annotations
 
 import logging
-import secrets
+import os
 
 from dcp_ckpt.errors import Fenced, StorageExists, StorageNotFound
 from dcp_ckpt.format.epoch import Tombstone, encode_epoch, is_tombstone
@@ -121,7 +121,7 @@ def seal(storage: Storage, directory: StepDir, *, epoch: int) -> str | None:
         return str(directory) if _close_name(storage, f"{directory}/{MANIFEST}", epoch) else None
     if MANIFEST in storage.list_names(f"{directory}/"):
         return None
-    sealed = f"{TRASH}/{directory}.{secrets.token_hex(8)}"
+    sealed = f"{TRASH}/{directory}.{os.urandom(8).hex()}"
     try:
         storage.rename_directory(str(directory), sealed)
     except StorageNotFound:

@@ -6,7 +6,6 @@ Called by the local storage; raises plain `OSError`.
 from __future__ import annotations
 
 import os
-import secrets
 from contextlib import suppress
 
 from dcp_ckpt.errors import StorageUnsuitable
@@ -20,7 +19,7 @@ __all__ = ["try_out", "usual_capabilities"]
 
 def try_out(root: str, publisher: Publisher, calls: SystemCalls) -> StorageCapabilities:
     """Create files exclusively, link and write directly in `root`; leaves nothing behind."""
-    second = os.path.join(root, temporary_name("probe", secrets.token_hex(8)))
+    second = os.path.join(root, temporary_name("probe", os.urandom(8).hex()))
     with temporary_file(os.path.join(root, "probe"), b"", calls) as first:
         direct_io = _does_direct_io(first, calls)
         try:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import errno
 import os
-import secrets
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -111,7 +110,7 @@ def temporary_file(final: str, data: Buffer, calls: SystemCalls) -> Iterator[str
         The temporary path, to be linked or renamed.
     """
     directory, name = os.path.split(final)
-    path = os.path.join(directory, temporary_name(name, secrets.token_hex(8)))
+    path = os.path.join(directory, temporary_name(name, os.urandom(8).hex()))
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
     fd = os.open(path, flags, 0o666)
     try:

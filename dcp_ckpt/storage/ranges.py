@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 
 from dcp_ckpt.errors import ConfigError
 from dcp_ckpt.storage.base import ByteRange
@@ -48,6 +47,10 @@ def run_in_order(
     if num_helpers < 1:
         _drain(queue, make_worker)
     else:
+        from concurrent.futures import (
+            ThreadPoolExecutor,  # most calls need no threads, and commands start fast
+        )
+
         with ThreadPoolExecutor(num_helpers, thread_name_prefix="dcp_ckpt-read") as pool:
             try:
                 for _ in range(num_helpers):
