@@ -158,7 +158,6 @@ SCALE_LABELS = {
     "cli_help": "dcp-ckpt --help",
     "cli_list": "dcp-ckpt list, 3 checkpoints",
     "one_tensor": "open a checkpoint of 20,000 chunks and read one tensor",
-    "one_tensor_sharded": "the same, the tensor and all others in 16 shards",
     "one_tensor_bytes": "bytes read for it (rchar)",
 }
 """As `LABELS`, of the benchmarks of scale."""

@@ -95,14 +95,17 @@ def decode_document(data: bytes, kind: type[_Document], *, format: str, path: st
 def _decoded_at_once(data: bytes, kind: type[_Document], format: str) -> _Document | None:
     """What we write, and nothing else; None for what has to be looked at more closely.
 
-    The same bytes again mean that every field is there and nothing was stated twice.
+    The same bytes again mean that nothing was stated twice. What is left to a default is not among the
+    attributes of the document itself, and not encoded.
     """
     try:
         document = decoder_of(kind).decode(data)
     except (ValueError, ArithmeticError, RecursionError):
         return None
-    is_ours = getattr(document, "format", None) == format
-    is_known = is_ours and getattr(document, "format_version", 0) <= FORMAT_VERSION
+    stated = vars(document)
+    is_known = stated.get("format") == format and stated.get("format_version", 0) in range(
+        1, FORMAT_VERSION + 1
+    )
     return document if is_known and encode_json(document) == data else None
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import msgspec
@@ -27,6 +27,7 @@ __all__ = [
     "decode_listed_fragment",
     "decode_manifest",
     "encode_manifest",
+    "require_listed",
     "summarize",
 ]
 
@@ -243,26 +244,35 @@ def decode_listed_fragment(data: bytes, manifest: Manifest, rank: int, *, path: 
             attempt's.
         FormatTooNew: it was written by a newer version.
     """
+    require_listed(data, manifest, rank, path=path)
     ref = manifest.fragments[rank]
-    problem = None
+    fragment = decode_fragment(data, path=path)
+    listed = FragmentSummary.of(fragment, ref).identity, [file.size_bytes for file in fragment.files]
+    if fragment.rank != rank or listed != (manifest.identity, ref.file_bytes):
+        raise _wrong_fragment("is that of another rank or attempt", rank, path)
+    return fragment
+
+
+def require_listed(data: bytes, manifest: Manifest, rank: int, *, path: str) -> None:
+    """Check the bytes of one rank's fragment against the manifest.
+
+    Raises:
+        CorruptCheckpoint: their size or digest differs from the manifest's.
+    """
+    ref = manifest.fragments[rank]
     if len(data) != ref.size_bytes:
-        problem = f"has {len(data)} bytes where the manifest says {ref.size_bytes}"
-    elif digest(data) != ref.digest:
-        problem = "differs from its digest in the manifest"
-    if problem is None:
-        fragment = decode_fragment(data, path=path)
-        listed = FragmentSummary.of(fragment, ref).identity, [file.size_bytes for file in fragment.files]
-        if fragment.rank == rank and listed == (manifest.identity, ref.file_bytes):
-            return fragment
-        problem = "is that of another rank or attempt"
-    raise CorruptCheckpoint(f"the fragment {problem}", rank=rank, phase="read", path=path)
+        raise _wrong_fragment(f"has {len(data)} bytes where the manifest says {ref.size_bytes}", rank, path)
+    if digest(data) != ref.digest:
+        raise _wrong_fragment("differs from its digest in the manifest", rank, path)
+
+
+def _wrong_fragment(problem: str, rank: int, path: str) -> CorruptCheckpoint:
+    return CorruptCheckpoint(f"the fragment {problem}", rank=rank, phase="read", path=path)
 
 
 def _own_digest(manifest: Manifest) -> str:
     """Digest of all fields but `digest`."""
-    unsigned = {field.name: getattr(manifest, field.name) for field in fields(manifest)}
-    del unsigned["digest"]
-    return digest(encode_json(unsigned))
+    return digest(encode_json({name: field for name, field in vars(manifest).items() if name != "digest"}))
 
 
 def _stated_digest(data: bytes, manifest: Manifest, *, path: str) -> str:

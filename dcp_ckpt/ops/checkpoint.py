@@ -13,11 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 from dcp_ckpt.closing import Closing
 from dcp_ckpt.errors import CheckpointNotFound, CorruptCheckpoint, StorageNotFound
-from dcp_ckpt.format.boxes import expand_ranks, tiling_problem
-from dcp_ckpt.format.consistency import chunk_problem
+from dcp_ckpt.format.boxes import expand_ranks
 from dcp_ckpt.format.dtypes import dtype_info
 from dcp_ckpt.format.fragment import (
-    ChunkEntry,
     Fragment,
     MeshEntry,
     TensorEntry,
@@ -30,6 +28,7 @@ from dcp_ckpt.format.values import decode_value
 from dcp_ckpt.load.source import Source
 from dcp_ckpt.load.stored import StoredCheckpoint, was_removed
 from dcp_ckpt.ops.blocks import read_verified
+from dcp_ckpt.ops.one_tensor import FoundChunk, FoundTensor, TensorSearch, chunks_problem
 from dcp_ckpt.ops.refs import resolve_ref
 from dcp_ckpt.storage import open_storage
 from dcp_ckpt.storage.base import Storage
@@ -88,6 +87,7 @@ class Checkpoint(Closing):
     def __init__(self, storage: Storage, directory: str, manifest: Manifest) -> None:
         self._storage = storage
         self._fragments: dict[int, Fragment] = {}
+        self._search = TensorSearch(storage, directory, manifest)
         self.directory = directory
         self._manifest = manifest
 
@@ -204,27 +204,18 @@ class Checkpoint(Closing):
         """
         import torch
 
-        _, entry = self._find(key)
-        chunks = [
-            (rank, chunk)
-            for rank in expand_ranks(entry.owners)
-            for chunk in self.fragment(rank).chunks
-            if chunk.tensor == entry.name
-        ]
-        problems = (problem for _, chunk in chunks if (problem := chunk_problem(entry, chunk)))
-        problem = next(problems, None) or tiling_problem(entry.shape, (chunk.box for _, chunk in chunks))
-        if problem:
-            raise CorruptCheckpoint(f"tensor {key}: {problem}", phase="read", path=self.directory)
-        dtype = getattr(torch, dtype_info(entry.dtype).name)
-        chunks = [(rank, chunk) for rank, chunk in chunks if chunk.box.num_elements]
-        if len(chunks) == 1:
-            return self._read_chunk(*chunks[0], dtype)
-        result = torch.empty(entry.shape, dtype=dtype)
-        for rank, chunk in chunks:
+        # Where the tables are decoded already, they are as quick.
+        found = (None if self._fragments else self._search.find(key)) or self._looked_up(key)
+        dtype = getattr(torch, dtype_info(found.entry.dtype).name)
+        if len(found.chunks) == 1:
+            return self._read_chunk(found.chunks[0], dtype)
+        result = torch.empty(found.entry.shape, dtype=dtype)
+        for one in found.chunks:
             window = tuple(
-                slice(offset, offset + size) for offset, size in zip(chunk.offsets, chunk.sizes, strict=True)
+                slice(offset, offset + size)
+                for offset, size in zip(one.chunk.offsets, one.chunk.sizes, strict=True)
             )
-            result[window].copy_(self._read_chunk(rank, chunk, dtype))
+            result[window].copy_(self._read_chunk(one, dtype))
         return result
 
     def fragment(self, rank: int) -> Fragment:
@@ -243,6 +234,22 @@ class Checkpoint(Closing):
                 raise self._missing(fragment_name(rank, self.manifest.attempt_id)) from error
         return self._fragments[rank]
 
+    def _looked_up(self, key: str) -> FoundTensor:
+        """A tensor and its chunks, from the decoded tables."""
+        _, entry = self._find(key)
+        found = FoundTensor(
+            entry=entry,
+            chunks=[
+                FoundChunk(rank=rank, chunk=chunk, file=self.fragment(rank).files[chunk.file])
+                for rank in expand_ranks(entry.owners)
+                for chunk in self.fragment(rank).chunks
+                if chunk.tensor == entry.name and chunk.box.num_elements
+            ],
+        )
+        if problem := chunks_problem(found):
+            raise CorruptCheckpoint(f"tensor {key}: {problem}", phase="read", path=self.directory)
+        return found
+
     def _indexed(self) -> Iterator[tuple[int, str, TensorEntry]]:
         for rank in expand_ranks(self.manifest.index):
             for entry in self.fragment(rank).tensors:
@@ -255,11 +262,11 @@ class Checkpoint(Closing):
                 return rank, entry
         raise self._unknown(f"tensor {key!r}", self.tensors)
 
-    def _read_chunk(self, rank: int, chunk: ChunkEntry, dtype: torch.dtype) -> torch.Tensor:
+    def _read_chunk(self, found: FoundChunk, dtype: torch.dtype) -> torch.Tensor:
         import torch
 
-        name = data_file_name(rank, chunk.file, self.manifest.attempt_id)
-        entry = self.fragment(rank).files[chunk.file]
+        chunk, entry = found.chunk, found.file
+        name = data_file_name(found.rank, chunk.file, self.manifest.attempt_id)
         num_bytes = chunk.box.num_elements * dtype.itemsize
         try:
             data = read_verified(

@@ -30,7 +30,8 @@ from dcp_ckpt.format.epoch import EpochClaim
 from dcp_ckpt.format.fragment import Fragment, encode_fragment, layout_digest
 from dcp_ckpt.format.manifest import FragmentSummary, decode_manifest, summarize
 from dcp_ckpt.format.names import MANIFEST, AttemptId, StepDir, fragment_name
-from dcp_ckpt.load.fill import Target, fill
+from dcp_ckpt.load.fill import fill
+from dcp_ckpt.load.read_plan import Target
 from dcp_ckpt.load.stored import StoredCheckpoint
 from dcp_ckpt.save.coordinator import Coordinator
 from dcp_ckpt.save.own_fragment import own_fragment
