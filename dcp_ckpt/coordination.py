@@ -322,11 +322,10 @@ class Failures:
 def first_failures(verdicts: Sequence[dict[str, Any] | None]) -> dict[str, Any]:
     """What all ranks are told of the `error_fields` of those that failed; see `failures_from`."""
     failed = [fields for fields in verdicts if fields is not None]
-    firsts = {fields["kind"]: fields for fields in reversed(failed)}
-    return {
-        "errors": [fields for fields in failed if firsts[fields["kind"]] is fields],
-        "num_ranks": len(failed),
-    }
+    firsts: dict[str, dict[str, Any]] = {}
+    for fields in failed:
+        firsts.setdefault(fields["kind"], fields)
+    return {"errors": list(firsts.values()), "num_ranks": len(failed)}
 
 
 def failures_from(told: dict[str, Any]) -> Failures:

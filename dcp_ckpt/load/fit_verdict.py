@@ -26,7 +26,7 @@ from dcp_ckpt.load.mismatch import mismatch_message
 from dcp_ckpt.load.selection import unmatched_message
 from dcp_ckpt.state.component import Problem
 
-__all__ = ["agreed_fit"]
+__all__ = ["agreed_fit", "verdict_of_all"]
 
 
 def agreed_fit(
@@ -58,7 +58,7 @@ def agreed_fit(
         "is_part": fitted is not None and fitted.elsewhere is not None,
         "unmatched": [] if fitted is None else fitted.unmatched,
     }
-    told = reduce(channel, f"{tag}/fit", own, _together, timeout_seconds=timeout_seconds)
+    told = reduce(channel, f"{tag}/fit", own, verdict_of_all, timeout_seconds=timeout_seconds)
     failures_from(told["failures"]).raise_first(rather=LoadError)
     assert fitted is not None, "no rank failed"
     verdict = _Verdict(channel, fitted, tag=tag, timeout_seconds=timeout_seconds)
@@ -74,8 +74,8 @@ def agreed_fit(
     return fitted, left_over
 
 
-def _together(verdicts: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """What the ranks found, of all of them: no longer for many ranks than for one."""
+def verdict_of_all(verdicts: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """On rank 0: what all ranks are told of what each of them found. As short for many ranks as for one."""
     return {
         "failures": first_failures([one["failure"] for one in verdicts]),
         "fits": all(one["fits"] for one in verdicts),

@@ -192,7 +192,7 @@ class SimulatedCoordinator(Closing):
         hosted = TCPStore("127.0.0.1", 0, None, True, timeout, wait_for_workers=False)
         # A clone waits for nobody when it is closed.
         self._channel = StoreChannel(
-            hosted, 0, world.world_size, ranks_on_host=1, close_seconds=1.0, is_clone=True
+            hosted, 0, world.world_size, host_ranks=(0,), close_seconds=1.0, is_clone=True
         )
         self._coordinator = Coordinator(world.storage, self._channel, epoch=1)
 

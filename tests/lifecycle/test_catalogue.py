@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,8 @@ from dcp_ckpt.lifecycle.catalogue import read_catalogue
 from dcp_ckpt.lifecycle.marks import write_mark
 from dcp_ckpt.lifecycle.runs import ensure_run
 from dcp_ckpt.storage import Storage, open_storage
+from dcp_ckpt.storage.forwarding import ForwardingStorage
+from dcp_ckpt.testing.many_checkpoints import write_manifests
 from dcp_ckpt.testing.tiny import write_tiny_checkpoint
 
 
@@ -134,3 +138,34 @@ def test_a_time_that_cannot_be_read_hides_no_checkpoint(storage: Storage) -> Non
     write_tiny_checkpoint(storage, step=10, created_at="yesterday")
     (entry,) = read_catalogue(storage).entries
     assert entry.created_at.year == 1970
+
+
+class _SlowReads(ForwardingStorage):
+    """Each read takes a while; `at_once` is how many of them there were at a time."""
+
+    def __init__(self, inner: Storage, seconds: float) -> None:
+        super().__init__(inner)
+        self._seconds = seconds
+        self._lock = threading.Lock()
+        self._reading = 0
+        self.at_once = 0
+
+    def read(self, key: str) -> bytes:
+        with self._lock:
+            self._reading += 1
+            self.at_once = max(self.at_once, self._reading)
+        try:
+            time.sleep(self._seconds)
+            return super().read(key)
+        finally:
+            with self._lock:
+                self._reading -= 1
+
+
+def test_manifests_are_read_side_by_side_where_each_read_takes_a_while(tmp_path: Path) -> None:
+    write_manifests(tmp_path, steps=range(1, 41), world_size=2)
+    slow = _SlowReads(open_storage(tmp_path), 0.005)
+    catalogue = read_catalogue(slow)
+    assert [entry.step for entry in catalogue.entries] == list(range(1, 41))
+    assert [entry.metrics for entry in catalogue.entries] == [{"loss": step} for step in range(1, 41)]
+    assert slow.at_once > 1
