@@ -30,7 +30,7 @@ from dcp_ckpt.testing import many_checkpoints
 __all__ = ["main"]
 
 NUM_CHECKPOINTS = 10_000
-NUM_UNPICKLED, QUICK_UNPICKLED = 2_000, 200
+NUM_UNPICKLED, QUICK_UNPICKLED = 1_000, 200
 WORLD_SIZE, NUM_TENSORS = 8, 48
 TIMEOUT_SECONDS = 300
 

@@ -33,7 +33,7 @@ __all__ = ["main"]
 
 NUM_TENSORS = 500
 SIZES = {"1k": 1024, "4k": 4096, "16k": 16384}
-STOCK_RANKS, QUICK_STOCK_RANKS = 1024, 64
+STOCK_RANKS, QUICK_STOCK_RANKS = 512, 64
 LARGEST = "16k"
 FIRST_CALL = 2
 """Save 1 is the coordinator's own, of nothing."""

@@ -50,3 +50,20 @@ def test_same_world_reads_what_it_needs_and_a_smaller_one_each_block_once_per_ra
     assert sum(pool.run(load, 1, str(tmp_path))) <= 1.05 * PAYLOAD_BYTES
     for bytes_read in pool.run(load, 3, str(tmp_path)):
         assert bytes_read <= stored
+
+
+def messages_left(path: str) -> list[bool]:
+    """Which messages of this rank's first and last save are in the store after the last."""
+    rank = dist.get_rank()
+    with Checkpointer(path, config=worlds.config()) as checkpointer:
+        for step in range(1, 4):
+            checkpointer.save(state_of(1.0), step=step).result(30)
+        told = ["report/1"] if rank else ["report/0", "record", "verdict"]
+        keys = [f"save/{call}/{name}" for call in (1, 3) for name in told]
+        return checkpointer._channel.present(keys)
+
+
+def test_each_rank_frees_its_own_messages_of_earlier_saves(pool, tmp_path):
+    first, second = pool.run(messages_left, 2, str(tmp_path))
+    assert first == [False] * 3 + [True] * 3
+    assert second == [False, True]
