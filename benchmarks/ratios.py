@@ -159,6 +159,10 @@ SCALE_LABELS = {
     "cli_list": "dcp-ckpt list, 3 checkpoints",
     "one_tensor": "open a checkpoint of 20,000 chunks and read one tensor",
     "one_tensor_bytes": "bytes read for it (rchar)",
+    "bus_to_host": "copy from the GPU to pinned memory",
+    "bus_to_gpu": "copy from pinned memory to the GPU",
+    "gpu_held": "save() of state on a GPU holds the training, overlap off",
+    "gpu_load": "load to a GPU, page cache warm",
 }
 """As `LABELS`, of the benchmarks of scale."""
 
@@ -180,8 +184,10 @@ SCALE_TARGETS = (
         aim=1 / 300,
         also=(("one_tensor", 0.010),),
     ),
+    _same("gpu_held", THREAD, 0.05, 0.005),
+    _same("gpu_load", STOCK_LOAD, 0.40, 0.20),
 )
-"""The ratios of `planning_scale.py`, `catalog_scale.py` and `random_access.py`; each gives its own ones."""
+"""The ratios of `planning_scale`, `catalog_scale`, `random_access` and `gpu`; each gives its own ones."""
 
 
 def compute_ratios(
