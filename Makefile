@@ -6,14 +6,12 @@ SHELL := bash
 BIN := .venv/bin
 READY := .venv/.installed
 S3_DATA ?=
-NPROC ?= 8
-SIZE_GIB ?= 1
-BENCH_JSON ?= build/save_latency.json
+BENCH_READY := .venv/.bench-installed
 
 # One thread per rank: many ranks share the cores, and results repeat.
-demo test bench test-crash: export OMP_NUM_THREADS := 1
+demo test bench bench-full test-crash: export OMP_NUM_THREADS := 1
 
-.PHONY: help setup demo test test-crash docs lint bench s3 clean
+.PHONY: help setup demo test test-crash docs lint bench bench-full s3 clean
 
 help: ## show this list
 	@sed -nE 's/^([a-z0-9-]+):[^#]*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 24
@@ -50,10 +48,15 @@ lint: $(READY) ## ruff and mypy
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(READY) ## measure saves and loads (NPROC, SIZE_GIB, BENCH_JSON)
-	@mkdir -p $(dir $(BENCH_JSON))
-	$(BIN)/torchrun --standalone --nproc_per_node $(NPROC) benchmarks/save_latency.py \
-	  --size-gib $(SIZE_GIB) --json $(BENCH_JSON)
+bench: $(READY) $(BENCH_READY) ## measure everything quickly, beside stock DCP, and hold it to what is needed
+	$(BIN)/python benchmarks/suite.py --quick
+
+bench-full: $(READY) $(BENCH_READY) ## the same at full size (an hour), with the table and the plot of the README
+	$(BIN)/python benchmarks/suite.py --readme
+
+$(BENCH_READY): $(READY)
+	@$(BIN)/python -m pip install --quiet --quiet --constraint constraints.txt --editable ".[s3,dev,bench]"
+	@touch $@
 
 s3: $(READY) ## an S3 server on this machine until Ctrl-C; prints how to use it (S3_DATA keeps its data)
 	$(BIN)/python -m dcp_ckpt.testing.s3_server $(if $(S3_DATA),--data $(S3_DATA))

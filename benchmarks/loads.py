@@ -51,7 +51,7 @@ def measure_loads(
         bench.samples.add("load_same", name, seconds)
 
     def resharded(metric: str, name: str, path: Path, target: State, group: dist.ProcessGroup | None) -> None:
-        load = load_ours if name == OURS else load_stock
+        load: Callable[..., object] = load_ours if name == OURS else load_stock
         seconds = bench.checked_load(lambda: load(path, target, group), target, expected, name)
         bench.samples.add(metric, name, seconds)
 

@@ -272,10 +272,10 @@ def _items(state: State) -> dict[str, Any]:
     return {"model": dict(zip(state.tensors, state.locals, strict=True))}
 
 
-def load_ours(path: Path, state: State, group: dist.ProcessGroup | None) -> None:
+def load_ours(path: Path, state: State, group: dist.ProcessGroup | None) -> LoadReport:
     """Load a checkpoint of this project on the ranks of `group`, whoever saved it."""
     config = CheckpointConfig(timeout_seconds=DEADLINE_SECONDS)
-    load_checkpoint(path, _train_state(state), config=config, process_group=group)
+    return load_checkpoint(path, _train_state(state), config=config, process_group=group)
 
 
 def load_stock(path: Path, state: State, group: dist.ProcessGroup | None) -> None:

@@ -9,7 +9,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 __all__ = [
+    "ALL_TARGETS",
+    "FULL",
+    "INCREMENTAL_TARGETS",
     "LABELS",
+    "LOAD_TARGETS",
     "MACHINE",
     "METADATA",
     "OURS",
@@ -23,6 +27,7 @@ __all__ = [
     "STOCK_SAVE",
     "SUCCESSOR",
     "TARGETS",
+    "TAX_TARGETS",
     "THREAD",
     "UNITS",
     "Target",
@@ -40,6 +45,7 @@ SUCCESSOR = "torch_checkpointing"
 MACHINE = "machine"
 METADATA = ".metadata"
 STOCK_KEY = "dcp.load of one key"
+FULL = "full save"
 
 LABELS = {
     "memcpy": "copy of the state, memory warm",
@@ -66,6 +72,20 @@ LABELS = {
     "first_save_blocked": "first save of a fresh process holds the trainer",
     "arena": "staging memory over the bytes of the state",
     "writer_memory": "PSS of a writer process without staging memory",
+    "reshard_bytes": "bytes read by a load on half the ranks over those it fills",
+    **{
+        f"{what}_{change}": f"{shown}, {which}"
+        for change, which in (
+            ("changed_1", "1 % changed"),
+            ("changed_all", "all changed"),
+            ("changed_none", "nothing changed"),
+        )
+        for what, shown in (
+            ("stall", "stall"),
+            ("durable", "save until durable"),
+            ("written", "bytes written"),
+        )
+    },
 }
 """Metric -> what it is, for people; the state of the page cache included where it matters."""
 
@@ -74,6 +94,8 @@ UNITS = {
     "ddp_bytes_reported": "bytes",
     "arena": "x",
     "writer_memory": "MiB",
+    "reshard_bytes": "x",
+    **{f"written_changed_{change}": "bytes" for change in ("1", "all", "none")},
 }
 """Metrics that are not seconds."""
 
@@ -145,6 +167,37 @@ TARGETS = (
 """The ratios of the contract, in its order."""
 
 
+LOAD_TARGETS = (
+    *(
+        target
+        for target in TARGETS
+        if target.name.startswith(("load_", "ddp_")) and target.name != "load_after_save"
+    ),
+    Target(name="reshard_bytes", above=("reshard_bytes", OURS), below=None, needed=1.05, aim=1.02),
+)
+"""The ratios of `load_reshard.py`."""
+
+TAX_TARGETS = tuple(target for target in TARGETS if target.name == "tax")
+"""The ratio of `training_tax.py`."""
+
+INCREMENTAL_TARGETS = (
+    Target(
+        name="incremental_bytes",
+        above=("written_changed_1", OURS),
+        below=("written_changed_1", FULL),
+        needed=0.05,
+        aim=0.012,
+    ),
+    Target(
+        name="incremental_durable",
+        above=("durable_changed_1", OURS),
+        below=("durable_changed_1", FULL),
+        needed=0.25,
+        aim=0.12,
+    ),
+)
+"""The ratios of `incremental.py`."""
+
 SCALE_LABELS = {
     "planning_1k": "planning of a steady save, 1024 ranks: one rank and rank 0",
     "planning_4k": "planning of a steady save, 4096 ranks: one rank and rank 0",
@@ -188,6 +241,11 @@ SCALE_TARGETS = (
     _same("gpu_load", STOCK_LOAD, 0.40, 0.20),
 )
 """The ratios of `planning_scale`, `catalog_scale`, `random_access` and `gpu`; each gives its own ones."""
+
+ALL_TARGETS = {
+    target.name: target for target in (*TARGETS, *LOAD_TARGETS, *INCREMENTAL_TARGETS, *SCALE_TARGETS)
+}
+"""By name, whatever script gives it."""
 
 
 def compute_ratios(

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from benchmarks.measure import Samples, median_and_mad
 from benchmarks.ratios import (
+    FULL,
     LABELS,
     MACHINE,
     OURS,
@@ -35,6 +36,7 @@ _COLUMNS = (
     ((PROCESS,), "async process"),
     ((SHARED,), "process+shm"),
     ((SUCCESSOR,), "torch_ checkpointing"),
+    ((FULL,), FULL),
     ((MACHINE,), MACHINE),
 )
 _WIDTH = 190
@@ -99,39 +101,51 @@ def make_rows(samples: Samples, notes: Mapping[str, str]) -> list[Row]:
     return rows
 
 
-def result(machine: Mapping[str, object], rows: Sequence[Row], samples: Samples) -> dict[str, object]:
+def result(
+    machine: Mapping[str, object],
+    rows: Sequence[Row],
+    samples: Samples,
+    targets: Sequence[Target] = TARGETS,
+) -> dict[str, object]:
     """What is written as JSON."""
     return {
         "machine": dict(machine),
         "rows": [row.as_json() for row in rows],
-        "ratios": compute_ratios(samples.medians()),
+        "ratios": compute_ratios(samples.medians(), targets),
     }
 
 
-def print_table(rows: Sequence[Row], samples: Samples, notes: Mapping[str, str]) -> None:
+def print_table(
+    rows: Sequence[Row],
+    samples: Samples,
+    notes: Mapping[str, str],
+    targets: Sequence[Target] = TARGETS,
+) -> None:
     """Numbers of all systems, then the ratios with the bounds to reach."""
     from rich.console import Console
     from rich.table import Table
 
     console = Console(width=_WIDTH)
     cells = {(row.metric, row.system): _cell(row) for row in rows}
-    table = Table("metric", *(f"{title}{'*' if notes.get(names[0]) else ''}" for names, title in _COLUMNS))
+    shown = {system for _, system in cells}
+    columns = [(names, title) for names, title in _COLUMNS if shown.intersection(names)]
+    table = Table("metric", *(f"{title}{'*' if notes.get(names[0]) else ''}" for names, title in columns))
     for metric, label in LABELS.items():
         found = [
             next((cells[metric, name] for name in names if (metric, name) in cells), "")
-            for names, _ in _COLUMNS
+            for names, _ in columns
         ]
         if any(found):
             table.add_row(label, *found)
     console.print(table)
     for name, note in notes.items():
         console.print(f"* {name}: {note}")
-    targets = Table("ratio", "of", "over", "ratio", "needed", "aim", "ok?")
+    bounds = Table("ratio", "of", "over", "ratio", "needed", "aim", "ok?")
     medians = samples.medians()
-    ratios = compute_ratios(medians)
-    for target in TARGETS:
-        targets.add_row(*_target_cells(target, ratios[target.name], passes(target, medians)))
-    console.print(targets)
+    ratios = compute_ratios(medians, targets)
+    for target in targets:
+        bounds.add_row(*_target_cells(target, ratios[target.name], passes(target, medians)))
+    console.print(bounds)
 
 
 def _cell(row: Row) -> str:

@@ -9,112 +9,30 @@ compared; a difference ends the run. NOTES.md says how each ratio is defined.
 
 from __future__ import annotations
 
-import argparse
-import json
 import logging
-import shutil
-import signal
 import sys
-import warnings
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from datetime import timedelta
+from contextlib import ExitStack
 from pathlib import Path
 
 # torchrun runs this file as a script: sys.path then starts with benchmarks/, not with the directory above it.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import torch
-import torch.distributed as dist
-
 from benchmarks.first_save import SYSTEMS as FIRST_SAVE_SYSTEMS
 from benchmarks.first_save import first_saves, measure_first_saves
 from benchmarks.loads import measure_loads, measure_replicated, worlds_of
-from benchmarks.machine import Limits, describe
-from benchmarks.measure import Ranks
-from benchmarks.peers import Ours, Overlap, StockSave, System
+from benchmarks.machine import Limits
+from benchmarks.peers import Ours, StockSave, System
+from benchmarks.ranked import bench_of, parse_options, report
 from benchmarks.ratios import OURS, PROCESS, SHARED, SUCCESSOR, THREAD
-from benchmarks.report import make_rows, print_table, result
 from benchmarks.rounds import Bench
 from benchmarks.saves import calibrated_step, measure_memory, measure_saves, measure_tax
 from benchmarks.workload import sharded_state
 
-CONTROL_SECONDS = 400.0
-"""How long ranks wait for each other: longer than any deadline of a system that they wait for."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Options:
-    """The flags; see `--help`."""
-
-    size_gib: float
-    rounds: int
-    directory: Path
-    json: Path | None
-    overlap: Overlap
-
 
 def main() -> None:
-    options = parse_options()
-    warnings.filterwarnings("ignore", category=UserWarning)
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    logging.basicConfig(level=logging.ERROR)
-    torch.set_num_threads(1)
-    signal.signal(signal.SIGTERM, _exit)
-    dist.init_process_group("gloo", timeout=timedelta(seconds=CONTROL_SECONDS))
-    with working_directory(options.directory.resolve() / "save_latency") as directory:
-        bench = Bench(
-            directory=directory,
-            state_bytes=int(options.size_gib * (1 << 30)),
-            rounds=options.rounds,
-            overlap=options.overlap,
-            ranks=Ranks(),
-        )
-        num_steps = measure(bench)
-        if bench.ranks.rank == 0:
-            report(bench, options, num_steps)
-        dist.barrier()
-    dist.destroy_process_group()
-
-
-def parse_options() -> Options:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--size-gib", type=float, default=1.0, help="bytes of the sharded state (default: 1)")
-    parser.add_argument("--rounds", type=int, default=7, help="rounds that count (default: 7)")
-    parser.add_argument("--dir", type=Path, default=Path("bench-run"), help="where to write (./bench-run)")
-    parser.add_argument("--json", type=Path, default=None, help="write the results there")
-    parser.add_argument(
-        "--overlap",
-        choices=("step", "off"),
-        default="step",
-        help="of this project while training goes on (default: step)",
-    )
-    given = parser.parse_args()
-    if given.rounds < 1 or given.size_gib <= 0:
-        parser.error("--rounds and --size-gib must be positive")
-    return Options(
-        size_gib=given.size_gib,
-        rounds=given.rounds,
-        directory=given.dir,
-        json=given.json,
-        overlap=given.overlap,
-    )
-
-
-@contextmanager
-def working_directory(directory: Path) -> Iterator[Path]:
-    """An empty directory for all ranks, removed by rank 0 however the run ends."""
-    first = dist.get_rank() == 0
-    if first:
-        shutil.rmtree(directory, ignore_errors=True)
-        directory.mkdir(parents=True)
-    dist.barrier()
-    try:
-        yield directory
-    finally:
-        if first:
-            shutil.rmtree(directory, ignore_errors=True)
+    options = parse_options(__doc__.splitlines()[0])
+    with bench_of(options, "save_latency") as bench:
+        report(bench, options, {"tax_steps": measure(bench)})
 
 
 def measure(bench: Bench) -> int:
@@ -183,30 +101,6 @@ def start(bench: Bench, resources: ExitStack, name: str, *, directory: str = "")
 
 def present(*systems: System | None) -> list[System]:
     return [system for system in systems if system is not None]
-
-
-def report(bench: Bench, options: Options, num_steps: int) -> None:
-    """Print the tables and write the JSON; on rank 0."""
-    rows = make_rows(bench.samples, bench.notes)
-    machine = {
-        **describe(bench.directory, bench.samples.medians(), bench.state_bytes),
-        "world_size": bench.ranks.size,
-        "size_gib": options.size_gib,
-        "rounds": options.rounds,
-        "overlap": options.overlap,
-        "tax_steps": num_steps,
-        "left_out": bench.missing,
-    }
-    print_table(rows, bench.samples, bench.notes)
-    if options.json is not None:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(result(machine, rows, bench.samples), indent=2)
-        options.json.write_text(text + "\n")
-
-
-def _exit(number: int, frame: object) -> None:
-    """Leave by way of the `finally` clauses when torchrun ends this rank."""
-    raise SystemExit(128 + number)
 
 
 if __name__ == "__main__":

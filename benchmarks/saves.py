@@ -20,7 +20,14 @@ from benchmarks.ratios import MACHINE, OURS, STOCK_LOAD, STOCK_SAVE, SUCCESSOR
 from benchmarks.rounds import Bench
 from benchmarks.workload import Digests, State, TrainingStep
 
-__all__ = ["calibrated_step", "measure_memory", "measure_saves", "measure_tax", "train_through_save"]
+__all__ = [
+    "calibrated_step",
+    "measure_memory",
+    "measure_saves",
+    "measure_tax",
+    "timed_save",
+    "train_through_save",
+]
 
 MEMCPYS_PER_STEP = 2.5
 """A step lasts at least twice as long as a copy of the state; the rest is for noise."""
@@ -82,22 +89,23 @@ def _machine(bench: Bench, limits: Limits, step: TrainingStep) -> None:
 
 def _quiet_save(bench: Bench, system: System, state: State, expected: Digests) -> None:
     """Save and wait; then load at once, with the page cache as the save left it."""
-
-    def save() -> dict[str, float]:
-        start = time.perf_counter()
-        system.begin(state)
-        system.fence()
-        held = time.perf_counter() - start
-        system.finish()
-        return {"held": held, "durable": time.perf_counter() - start}
-
-    parts = slowest(bench.ranks.together(save))
+    parts = slowest(bench.ranks.together(partial(timed_save, system, state)))
     for metric in ("held", "durable"):
         bench.samples.add(metric, system.name, parts[metric])
     seconds = bench.checked_load(lambda: system.load(state), state, expected, system.name)
     if system.name in LOADS_AFTER_SAVE:
         bench.samples.add("load_after_save", LOADS_AFTER_SAVE[system.name], seconds)
     bench.on_first_rank(system.discard)
+
+
+def timed_save(system: System, state: State) -> dict[str, float]:
+    """Save and wait: how long the tensors are held, and until they are durable."""
+    start = time.perf_counter()
+    system.begin(state)
+    system.fence()
+    held = time.perf_counter() - start
+    system.finish()
+    return {"held": held, "durable": time.perf_counter() - start}
 
 
 def _trained_save(bench: Bench, system: System, state: State, expected: Digests, step: TrainingStep) -> None:

@@ -1,0 +1,79 @@
+"""Results of all benchmarks: what misses is found, what is tolerated is said, the README shows what was found."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import check, readme
+from benchmarks.ratios import OURS, STOCK_SAVE
+from benchmarks.results import QUICK_TOLERANCE, TOLERATED, verdicts
+from benchmarks.suite import SCRIPTS
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def document(ratio: float | None, *, name: str = "durable", quick: bool = False) -> dict[str, Any]:
+    rows = [
+        {"metric": name, "system": OURS, "median": ratio},
+        {"metric": name, "system": STOCK_SAVE, "median": 1.0},
+    ]
+    return {"quick": quick, "scripts": {"save_latency": {"rows": rows, "ratios": {name: ratio}}}}
+
+
+@pytest.mark.parametrize(
+    ("ratio", "quick", "holds"),
+    [
+        (0.69, False, True),
+        (0.71, False, False),
+        (0.71, True, True),
+        (0.71 * QUICK_TOLERANCE, True, False),
+        (None, False, False),
+    ],
+)
+def test_what_misses_fails_the_check(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], ratio: float | None, quick: bool, holds: bool
+) -> None:
+    found = tmp_path / "result.json"
+    found.write_text(json.dumps(document(ratio, quick=quick)))
+    assert check.main([str(found)]) == (0 if holds else 1)
+    assert ("durable is" in capsys.readouterr().out) is not holds
+
+
+def test_higher_is_better_where_it_is() -> None:
+    (good,) = verdicts(document(0.9, name="of_direct_write"))
+    (bad,) = verdicts(document(0.5, name="of_direct_write"))
+    assert (good.holds, bad.holds) == (True, False)
+
+
+def test_what_is_tolerated_names_what_bounds_it() -> None:
+    for name, (limit, reason) in TOLERATED.items():
+        (verdict,) = verdicts(document(limit * 0.99, name=name))
+        assert verdict.holds
+        assert verdict.reason == reason
+
+
+def test_a_script_that_failed_fails_the_check(tmp_path: Path) -> None:
+    found = tmp_path / "result.json"
+    found.write_text(json.dumps({"quick": True, "scripts": {"s3": {"failed": "exit code 1"}}}))
+    assert check.main([str(found)]) == 1
+
+
+def test_every_script_of_the_suite_is_there_and_no_other() -> None:
+    programs = {
+        path.stem
+        for path in (ROOT / "benchmarks").glob("*.py")
+        if '"--json"' in path.read_text() or "parse_options(" in path.read_text()
+    }
+    frames = {"ranked", "scale_report", "suite", "first_save", "memory_ranks", "s3_ranks"}
+    assert {script.name for script in SCRIPTS} == programs - frames
+
+
+def test_the_readme_shows_a_committed_result() -> None:
+    shown = readme.marked(readme.README.read_text())
+    name = shown.split("benchmarks/results/")[1].split("]")[0]
+    result = json.loads((ROOT / "benchmarks" / "results" / name).read_text())
+    assert readme.section(result, name) == shown
