@@ -10,7 +10,9 @@ from dataclasses import dataclass
 
 from benchmarks.measure import Samples, median_and_mad
 from benchmarks.ratios import (
-    LABELS,
+    ALL_LABELS,
+    FSSPEC_LOAD,
+    FSSPEC_SAVE,
     MACHINE,
     OURS,
     PROCESS,
@@ -21,6 +23,7 @@ from benchmarks.ratios import (
     TARGETS,
     THREAD,
     UNITS,
+    WITHOUT,
     Target,
     compute_ratios,
     passes,
@@ -35,6 +38,8 @@ _COLUMNS = (
     ((PROCESS,), "async process"),
     ((SHARED,), "process+shm"),
     ((SUCCESSOR,), "torch_ checkpointing"),
+    ((FSSPEC_SAVE, FSSPEC_LOAD), "FsspecWriter / Reader"),
+    ((WITHOUT,), WITHOUT),
     ((MACHINE,), MACHINE),
 )
 _WIDTH = 190
@@ -65,7 +70,7 @@ class Row:
             "median": self.median,
             "mad": self.mad,
             "unit": self.unit,
-            "label": LABELS[self.metric],
+            "label": ALL_LABELS[self.metric],
             "values": list(self.values),
             "note": self.note,
         }
@@ -73,7 +78,7 @@ class Row:
 
 def make_rows(samples: Samples, notes: Mapping[str, str]) -> list[Row]:
     """All rows, in the order of the metrics; `notes` holds one for some systems."""
-    order = list(LABELS)
+    order = list(ALL_LABELS)
     keys = sorted({*samples.values, *samples.failures}, key=lambda key: (order.index(key[0]), key[1]))
     rows = []
     for metric, system in keys:
@@ -99,44 +104,58 @@ def make_rows(samples: Samples, notes: Mapping[str, str]) -> list[Row]:
     return rows
 
 
-def result(machine: Mapping[str, object], rows: Sequence[Row], samples: Samples) -> dict[str, object]:
+def result(
+    machine: Mapping[str, object],
+    rows: Sequence[Row],
+    samples: Samples,
+    targets: Sequence[Target] = TARGETS,
+) -> dict[str, object]:
     """What is written as JSON."""
     return {
         "machine": dict(machine),
         "rows": [row.as_json() for row in rows],
-        "ratios": compute_ratios(samples.medians()),
+        "ratios": compute_ratios(samples.medians(), targets),
     }
 
 
-def print_table(rows: Sequence[Row], samples: Samples, notes: Mapping[str, str]) -> None:
+def print_table(
+    rows: Sequence[Row],
+    samples: Samples,
+    notes: Mapping[str, str],
+    targets: Sequence[Target] = TARGETS,
+) -> None:
     """Numbers of all systems, then the ratios with the bounds to reach."""
     from rich.console import Console
     from rich.table import Table
 
     console = Console(width=_WIDTH)
     cells = {(row.metric, row.system): _cell(row) for row in rows}
-    table = Table("metric", *(f"{title}{'*' if notes.get(names[0]) else ''}" for names, title in _COLUMNS))
-    for metric, label in LABELS.items():
+    shown = {system for _, system in cells}
+    columns = [(names, title) for names, title in _COLUMNS if shown.intersection(names)]
+    table = Table("metric", *(f"{title}{'*' if notes.get(names[0]) else ''}" for names, title in columns))
+    for metric, label in ALL_LABELS.items():
         found = [
             next((cells[metric, name] for name in names if (metric, name) in cells), "")
-            for names, _ in _COLUMNS
+            for names, _ in columns
         ]
         if any(found):
             table.add_row(label, *found)
     console.print(table)
     for name, note in notes.items():
         console.print(f"* {name}: {note}")
-    targets = Table("ratio", "of", "over", "ratio", "needed", "aim", "ok?")
+    bounds = Table("ratio", "of", "over", "ratio", "needed", "aim", "ok?")
     medians = samples.medians()
-    ratios = compute_ratios(medians)
-    for target in TARGETS:
-        targets.add_row(*_target_cells(target, ratios[target.name], passes(target, medians)))
-    console.print(targets)
+    ratios = compute_ratios(medians, targets)
+    for target in targets:
+        bounds.add_row(*_target_cells(target, ratios[target.name], passes(target, medians)))
+    console.print(bounds)
 
 
 def _cell(row: Row) -> str:
     if row.median is None or row.mad is None:
         return "failed"
+    if row.unit == "requests":
+        return f"{row.median:.0f} ±{row.mad:.0f}"
     scale, unit = (1e-6, "MB") if row.unit == "bytes" else (1.0, row.unit)
     return f"{row.median * scale:.3f} {unit} ±{row.mad * scale:.3f}"
 

@@ -65,12 +65,15 @@ class ByteRange:
         into: an offer: makes writable memory, together `num_bytes` long, that the bytes may be read into, one
             part after the other. A storage that takes it calls it once, on the thread that reads, and then
             hands no bytes to `consume`; any other ignores it.
+        into_waits: the offer may block until other ranges were consumed. A storage that has more requests
+            under way than threads ignores it.
     """
 
     key: str
     offset: int
     num_bytes: int
     into: Callable[[], Sequence[memoryview]] | None = None
+    into_waits: bool = False
 
 
 class ObjectWriter(Protocol):
