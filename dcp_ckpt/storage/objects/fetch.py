@@ -66,7 +66,7 @@ def memory_for(fetch: Fetch, ranges: Sequence[ByteRange]) -> list[memoryview] | 
     parts: list[memoryview] = []
     end = fetch.offset
     for item in (ranges[number] for number in fetch.members):
-        if item.into is None or item.into_waits or item.offset < end:
+        if item.into is None or item.into_per_thread or item.offset < end:
             return None
         end = item.offset + item.num_bytes
     end = fetch.offset
