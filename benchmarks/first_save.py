@@ -9,9 +9,6 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import os
-import signal
-import subprocess
 import sys
 import time
 import warnings
@@ -25,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 import torch.distributed as dist
 
+from benchmarks.jobs import run_job
 from benchmarks.measure import Ranks, slowest
 from benchmarks.peers import System
 from benchmarks.ratios import OURS, PROCESS, SUCCESSOR
@@ -36,9 +34,6 @@ __all__ = ["first_saves", "main", "measure_first_saves"]
 SYSTEMS = (OURS, PROCESS, SUCCESSOR)
 METRICS = ("first_save", "first_save_blocked")
 _JOB_SECONDS = 240.0
-_SHOWN_CHARACTERS = 600
-_LAUNCHER_VARIABLES = ("GROUP_", "LOCAL_", "MASTER_", "RANK", "ROLE_", "TORCHELASTIC_", "WORLD_SIZE")
-"""Beginnings of the variables that torchrun sets for its ranks, which a torchrun inside must not see."""
 
 
 def first_saves(bench: Bench, state: State, expected: Digests, names: list[str]) -> dict[str, System]:
@@ -99,30 +94,16 @@ def _job(bench: Bench, names: list[str]) -> dict[str, float]:
     directory = bench.directory / "first-saves"
     directory.mkdir()
     result = directory / "result.json"
-    command = [
-        *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
-        *("--nproc_per_node", str(bench.ranks.size), str(Path(__file__).resolve())),
-        *("--state-bytes", str(bench.state_bytes), "--overlap", bench.overlap),
-        *("--dir", str(directory), "--json", str(result), *names),
-    ]
-    environment = {key: value for key, value in os.environ.items() if not key.startswith(_LAUNCHER_VARIABLES)}
-    with subprocess.Popen(
-        command,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    ) as process:
-        try:
-            output, _ = process.communicate(timeout=_JOB_SECONDS)
-        except BaseException:
-            os.killpg(
-                process.pid, signal.SIGTERM
-            )  # torchrun ends its ranks, which have sessions of their own
-            raise
-    if process.returncode:
-        raise RuntimeError(f"exit code {process.returncode}: ...{output[-_SHOWN_CHARACTERS:]}")
+    run_job(
+        Path(__file__),
+        [
+            *("--state-bytes", str(bench.state_bytes), "--overlap", bench.overlap),
+            *("--dir", str(directory), "--json", str(result), *names),
+        ],
+        num_ranks=bench.ranks.size,
+        deadline_seconds=_JOB_SECONDS,
+        quiet=True,
+    )
     parts: dict[str, float] = json.loads(result.read_text())
     bench.remove(directory)
     return parts

@@ -18,7 +18,15 @@ import torch
 
 from benchmarks.workload import State, buffer_of
 
-__all__ = ["Limits", "bytes_read", "describe", "staging_bytes", "writer_pids", "writer_pss_bytes"]
+__all__ = [
+    "Limits",
+    "bytes_read",
+    "describe",
+    "fields_of",
+    "staging_bytes",
+    "writer_pids",
+    "writer_pss_bytes",
+]
 
 IO_BYTES = 8 << 20
 RATES = ("memcpy", "direct_write", "buffered_write", "direct_read", "cached_read")
@@ -97,7 +105,7 @@ def _write_all(descriptor: int, data: memoryview) -> None:
 
 def bytes_read() -> int:
     """Bytes that this process has read with read calls so far, from the page cache or from the disk."""
-    return _fields(Path("/proc/self/io"))["rchar"]
+    return fields_of(Path("/proc/self/io"))["rchar"]
 
 
 def staging_bytes() -> int:
@@ -128,11 +136,11 @@ def writer_pids() -> list[int]:
 
 def writer_pss_bytes(pid: int) -> int:
     """The proportional share of a process, without shared memory: that is the arena, counted on its own."""
-    fields = _fields(Path(f"/proc/{pid}/smaps_rollup"))
+    fields = fields_of(Path(f"/proc/{pid}/smaps_rollup"))
     return (fields["Pss_Anon"] + fields["Pss_File"]) << 10
 
 
-def _fields(path: Path) -> dict[str, int]:
+def fields_of(path: Path) -> dict[str, int]:
     """The `name: number` lines of a file in /proc."""
     pairs = (line.split(":", 1) for line in path.read_text().splitlines() if ":" in line)
     return {name: int(value.split()[0]) for name, value in pairs if value.split()[0].isdecimal()}

@@ -79,17 +79,24 @@ class Ours:
 
     note = ""
 
-    def __init__(self, directory: Path, overlap: Overlap, group: dist.ProcessGroup | None = None) -> None:
+    def __init__(
+        self,
+        directory: Path | str,
+        overlap: Overlap,
+        group: dist.ProcessGroup | None = None,
+        *,
+        num_kept: int = 1,
+    ) -> None:
         self.name = OURS
         self._overlap = overlap
         self.report: LoadReport | None = None
         self._known: tuple[State, TrainState] | None = None
         config = CheckpointConfig(
-            keep=LatestN(1), grace_seconds=0.0, overlap=overlap, timeout_seconds=DEADLINE_SECONDS
+            keep=LatestN(num_kept), grace_seconds=0.0, overlap=overlap, timeout_seconds=DEADLINE_SECONDS
         )
         self._checkpointer = Checkpointer(directory, config=config, process_group=group)
         self._step = 0
-        self.path = directory
+        self.path = Path(directory)
 
     def begin(self, state: State) -> None:
         self._step += 1

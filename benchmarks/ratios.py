@@ -9,15 +9,24 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 __all__ = [
+    "ALL_LABELS",
     "ALL_TARGETS",
+    "FSSPEC_LOAD",
+    "FSSPEC_SAVE",
     "FULL",
     "INCREMENTAL_TARGETS",
     "LABELS",
     "LOAD_TARGETS",
     "MACHINE",
+    "MEMORY_KINDS",
+    "MEMORY_LABELS",
+    "MEMORY_TARGETS",
     "METADATA",
     "OURS",
     "PROCESS",
+    "RANKED_LABELS",
+    "S3_LABELS",
+    "S3_TARGETS",
     "SCALE_LABELS",
     "SCALE_TARGETS",
     "SCALE_UNITS",
@@ -30,6 +39,7 @@ __all__ = [
     "TAX_TARGETS",
     "THREAD",
     "UNITS",
+    "WITHOUT",
     "Target",
     "compute_ratios",
     "passes",
@@ -42,10 +52,16 @@ THREAD = "dcp.async_save thread"
 PROCESS = "dcp.async_save process"
 SHARED = "dcp.async_save process+shm"
 SUCCESSOR = "torch_checkpointing"
+FSSPEC_SAVE = "FsspecWriter"
+FSSPEC_LOAD = "FsspecReader"
 MACHINE = "machine"
 METADATA = ".metadata"
 STOCK_KEY = "dcp.load of one key"
 FULL = "full save"
+WITHOUT = "no checkpoints"
+
+MEMORY_KINDS = ("sharded", "replicated", "S3")
+"""Of a state: what `memory.py` weighs."""
 
 LABELS = {
     "memcpy": "copy of the state, memory warm",
@@ -72,6 +88,10 @@ LABELS = {
     "first_save_blocked": "first save of a fresh process holds the trainer",
     "arena": "staging memory over the bytes of the state",
     "writer_memory": "PSS of a writer process without staging memory",
+}
+"""Metric of `save_latency.py` -> what it is, for people; with the page cache where it matters."""
+
+RANKED_LABELS = {
     "reshard_bytes": "bytes read by a load on half the ranks over those it fills",
     **{
         f"{what}_{change}": f"{shown}, {which}"
@@ -87,7 +107,36 @@ LABELS = {
         )
     },
 }
-"""Metric -> what it is, for people; the state of the page cache included where it matters."""
+"""As `LABELS`, of `load_reshard.py` and `incremental.py`."""
+
+S3_LABELS = {
+    "s3_save": "S3: save until durable",
+    "s3_load": "S3: load",
+    "s3_save_requests": "S3: requests of a save beyond the parts, over objects",
+    "s3_save_lookups": "S3: LIST, HEAD and COPY requests of a save",
+    "s3_save_total_requests": "S3: all requests of a save",
+    "s3_load_requests": "S3: all requests of a load",
+    "s3_load_lookups": "S3: LIST, HEAD and COPY requests of a load",
+    "s3_load_bytes": "S3: bytes of the ranges asked for by a load, over the state",
+    "s3_writer_memory": "S3: greatest PSS of a writer process without staging memory",
+}
+
+MEMORY_LABELS = {
+    f"memory_{phase}_{kind}": f"{what}, {kind}"
+    for kind in MEMORY_KINDS
+    for phase, what in (
+        ("training", "PSS of the ranks before there are checkpoints"),
+        ("idle", "more PSS, nothing saved yet"),
+        ("saving", "more PSS at most, during saves"),
+        ("kept", "more PSS between saves"),
+        ("loading", "more PSS at most than right before it, during loads"),
+        ("writer", "PSS of a writer process without staging memory at most"),
+        ("save_over_allowed", "that of saves over what is allowed"),
+        ("load_over_allowed", "that of loads over what is allowed"),
+    )
+}
+
+ALL_LABELS = {**LABELS, **RANKED_LABELS, **S3_LABELS, **MEMORY_LABELS}
 
 UNITS = {
     "ddp_bytes_read": "bytes",
@@ -96,6 +145,14 @@ UNITS = {
     "writer_memory": "MiB",
     "reshard_bytes": "x",
     **{f"written_changed_{change}": "bytes" for change in ("1", "all", "none")},
+    "s3_save_requests": "x",
+    "s3_save_lookups": "requests",
+    "s3_save_total_requests": "requests",
+    "s3_load_requests": "requests",
+    "s3_load_lookups": "requests",
+    "s3_load_bytes": "x",
+    "s3_writer_memory": "MiB",
+    **{metric: "x" if "over_allowed" in metric else "MiB" for metric in MEMORY_LABELS},
 }
 """Metrics that are not seconds."""
 
@@ -166,6 +223,20 @@ TARGETS = (
 )
 """The ratios of the contract, in its order."""
 
+S3_TARGETS = (
+    _same("s3_save", FSSPEC_SAVE, 0.30, 0.12),
+    _same("s3_load", FSSPEC_LOAD, 0.30, 0.10),
+    Target(
+        name="s3_save_requests",
+        above=("s3_save_requests", OURS),
+        below=None,
+        needed=3.0,
+        aim=2.0,
+        also=(("s3_save_lookups", 0.0),),
+    ),
+    Target(name="s3_writer_memory", above=("s3_writer_memory", OURS), below=None, needed=40.0, aim=None),
+)
+"""The ratios of `s3.py`."""
 
 LOAD_TARGETS = (
     *(
@@ -242,8 +313,24 @@ SCALE_TARGETS = (
 )
 """The ratios of `planning_scale`, `catalog_scale`, `random_access` and `gpu`; each gives its own ones."""
 
+MEMORY_TARGETS = tuple(
+    Target(name=name, above=(name, OURS), below=None, needed=needed, aim=None)
+    for name, needed in (
+        ("memory_save_over_allowed_sharded", 1.0),
+        ("memory_save_over_allowed_replicated", 1.0),
+        ("memory_load_over_allowed_sharded", 1.0),
+        ("memory_load_over_allowed_replicated", 1.0),
+        ("memory_load_over_allowed_S3", 1.0),
+        ("memory_writer_sharded", 16.0),
+        ("memory_writer_S3", 40.0),
+    )
+)
+"""The ratios of `memory.py`."""
+
 ALL_TARGETS = {
-    target.name: target for target in (*TARGETS, *LOAD_TARGETS, *INCREMENTAL_TARGETS, *SCALE_TARGETS)
+    target.name: target
+    for targets in (TARGETS, LOAD_TARGETS, INCREMENTAL_TARGETS, S3_TARGETS, MEMORY_TARGETS, SCALE_TARGETS)
+    for target in targets
 }
 """By name, whatever script gives it."""
 

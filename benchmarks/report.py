@@ -10,8 +10,10 @@ from dataclasses import dataclass
 
 from benchmarks.measure import Samples, median_and_mad
 from benchmarks.ratios import (
+    ALL_LABELS,
+    FSSPEC_LOAD,
+    FSSPEC_SAVE,
     FULL,
-    LABELS,
     MACHINE,
     OURS,
     PROCESS,
@@ -22,6 +24,7 @@ from benchmarks.ratios import (
     TARGETS,
     THREAD,
     UNITS,
+    WITHOUT,
     Target,
     compute_ratios,
     passes,
@@ -37,6 +40,8 @@ _COLUMNS = (
     ((SHARED,), "process+shm"),
     ((SUCCESSOR,), "torch_ checkpointing"),
     ((FULL,), FULL),
+    ((FSSPEC_SAVE, FSSPEC_LOAD), "FsspecWriter / Reader"),
+    ((WITHOUT,), WITHOUT),
     ((MACHINE,), MACHINE),
 )
 _WIDTH = 190
@@ -67,7 +72,7 @@ class Row:
             "median": self.median,
             "mad": self.mad,
             "unit": self.unit,
-            "label": LABELS[self.metric],
+            "label": ALL_LABELS[self.metric],
             "values": list(self.values),
             "note": self.note,
         }
@@ -75,7 +80,7 @@ class Row:
 
 def make_rows(samples: Samples, notes: Mapping[str, str]) -> list[Row]:
     """All rows, in the order of the metrics; `notes` holds one for some systems."""
-    order = list(LABELS)
+    order = list(ALL_LABELS)
     keys = sorted({*samples.values, *samples.failures}, key=lambda key: (order.index(key[0]), key[1]))
     rows = []
     for metric, system in keys:
@@ -130,7 +135,7 @@ def print_table(
     shown = {system for _, system in cells}
     columns = [(names, title) for names, title in _COLUMNS if shown.intersection(names)]
     table = Table("metric", *(f"{title}{'*' if notes.get(names[0]) else ''}" for names, title in columns))
-    for metric, label in LABELS.items():
+    for metric, label in ALL_LABELS.items():
         found = [
             next((cells[metric, name] for name in names if (metric, name) in cells), "")
             for names, _ in columns
@@ -151,6 +156,8 @@ def print_table(
 def _cell(row: Row) -> str:
     if row.median is None or row.mad is None:
         return "failed"
+    if row.unit == "requests":
+        return f"{row.median:.0f} ±{row.mad:.0f}"
     scale, unit = (1e-6, "MB") if row.unit == "bytes" else (1.0, row.unit)
     return f"{row.median * scale:.3f} {unit} ±{row.mad * scale:.3f}"
 

@@ -68,12 +68,14 @@ class _Arrivals:
         """The reads, with the memory of the targets where their bytes can lie as they are."""
         plan = self._plan
         fits = [landing.takes_bytes for landing in plan.landings]
+        stretches = [stretches_of(read, plan.pieces, fits) for read in plan.reads]
         return [
             ByteRange(
                 key=plan.source.file_key(read.rank, read.file),
                 offset=read.start,
                 num_bytes=read.num_bytes,
-                into=self._offer(number, stretches_of(read, plan.pieces, fits)),
+                into=self._offer(number, stretches[number]),
+                into_per_thread=stretches[number] is None,  # a pinned buffer
             )
             for number, read in enumerate(plan.reads)
         ]

@@ -124,6 +124,7 @@ class _Shown:
                 offset=reads[number].start,
                 num_bytes=reads[number].num_bytes,
                 into=partial(self._borrow, index),
+                into_per_thread=True,
             )
             for index, number in enumerate(self._share)
         ]

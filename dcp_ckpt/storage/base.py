@@ -65,12 +65,15 @@ class ByteRange:
         into: an offer: makes writable memory, together `num_bytes` long, that the bytes may be read into, one
             part after the other. A storage that takes it calls it once, on the thread that reads, and then
             hands no bytes to `consume`; any other ignores it.
+        into_per_thread: the memory offered is the calling thread's until `consume` returns on it, and may
+            have to be waited for. A storage with more reads under way than threads ignores such an offer.
     """
 
     key: str
     offset: int
     num_bytes: int
     into: Callable[[], Sequence[memoryview]] | None = None
+    into_per_thread: bool = False
 
 
 class ObjectWriter(Protocol):

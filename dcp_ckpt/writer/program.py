@@ -24,6 +24,7 @@ from dcp_ckpt.format.names import EPOCHS, lease_name
 from dcp_ckpt.storage import open_storage
 from dcp_ckpt.storage.base import Lease, Storage
 from dcp_ckpt.writer.engine import check_shared_storage, write_attempt
+from dcp_ckpt.writer.footprint import give_back, share_one_heap
 from dcp_ckpt.writer.messages import (
     MAX_PACKET_BYTES,
     Reply,
@@ -49,6 +50,7 @@ def main(arguments: list[str]) -> int:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         # A terminal or scheduler that stops the job signals us too; the staged bytes are why we go on.
         signal.signal(number, signal.SIG_IGN)
+    share_one_heap()
     connection = socket.socket(fileno=int(arguments[0]))
     with (
         connection,
@@ -88,6 +90,7 @@ class Program(Closing):
             # Where the trainer is gone, what was handed over is still finished.
             with contextlib.suppress(OSError):
                 self._connection.send(encode(reply))
+            give_back()
 
     def close(self) -> None:
         if self._lease is not None:

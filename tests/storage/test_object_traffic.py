@@ -29,7 +29,8 @@ MIB = 1 << 20
 IN_FLIGHT = 16
 LARGE_BYTES = 32 * MIB  # four parts
 
-# Prints how much the most resident memory grew, in bytes, while it wrote and while it read 256 MiB.
+# Prints how much the most resident memory grew, in bytes, while it wrote 256 MiB, while it read them, and
+# while it read them into memory of its own.
 MEMORY_PROGRAM = """\
 import mmap, sys
 from pathlib import Path
@@ -60,12 +61,23 @@ def read():
     storage.read_ranges(ranges, lambda number, data: found.append(len(data)), concurrency=4)
     assert sum(found) == SIZE
 
+def read_into():
+    def offer(start):
+        part = target[start : start + RANGE]
+        return ByteRange(key="large", offset=start, num_bytes=RANGE, into=lambda: [part])
+
+    ranges = [offer(start) for start in range(0, SIZE, RANGE)]
+    storage.read_ranges(ranges, lambda number, data: None, concurrency=4)
+    assert target == arena
+
 mapped = mmap.mmap(-1, SIZE)
 mapped.write(b"\\x5a" * SIZE)
 arena = memoryview(mapped)
 storage = open_storage(sys.argv[1])
 storage.put("warm", b"imports and connections are not what is measured")
 print(growth(write), growth(read))
+target = memoryview(bytearray(b"\\xff" * SIZE))
+print(growth(read_into))
 storage.close()
 """
 
@@ -144,9 +156,10 @@ def test_memory_is_bounded_and_the_arena_is_not_copied(s3_prefix):
         check=True,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
     )
-    written, read = map(int, done.stdout.split())
+    written, read, read_into = map(int, done.stdout.split())
     assert written < 32 * MIB, "parts are sent from the arena"
     assert read < IN_FLIGHT * 8 * MIB + 32 * MIB, "fetches in flight, and no more"
+    assert read_into < 16 * MIB, "answers arrive where they belong"
 
 
 def test_payloads_are_not_hashed_again(storage, proxy):

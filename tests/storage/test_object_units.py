@@ -27,7 +27,7 @@ from dcp_ckpt.errors import (
 )
 from dcp_ckpt.storage import open_storage
 from dcp_ckpt.storage.base import ByteRange
-from dcp_ckpt.storage.objects.fetch import FETCH_BYTES, GAP_BYTES, merge_ranges
+from dcp_ckpt.storage.objects.fetch import FETCH_BYTES, GAP_BYTES, Filling, memory_for, merge_ranges
 from dcp_ckpt.storage.objects.retry import RetryPolicy
 from dcp_ckpt.storage.objects.s3_body import RequestBody
 from dcp_ckpt.storage.objects.s3_errors import from_client_library, from_response
@@ -85,6 +85,51 @@ def test_neighbours_share_a_request_and_strangers_do_not() -> None:
         ("a", (5,)),
         ("b", (0,)),
     ]
+
+
+def offered(offset: int, memory: bytearray, **options: Any) -> ByteRange:
+    view = memoryview(memory)
+    middle = len(memory) // 2
+    parts = [view[:middle], view[middle:middle], view[middle:]]
+    return ByteRange(key="a", offset=offset, num_bytes=len(memory), into=lambda: parts, **options)
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 9), st.integers(1, 20)), min_size=1, max_size=8),
+    st.lists(st.integers(1, 30), min_size=1),
+)
+def test_an_answer_lands_in_the_memory_of_its_ranges(layout: list[tuple[int, int]], cuts: list[int]) -> None:
+    memory = [bytearray(num_bytes) for _, num_bytes in layout]
+    ranges, end = [], 3
+    for (gap, _), target in zip(layout, memory, strict=True):
+        ranges.append(offered(end + gap, target))
+        end += gap + len(target)
+    content = bytes(number % 251 for number in range(end))
+    (fetch,) = merge_ranges(ranges)
+    parts = memory_for(fetch, ranges)
+    assert parts is not None
+    filling, answer = Filling(parts), content[fetch.offset :]
+    while answer:
+        for size in cuts:
+            filling.add(answer[:size])
+            answer = answer[size:]
+    assert filling.num_bytes == fetch.num_bytes
+    for item, target in zip(ranges, memory, strict=True):
+        assert target == content[item.offset : item.offset + item.num_bytes]
+    with pytest.raises(ValueError, match="more than were asked for"):
+        filling.add(b"x")
+
+
+def test_memory_is_borrowed_only_where_nothing_waits_for_it_and_nothing_is_needed_twice() -> None:
+    plain = offered(0, bytearray(4))
+    for second in (
+        offered(4, bytearray(4), into_per_thread=True),
+        offered(2, bytearray(4)),
+        ByteRange(key="a", offset=4, num_bytes=4),
+    ):
+        ranges = [plain, second]
+        (fetch,) = merge_ranges(ranges)
+        assert memory_for(fetch, ranges) is None
 
 
 @given(st.integers(1, 200 << 30) | st.integers(1, 64 * MIB))

@@ -79,6 +79,17 @@ class ObjectClient(Protocol):
         """
         ...
 
+    async def get_into(self, key: str, parts: Sequence[memoryview], *, offset: int) -> int:
+        """Read a range into memory, one part after the other; undefined memory after an error.
+
+        Returns:
+            How many bytes there were: fewer than the parts hold where the object ends.
+
+        Raises:
+            StorageNotFound: there is none.
+        """
+        ...
+
     async def size(self, key: str) -> int:
         """Size in bytes.
 

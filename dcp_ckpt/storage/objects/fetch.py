@@ -1,7 +1,7 @@
-"""Merging ranges into requests: pure.
+"""Merging ranges into requests, and where the bytes of a request go; without effects but on memory.
 
 A request costs a round trip, so ranges of one object that lie near each other are fetched together and cut
-apart again. Called by `ObjectStorage.read_ranges`.
+apart again. Called by `ObjectStorage.read_ranges` and by the clients.
 """
 
 from __future__ import annotations
@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from dcp_ckpt.storage.base import ByteRange
+from dcp_ckpt.storage.base import Buffer, ByteRange
 
-__all__ = ["FETCH_BYTES", "GAP_BYTES", "Fetch", "merge_ranges"]
+__all__ = ["FETCH_BYTES", "GAP_BYTES", "Fetch", "Filling", "memory_for", "merge_ranges"]
 
 FETCH_BYTES = 8 << 20
 """Ranges are merged up to this; one range is never split."""
@@ -56,3 +56,50 @@ def merge_ranges(ranges: Sequence[ByteRange]) -> list[Fetch]:
     if members:
         fetches.append(Fetch(key=key, offset=start, num_bytes=stop - start, members=tuple(members)))
     return fetches
+
+
+def memory_for(fetch: Fetch, ranges: Sequence[ByteRange]) -> list[memoryview] | None:
+    """What the members offer to be read into, with other memory for the gaps; None where one offers none.
+
+    Members that overlap need the same bytes twice: None as well.
+    """
+    parts: list[memoryview] = []
+    end = fetch.offset
+    for item in (ranges[number] for number in fetch.members):
+        if item.into is None or item.into_per_thread or item.offset < end:
+            return None
+        end = item.offset + item.num_bytes
+    end = fetch.offset
+    for item in (ranges[number] for number in fetch.members):
+        assert item.into is not None, "looked at above"
+        parts.append(memoryview(bytearray(item.offset - end)))
+        parts.extend(item.into())
+        end = item.offset + item.num_bytes
+    return [part for part in parts if len(part)]
+
+
+class Filling:
+    """Parts of memory, filled one after the other by pieces of any size."""
+
+    def __init__(self, parts: Sequence[memoryview]) -> None:
+        self._parts = iter(parts)
+        self._left = memoryview(b"")
+        self.num_bytes = 0
+
+    def add(self, piece: Buffer) -> None:
+        """Copy a piece behind the last one.
+
+        Raises:
+            ValueError: there is no room for it.
+        """
+        data = memoryview(piece)
+        while data:
+            while not self._left:
+                found = next(self._parts, None)
+                if found is None:
+                    raise ValueError(f"{len(data)} bytes more than were asked for")
+                self._left = found
+            count = min(len(data), len(self._left))
+            self._left[:count] = data[:count]
+            self._left, data = self._left[count:], data[count:]
+            self.num_bytes += count

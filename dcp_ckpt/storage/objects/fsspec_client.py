@@ -26,6 +26,7 @@ from dcp_ckpt.errors import (
 )
 from dcp_ckpt.storage.base import Buffer, ObjectInfo
 from dcp_ckpt.storage.objects.client import Page, StoreTraits
+from dcp_ckpt.storage.objects.fetch import Filling
 
 __all__ = ["FsspecClient"]
 
@@ -86,6 +87,11 @@ class FsspecClient:
     async def get(self, key: str, *, offset: int = 0, num_bytes: int | None = None) -> bytearray:
         end = None if num_bytes is None else offset + num_bytes
         return bytearray(await self._ask(key, lambda: self._fs.cat_file(self._path(key), offset, end)))
+
+    async def get_into(self, key: str, parts: Sequence[memoryview], *, offset: int) -> int:
+        data = await self.get(key, offset=offset, num_bytes=sum(map(len, parts)))
+        Filling(parts).add(data)
+        return len(data)
 
     async def size(self, key: str) -> int:
         info = await self._ask(key, lambda: self._fs.info(self._path(key)))

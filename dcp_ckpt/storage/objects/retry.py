@@ -95,6 +95,9 @@ class RetryingClient:
     async def get(self, key: str, *, offset: int = 0, num_bytes: int | None = None) -> bytearray:
         return await self._repeat(lambda: self._inner.get(key, offset=offset, num_bytes=num_bytes))
 
+    async def get_into(self, key: str, parts: Sequence[memoryview], *, offset: int) -> int:
+        return await self._repeat(lambda: self._inner.get_into(key, parts, offset=offset))
+
     async def size(self, key: str) -> int:
         return await self._repeat(lambda: self._inner.size(key))
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
@@ -25,8 +25,10 @@ from dcp_ckpt.errors import (
 )
 from dcp_ckpt.storage.base import Buffer, ObjectInfo
 from dcp_ckpt.storage.objects.client import Page, StoreTraits
+from dcp_ckpt.storage.objects.fetch import Filling
 from dcp_ckpt.storage.objects.s3_body import RequestBody
 from dcp_ckpt.storage.objects.s3_errors import from_client_library, from_response
+from dcp_ckpt.storage.objects.s3_session import make_session
 
 __all__ = ["AnswerTimes", "S3Client"]
 
@@ -75,6 +77,7 @@ class S3Client:
         self._succeeded = False
         self._closed = False
         self._fs = s3fs.S3FileSystem(
+            session=make_session(),
             skip_instance_cache=True,
             use_listings_cache=False,
             config_kwargs={
@@ -108,20 +111,39 @@ class S3Client:
         return self._reached
 
     async def get(self, key: str, *, offset: int = 0, num_bytes: int | None = None) -> bytearray:
+        data = bytearray()
+
+        def make_room(size_bytes: int) -> list[memoryview]:
+            data.extend(bytes(size_bytes))
+            return [memoryview(data)]
+
+        await self._receive(key, offset, num_bytes, make_room)
+        return data
+
+    async def get_into(self, key: str, parts: Sequence[memoryview], *, offset: int) -> int:
+        return await self._receive(key, offset, sum(map(len, parts)), lambda _: parts)
+
+    async def _receive(
+        self,
+        key: str,
+        offset: int,
+        num_bytes: int | None,
+        make_room: Callable[[int], Sequence[memoryview]],
+    ) -> int:
+        """The bytes of one answer, in order, in what `make_room` gives for so many; returns how many."""
         span = {} if num_bytes is None else {"Range": f"bytes={offset}-{offset + num_bytes - 1}"}
         async with self._asking("GET", key, num_bytes or 0) as s3:
             answer = await s3.get_object(**self._at(key), **span)
-            data = bytearray(int(answer["ContentLength"]))
-            end = 0
+            size_bytes = int(answer["ContentLength"])
+            filling = Filling(make_room(size_bytes))
             async with answer["Body"] as body:
                 while piece := await body.read(_READ_BYTES):
-                    data[end : end + len(piece)] = piece
-                    end += len(piece)
-        if end != len(data):
+                    filling.add(piece)
+        if filling.num_bytes != size_bytes:
             raise StorageTransient(
-                f"the answer broke off after {end} of {len(data)} bytes", path=self._where(key)
+                f"the answer broke off after {filling.num_bytes} of {size_bytes} bytes", path=self._where(key)
             )
-        return data
+        return size_bytes
 
     async def size(self, key: str) -> int:
         answer = await self._head(key)

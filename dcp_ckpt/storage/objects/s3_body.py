@@ -14,7 +14,7 @@ from dcp_ckpt.storage.base import Buffer
 
 __all__ = ["RequestBody"]
 
-_PIECE_BYTES = 256 << 10
+_PIECE_BYTES = 64 << 10
 
 
 class RequestBody:

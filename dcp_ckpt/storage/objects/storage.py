@@ -21,7 +21,7 @@ from dcp_ckpt.errors import StorageError, StorageExists, StorageUnsuitable
 from dcp_ckpt.storage.base import Buffer, ByteRange, ObjectInfo, StorageCapabilities
 from dcp_ckpt.storage.keys import check_key, check_prefix, is_listed, temporary_name
 from dcp_ckpt.storage.objects.client import DELETE_BATCH, Page
-from dcp_ckpt.storage.objects.fetch import Fetch, merge_ranges
+from dcp_ckpt.storage.objects.fetch import Fetch, memory_for, merge_ranges
 from dcp_ckpt.storage.objects.lease import LeaseTimes, ObjectLease, is_fresh
 from dcp_ckpt.storage.objects.retry import RetryingClient
 from dcp_ckpt.storage.objects.upload import ObjectUpload
@@ -193,11 +193,18 @@ class ObjectStorage:
 
         async def fetch(item: Fetch) -> None:
             async with slots:
-                data = memoryview(
-                    await self._client.get(item.key, offset=item.offset, num_bytes=item.num_bytes)
-                )
-                for number in item.members:
-                    part = self._cut(ranges[number], item, data)
+                memory = memory_for(item, ranges)
+                if memory is not None:
+                    end = item.offset + await self._client.get_into(item.key, memory, offset=item.offset)
+                    parts = [memoryview(b"")] * len(item.members)
+                else:
+                    data = memoryview(
+                        await self._client.get(item.key, offset=item.offset, num_bytes=item.num_bytes)
+                    )
+                    end = item.offset + len(data)
+                    parts = [_cut(ranges[number], item, data) for number in item.members]
+                for number, part in zip(item.members, parts, strict=True):
+                    self._require_whole(ranges[number], end)
                     await loop.run_in_executor(pool, consume, number, part)
 
         for number, item in enumerate(ranges):
@@ -212,15 +219,13 @@ class ObjectStorage:
             await asyncio.gather(*tasks, return_exceptions=True)
             raise
 
-    def _cut(self, item: ByteRange, fetch: Fetch, data: memoryview) -> memoryview:
-        start = item.offset - fetch.offset
-        if start + item.num_bytes > len(data):
+    def _require_whole(self, item: ByteRange, end: int) -> None:
+        if item.offset + item.num_bytes > end:
             raise StorageError(
                 f"the object ends early: {item.num_bytes} bytes at offset {item.offset} were asked for, and "
-                f"it ends at {fetch.offset + len(data)}",
+                f"it ends at {end}",
                 path=f"{self._url}/{item.key}",
             )
-        return data[start : start + item.num_bytes]
 
     def _probe(self) -> None:
         """Create one object twice: the second time must be refused."""
@@ -269,3 +274,8 @@ class ObjectStorage:
         except BaseException:
             future.cancel()
             raise
+
+
+def _cut(item: ByteRange, fetch: Fetch, data: memoryview) -> memoryview:
+    start = item.offset - fetch.offset
+    return data[start : start + item.num_bytes]
