@@ -53,10 +53,10 @@ _RANKED_QUICK = ("--size-gib", "0.25", "--rounds", "3")
 _RANKED_FULL = ("--size-gib", "1", "--rounds", "7")
 
 SCRIPTS = (
-    Script(name="save_latency", ranks=8, quick=_RANKED_QUICK, full=_RANKED_FULL),
+    # What does not depend on the size would be most of a small one, as in `incremental`.
+    Script(name="save_latency", ranks=8, quick=("--size-gib", "1", "--rounds", "3"), full=_RANKED_FULL),
     Script(name="load_reshard", ranks=8, quick=_RANKED_QUICK, full=_RANKED_FULL),
     Script(name="training_tax", ranks=8, quick=_RANKED_QUICK, full=_RANKED_FULL),
-    # What does not depend on the size would be most of a small one.
     Script(name="incremental", ranks=8, quick=("--size-gib", "1", "--rounds", "3"), full=_RANKED_FULL),
     Script(name="memory"),
     Script(name="s3"),

@@ -1,4 +1,4 @@
-"""Results of all benchmarks: what misses is found, what is tolerated is said, the README shows what was found."""
+"""Results of all benchmarks: what misses is found, what is tolerated is said, README shows what was found."""
 
 from __future__ import annotations
 

@@ -93,7 +93,13 @@ class ObjectStorage:
         if not ranges:
             return
         with ThreadPoolExecutor(concurrency, thread_name_prefix="dcp_ckpt-consume") as pool:
-            self._run(self._fetch_all(ranges, consume, pool))
+            tasks: builtins.list[asyncio.Task[None]] = []
+            try:
+                self._run(self._fetch_all(ranges, consume, pool, tasks))
+            except BaseException:
+                # An interrupt does not wait: nothing may be written into the callers' memory any more.
+                self._run(_ended(tasks))
+                raise
 
     def size(self, key: str) -> int:
         return self._run(self._client.size(check_key(key)))
@@ -186,6 +192,7 @@ class ObjectStorage:
         ranges: Sequence[ByteRange],
         consume: Callable[[int, memoryview], None],
         pool: ThreadPoolExecutor,
+        tasks: builtins.list[asyncio.Task[None]],
     ) -> None:
         """All requests, a bounded number at a time; a slot is held until its bytes were consumed."""
         slots = asyncio.Semaphore(_FETCHES_IN_FLIGHT)
@@ -210,13 +217,11 @@ class ObjectStorage:
         for number, item in enumerate(ranges):
             if not item.num_bytes:
                 await loop.run_in_executor(pool, consume, number, memoryview(bytearray()))
-        tasks = [asyncio.ensure_future(fetch(item)) for item in merge_ranges(ranges)]
+        tasks.extend(asyncio.ensure_future(fetch(item)) for item in merge_ranges(ranges))
         try:
             await asyncio.gather(*tasks)
         except BaseException:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            await _ended(tasks)
             raise
 
     def _require_whole(self, item: ByteRange, end: int) -> None:
@@ -274,6 +279,13 @@ class ObjectStorage:
         except BaseException:
             future.cancel()
             raise
+
+
+async def _ended(tasks: Sequence[asyncio.Task[None]]) -> None:
+    """Cancel them, and wait for their end."""
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def _cut(item: ByteRange, fetch: Fetch, data: memoryview) -> memoryview:
