@@ -114,7 +114,8 @@ class S3Client:
         data = bytearray()
 
         def make_room(size_bytes: int) -> list[memoryview]:
-            data.extend(bytes(size_bytes))
+            nonlocal data
+            data = bytearray(size_bytes)
             return [memoryview(data)]
 
         await self._receive(key, offset, num_bytes, make_room)
