@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.ratios import OURS, STOCK_LOAD, STOCK_SAVE, THREAD
 from benchmarks.results import medians_of, shown_value, verdicts
 
-__all__ = ["README", "marked", "section", "update"]
+__all__ = ["README", "marked", "replaced", "section", "update"]
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
