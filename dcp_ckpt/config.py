@@ -12,11 +12,20 @@ from dataclasses import dataclass
 from typing import Literal
 
 from dcp_ckpt.errors import ConfigError
-from dcp_ckpt.policies import KeepPolicy, LatestN, SavePolicy, is_keep_policy, is_save_policy
+from dcp_ckpt.policies import (
+    KeepPolicy,
+    LatestN,
+    NotFinite,
+    SavePolicy,
+    SuspectPolicy,
+    is_keep_policy,
+    is_save_policy,
+)
 
 __all__ = ["CheckpointConfig"]
 
 _DEFAULT_KEEP = LatestN(2)
+_DEFAULT_SUSPECT_WHEN = NotFinite()
 _NOT_HANDLED = (signal.SIGKILL, signal.SIGSTOP)
 
 
@@ -27,6 +36,8 @@ class CheckpointConfig:
     Args:
         save_when: when `should_save` says yes; None leaves it to the caller's own rule.
         keep: what retention keeps besides what it never touches; None keeps everything.
+        suspect_when: which metrics make a checkpoint suspect, so that it never takes the place of a good one
+            and is never the best; by default a NaN or an infinity. None: none do.
         overlap: "off": `save()` returns once this rank's bytes are copied. "step": parameters and moments of
             a TrainState are copied while forward and backward run, and the next `optimizer.step()` waits
             until they are; whatever else writes them calls `Checkpointer.fence()` first.
@@ -53,6 +64,7 @@ class CheckpointConfig:
 
     save_when: SavePolicy | None = None
     keep: KeepPolicy | None = _DEFAULT_KEEP
+    suspect_when: SuspectPolicy | None = _DEFAULT_SUSPECT_WHEN
     overlap: Literal["off", "step"] = "off"
     reuse: bool = False
     when_busy: Literal["wait", "skip"] = "wait"
@@ -89,13 +101,18 @@ class CheckpointConfig:
     def _check_policies(self) -> None:
         if self.save_when is not None and not is_save_policy(self.save_when):
             raise ConfigError(
-                "save_when must be a save policy (EverySteps, EverySeconds, AtSteps, AnyOf) or None, "
-                f"not {self.save_when!r}"
+                "save_when must be a save policy (EverySteps, EveryEpochs, EverySeconds, AtSteps, "
+                f"AtFirstStep, AtLastStep, Young, AnyOf) or None, not {self.save_when!r}"
             )
         if self.keep is not None and not is_keep_policy(self.keep):
             raise ConfigError(
                 "keep must be a keep policy (LatestN, EveryNSteps, EveryNSeconds, BestN, AnyOf) or None, "
                 f"not {self.keep!r}"
+            )
+
+        if self.suspect_when is not None and not isinstance(self.suspect_when, SuspectPolicy):
+            raise ConfigError(
+                f"suspect_when must be NotFinite(), LossSpike(...) or None, not {self.suspect_when!r}"
             )
 
     def _check_choice(self, name: str, allowed: tuple[object, ...]) -> None:

@@ -17,7 +17,7 @@ __all__ = ["Options", "parse_options"]
 _MODEL_SIZES = ("tiny", "small", "base")
 _PARALLEL = ("fsdp", "ddp", "hsdp", "fsdp+tp", "pp")
 _AMP = ("bf16", "fp16")
-_SAVE_STRATEGIES = {"steps": True, "epoch": False, "no": True}
+_SAVE_STRATEGIES = ("steps", "epoch", "no")
 _OVERLAPS = ("step", "off")
 _RESUMES = ("auto", "never", "must")
 
@@ -38,6 +38,7 @@ class Options:
     compile: bool
     dropout: float
     steps: int
+    epochs: int | None
     batch_size: int
     workers: int
     grad_accum: int
@@ -48,6 +49,9 @@ class Options:
     eval_iters: int
     save_strategy: str
     save_every: int
+    save_every_minutes: float | None
+    mtbf_hours: float | None
+    save_at: tuple[int, ...]
     keep_last: int
     keep_every: int
     keep_best: int
@@ -91,11 +95,6 @@ def parse_options(arguments: Sequence[str] | None = None, *, announce: bool = Tr
     parser = _parser()
     parser.announce = announce
     parsed = vars(parser.parse_args(arguments))
-    for flag, value in [(flag, parsed.pop(_attribute(flag))) for flag in _NOT_BUILT]:
-        if value is not None:
-            parser.error(f"{flag} is not available in this version")
-    if not _SAVE_STRATEGIES[parsed["save_strategy"]]:
-        parser.error(f"--save-strategy {parsed['save_strategy']} is not available in this version")
     if parsed["resume"] not in _RESUMES:
         parser.error(
             f"--resume {parsed['resume']} is not available in this version, only {', '.join(_RESUMES)}"
@@ -103,16 +102,6 @@ def parse_options(arguments: Sequence[str] | None = None, *, announce: bool = Tr
     if parsed["run_number"] is not None and parsed["resume"] == "never":
         parser.error("--run-number continues a run, --resume never starts a new one: give one of them")
     return Options(**parsed)
-
-
-_NOT_BUILT = {
-    "--epochs": "train for this many epochs instead of --steps",
-    "--save-every-minutes": "save when this much time has passed",
-}
-
-
-def _attribute(flag: str) -> str:
-    return flag.removeprefix("--").replace("-", "_")
 
 
 def _count(text: str) -> int:
@@ -137,6 +126,13 @@ def _minutes(text: str) -> float:
     return minutes
 
 
+def _positive(text: str) -> float:
+    number = _minutes(text)
+    if not number:
+        raise argparse.ArgumentTypeError(f"{text} is not a number above 0")
+    return number
+
+
 def _parser() -> _OneLineParser:
     parser = _OneLineParser(
         prog="train.py",
@@ -147,10 +143,6 @@ def _parser() -> _OneLineParser:
     _add_run_flags(parser.add_argument_group("run"))
     _add_training_flags(parser.add_argument_group("training"))
     _add_saving_flags(parser.add_argument_group("saving"))
-    group = parser.add_argument_group("not available in this version")
-    for flag, meaning in _NOT_BUILT.items():
-        # `nargs="?"`: refused with the same words whether or not a value follows.
-        group.add_argument(flag, nargs="?", const=True, default=None, help=meaning)
     return parser
 
 
@@ -183,6 +175,9 @@ def _add_training_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--model-size", choices=_MODEL_SIZES, default="small", help="layers, width, context")
     group.add_argument("--dropout", type=float, default=0.0, help="probability")
     group.add_argument("--steps", type=_count, default=200, help="train up to this step")
+    group.add_argument(
+        "--epochs", type=_count, default=None, help="train up to the end of this epoch instead"
+    )
     group.add_argument("--batch-size", type=_count, default=120, help="samples a step, over all ranks")
     group.add_argument("--workers", type=_amount, default=0, help="data-loading processes of each rank")
     group.add_argument(
@@ -202,7 +197,19 @@ def _add_training_flags(group: argparse._ArgumentGroup) -> None:
 
 def _add_saving_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--save-strategy", choices=_SAVE_STRATEGIES, default="steps", help="when to save")
-    group.add_argument("--save-every", type=_count, default=50, help="steps between saves")
+    group.add_argument("--save-every", type=_count, default=50, help="steps, or epochs, between saves")
+    group.add_argument(
+        "--save-every-minutes", type=_positive, default=None, help="save also when so much time has passed"
+    )
+    group.add_argument(
+        "--save-at", type=_count, nargs="+", default=(), metavar="STEP", help="save also at these steps"
+    )
+    group.add_argument(
+        "--mtbf-hours",
+        type=_positive,
+        default=None,
+        help="mean time between failures of the job: save also as often as then costs least",
+    )
     group.add_argument("--keep-last", type=_count, default=2, help="newest checkpoints to keep")
     group.add_argument(
         "--keep-every", type=int, default=0, help="keep every step that is a multiple of this; 0: none"

@@ -28,13 +28,20 @@ import torch
 
 from dcp_ckpt import (
     AnyOf,
+    AtLastStep,
+    AtSteps,
     BestN,
     CheckpointConfig,
     Checkpointer,
+    EveryEpochs,
     EveryNSteps,
+    EverySeconds,
     EverySteps,
     LatestN,
+    LossSpike,
+    SavePolicy,
     TrainState,
+    Young,
     errors,
 )
 from launch.data import Batch, Corpus, TextLoader, read_corpus
@@ -58,12 +65,26 @@ def checkpoint_config(options: Options) -> CheckpointConfig:
     if options.keep_best:
         keep.append(BestN(options.keep_best, metric=options.monitor, mode=options.mode))
     return CheckpointConfig(
-        save_when=EverySteps(options.save_every),
+        save_when=when_to_save(options),
         keep=AnyOf(*keep),
+        suspect_when=LossSpike("loss"),
         overlap=options.overlap,
         reuse=options.lora_rank is not None,  # the frozen base is stored once
         stop_after_seconds=None if options.max_minutes is None else 60 * options.max_minutes,
     )
+
+
+def when_to_save(options: Options) -> AnyOf:
+    """Whatever the flags ask for, and after the last step; all ranks get the same answers."""
+    interval = EveryEpochs if options.save_strategy == "epoch" else EverySteps
+    when: list[SavePolicy] = [interval(options.save_every), AtLastStep()]
+    if options.save_at:
+        when.append(AtSteps(*options.save_at))
+    if options.save_every_minutes is not None:
+        when.append(EverySeconds(60 * options.save_every_minutes))
+    if options.mtbf_hours is not None:
+        when.append(Young(3600 * options.mtbf_hours))
+    return AnyOf(*when)
 
 
 def load_text(corpus: Corpus, options: Options, topology: Topology) -> TextLoader:
@@ -181,7 +202,7 @@ def train(options: Options, topology: Topology, corpus: Corpus) -> str | None:
         loaded = restore(checkpointer, run, training.state, options)
         reporter.loaded(loaded, run.document.parent, world_size=topology.world_size)
         done = loaded.step if loaded else 0
-        last_step = max(options.steps, done)
+        last_step = done + text.steps_left(options.epochs) if options.epochs else max(options.steps, done)
         batches = text.training()
         for step in range(done + 1, last_step + 1):
             lr = float(training.optimizer.param_groups[0]["lr"])
@@ -191,7 +212,9 @@ def train(options: Options, topology: Topology, corpus: Corpus) -> str | None:
             reporter.stepped(step=step, last_step=last_step, loss=loss, lr=lr, batch=batch)
 
             is_last = step == last_step
-            save_due = options.saves and (checkpointer.should_save(step) or is_last)
+            save_due = options.saves and checkpointer.should_save(
+                step, finished_epoch=text.finished_epoch, is_last=is_last
+            )
             metrics = {"loss": loss}
             if step % options.eval_every == 0 or is_last or (save_due and options.keep_best):
                 validation = text.validation(options.eval_iters)
@@ -212,8 +235,13 @@ def train(options: Options, topology: Topology, corpus: Corpus) -> str | None:
     if checkpointer.stop_reason is not None:
         reporter.say(f"stopped at step {step} ({checkpointer.stop_reason}); start again to go on")
         return checkpointer.stop_reason
-    reporter.say(f"finished at step {last_step}; to extend this run: --steps {last_step + options.steps}")
+    reporter.say(f"finished at step {last_step}; to extend this run: {longer(options, last_step)}")
     return None
+
+
+def longer(options: Options, last_step: int) -> str:
+    """The flag that extends a finished run to about twice its length."""
+    return f"--epochs {2 * options.epochs}" if options.epochs else f"--steps {last_step + options.steps}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

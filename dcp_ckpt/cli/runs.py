@@ -12,6 +12,7 @@ from dcp_ckpt.cli.output import checkpoint_command, human_bytes, print_json, pri
 from dcp_ckpt.errors import CheckpointNotFound
 from dcp_ckpt.lifecycle.catalogue import Catalogue, CheckpointEntry, read_catalogue
 from dcp_ckpt.lifecycle.runs import Run, list_runs
+from dcp_ckpt.lifecycle.suspicion import suspect_reason
 from dcp_ckpt.storage import open_storage
 
 __all__ = ["list_command", "runs_command"]
@@ -107,6 +108,7 @@ def _describe_catalogue(catalogue: Catalogue) -> dict[str, Any]:
                 "tags": entry.manifest.tags,
                 "bad": entry.is_bad,
                 "pinned": entry.is_pinned,
+                "suspect": suspect_reason(entry),
             }
             for entry in catalogue.entries
         ],
@@ -122,7 +124,12 @@ def _describe_catalogue(catalogue: Catalogue) -> dict[str, Any]:
 
 
 def _row(entry: CheckpointEntry, catalogue: Catalogue, *, shares: bool) -> tuple[str, ...]:
-    marks = {"latest": entry is catalogue.latest, "bad": entry.is_bad, "pinned": entry.is_pinned}
+    marks = {
+        "latest": entry is catalogue.latest,
+        "bad": entry.is_bad,
+        "suspect": entry.is_suspect,
+        "pinned": entry.is_pinned,
+    }
     return (
         str(entry.step),
         str(entry.directory),

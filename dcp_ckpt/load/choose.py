@@ -63,16 +63,7 @@ def choose(catalogue: Catalogue, which: Which, *, keep: KeepPolicy | None, url: 
         return Candidates(entries=(entry,))
     if isinstance(which, bool) or not isinstance(which, int):
         raise ConfigError(f"which must be 'latest', 'best', a step or a checkpoint's path, not {which!r}")
-    entry = catalogue.at_step(which)
-    if entry is None:
-        known = ", ".join(str(other.step) for other in catalogue.entries) or "none"
-        for rejected in catalogue.rejected:
-            if rejected.directory.step == which and rejected.state == "unreadable":
-                raise rejected.error
-        raise CheckpointNotFound(
-            f"no checkpoint of step {which}; there are: {known}", step=which, phase="choose", path=url
-        )
-    return Candidates(entries=(entry,))
+    return Candidates(entries=(catalogue.require_step(which, url=url),))
 
 
 def _latest(catalogue: Catalogue, url: str) -> Candidates:

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import logging
 import queue
+import statistics
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -18,6 +20,7 @@ from dcp_ckpt.coordination import Channel, error_fields, error_from_fields
 from dcp_ckpt.errors import CheckpointError, CoordinationError, SaveFailed
 from dcp_ckpt.format.manifest import FragmentSummary
 from dcp_ckpt.format.names import AttemptId, StepDir
+from dcp_ckpt.policies import SaveCosts
 from dcp_ckpt.save.bases import Bases
 from dcp_ckpt.save.comparison import Comparison
 from dcp_ckpt.save.coordinator import Coordinator
@@ -31,6 +34,9 @@ from dcp_ckpt.writer.progress import Progress
 __all__ = ["Flight", "Pilot"]
 
 log = logging.getLogger(__name__)
+
+_MEASURED_SAVES = 5
+"""One slow save says little about the next."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,10 +95,20 @@ class Pilot:
         self._forgotten = 0
         self._comparison = Comparison(channel)
         self.durable_seconds: float | None = None
+        self._measured: deque[tuple[float, float]] = deque(maxlen=_MEASURED_SAVES)
         self._flights: queue.SimpleQueue[Flight | None] = queue.SimpleQueue()
         self._closed = False
         self._thread = threading.Thread(target=self._run, name="dcp_ckpt-pilot", daemon=True)
         self._thread.start()
+
+    @property
+    def costs(self) -> SaveCosts | None:
+        """Medians of the newest committed saves; None when there was none."""
+        measured = list(self._measured)
+        if not measured:
+            return None
+        stalls, durables = zip(*measured, strict=True)
+        return SaveCosts(stall_seconds=statistics.median(stalls), durable_seconds=statistics.median(durables))
 
     def take(self, flight: Flight) -> None:
         """Accept a save. Does not block."""
@@ -226,7 +242,6 @@ class Pilot:
                 log.error("the save of step %d is not a checkpoint: %s", flight.step, error)
             flight.handle.resolve(verdict.outcome, error=error)
             return
-        self.durable_seconds = durable_seconds
         info = CheckpointInfo(
             step=flight.step,
             path=flight.path,
@@ -239,6 +254,8 @@ class Pilot:
             created_at=flight.created_at,
             shared_bytes=verdict.shared_bytes,
         )
+        self.durable_seconds = durable_seconds
+        self._measured.append((info.stall_seconds, durable_seconds))
         if self._channel.rank == 0:
             shared = f" ({info.shared_bytes} of them shared)" if info.shared_bytes else ""
             log.info(

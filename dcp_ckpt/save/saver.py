@@ -20,6 +20,8 @@ from dcp_ckpt.errors import CheckpointError, CoordinationError, Fenced
 from dcp_ckpt.format.epoch import EpochClaim
 from dcp_ckpt.format.names import AttemptId, StepDir
 from dcp_ckpt.lifecycle.epochs import utc_now
+from dcp_ckpt.lifecycle.metrics import encode_metrics
+from dcp_ckpt.policies import SaveCosts
 from dcp_ckpt.save.bases import Bases
 from dcp_ckpt.save.deadlines import WRITER_END_SECONDS, take_back_seconds
 from dcp_ckpt.save.fence import Fence
@@ -155,6 +157,11 @@ class Saver:
         """Wait until the newest save has copied what it copies late; see `Checkpointer.fence`."""
         self._fence.wait()
 
+    @property
+    def costs(self) -> SaveCosts | None:
+        """What saves took lately on this rank, without loads; None until one was committed."""
+        return self._pilot.costs
+
     def wait(self, timeout_seconds: float | None) -> None:
         """Wait for the newest save; failures are left in its handle.
 
@@ -165,6 +172,11 @@ class Saver:
             raise TimeoutError(
                 f"the save of step {self.last.step} is still under way after {timeout_seconds} s"
             )
+
+    def wait_for(self, step: int, *, timeout_seconds: float) -> None:
+        """Wait for the outcome of the save of a step, if it is the one under way."""
+        if self.last is not None and self.last.step == step:
+            self.last.wait_done(timeout_seconds)
 
     def wait_idle(self) -> None:
         """Wait until the arena is free: the bytes of the save before are durable, or given up.
@@ -189,15 +201,15 @@ class Saver:
         """Whether the newest save met a newer start of this run."""
         return self.last is not None and isinstance(self.last.error, Fenced)
 
-    def final_save(self, step: int, *, deadline: float) -> FinalSave:
-        """Rank 0: whether to save once more before `deadline` (monotonic seconds), and why.
+    def final_save(self, step: int, *, deadline: float, why: str) -> FinalSave:
+        """Rank 0: whether to save once more before `deadline` (monotonic seconds), as training stops.
 
         Blocks while a save is in flight, for as long as there is time for another one after it.
         """
         last, save_seconds = self.last, self._pilot.durable_seconds
         if last is not None and last.step != step:
             last.wait_done(max(deadline - time.monotonic() - (save_seconds or 0.0), 0.0))
-        return plan_final_save(
+        plan = plan_final_save(
             step=step,
             in_flight=last.step if last is not None and last.outcome == "pending" else None,
             committed=last.step if last is not None and last.outcome == "committed" else None,
@@ -205,6 +217,8 @@ class Saver:
             seconds_left=deadline - time.monotonic(),
             save_seconds=save_seconds,
         )
+        log.warning("stopping at step %d (%s): %s", step, why, plan.reason)
+        return plan
 
     def close(self) -> None:
         """Finish all saves, end the threads and the writer. Idempotent.
@@ -346,3 +360,32 @@ class Saver:
             flight.handover.fail(as_checkpoint_error(error, rank=self._channel.rank))
             if not isinstance(error, Exception):
                 raise
+<<<<<<< HEAD
+=======
+
+    def _fragment(self, flight: Flight, staged: Staged, replicas: Sequence[ReplicaSet]) -> Fragment:
+        coordinates = self._channel.rank == 0
+        of_all, *of_some = replicas
+        return Fragment(
+            run_id=self._claim.run_id,
+            epoch=self._claim.epoch,
+            epoch_id=self._claim.epoch_id,
+            attempt=str(flight.attempt),
+            step=flight.step,
+            rank=self._channel.rank,
+            world_size=self._channel.world_size,
+            files=[file for file, _ in staged.files],
+            meshes=staged.plan.meshes,
+            tensors=staged.plan.tensors,
+            chunks=staged.selection.chunks,
+            layout=staged.selection.digest,
+            aliases=staged.indexed_aliases,
+            values=staged.values,
+            per_rank=staged.per_rank,
+            replicated=of_all.digest,
+            copies=[CopiesEntry(ranks=compress_ranks(one.ranks), digest=one.digest) for one in of_some],
+            created_at=flight.created_at if coordinates else None,
+            metrics=encode_metrics(flight.metrics) if coordinates else {},
+            tags=list(flight.tags) if coordinates else [],
+        )
+>>>>>>> d0598f0 (When to save and what to keep: epochs, Young-Daly, late metrics, and suspect checkpoints that evict nobody)

@@ -26,6 +26,7 @@ from dcp_ckpt.lifecycle.janitor import Janitor
 from dcp_ckpt.lifecycle.known import KnownRun
 from dcp_ckpt.lifecycle.recover import recover_older_epochs
 from dcp_ckpt.lifecycle.runs import ensure_run
+from dcp_ckpt.lifecycle.suspicion import mark_if_suspect
 from dcp_ckpt.save.bases import Bases
 from dcp_ckpt.save.coordinator import Coordinator
 from dcp_ckpt.save.dcp_metadata import AUTO_MAX_CHUNKS, derive_metadata, write_metadata
@@ -204,6 +205,9 @@ class Session:
             log.warning("committed %s, which the start before had finished writing", directory)
         self._steps = StepPolicy(epoch=claim.epoch, floor=_newest_step(catalogue), taken=taken)
         self.known = KnownRun(self._storage, catalogue)
+        for entry in catalogue.entries:
+            if str(entry.directory) in report.committed:
+                self._judge(entry.directory)
         self._janitor = Janitor(
             self._storage,
             self.known,
@@ -264,6 +268,7 @@ class Session:
         self._steps.committed(flight.step)
         self._space.expect(self._next_bytes(self._coordinator.committed))
         self.known.committed(flight.directory, self._coordinator.committed)
+        self._judge(flight.directory)
         is_answering = True
         try:
             own = flight.handover.fragment
@@ -277,6 +282,19 @@ class Session:
         if is_answering:  # else the next save would wait for nothing
             self._janitor.tidy()
         self._space.settled(flight.step)
+
+    def _judge(self, directory: StepDir) -> None:
+        """Mark a new checkpoint if its metrics make it suspect; before anything is removed for it."""
+        assert self.known is not None
+        try:
+            catalogue = self.known.catalogue()
+            entry = next(entry for entry in catalogue.entries if entry.directory == directory)
+            mark = mark_if_suspect(self._storage, entry, catalogue, self._config.suspect_when)
+        except CheckpointError as error:
+            log.warning("whether %s is suspect could not be written down: %s", directory, error)
+            return
+        if mark is not None:
+            self.known.marked(directory, mark)
 
     def _look_for_room(self) -> Room:
         """Rank 0: what is free, and what retention may free."""

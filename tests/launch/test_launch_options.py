@@ -14,9 +14,6 @@ from launch.options import parse_options
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
-        (["--epochs", "2"], "--epochs"),
-        (["--save-every-minutes", "5"], "--save-every-minutes"),
-        (["--save-strategy", "epoch"], "--save-strategy epoch"),
         (["--resume", "ask"], "--resume ask"),
         (["--resume", "runs/run-001@100"], "--resume runs/run-001@100"),
     ],
@@ -37,6 +34,10 @@ def test_flag_of_a_later_version_is_refused_in_one_line(arguments, named, capsys
         ["--batch-size", "-1"],
         ["--max-minutes", "-1"],
         ["--max-minutes", "nan"],
+        ["--epochs", "0"],
+        ["--save-every-minutes", "0"],
+        ["--mtbf-hours", "-2"],
+        ["--save-at", "0"],
         ["--parallel", "magic"],
         ["--step", "3"],
         ["--run-number", "2", "--resume", "never"],
