@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from dcp_ckpt.lifecycle.runs import Run, RunParent, list_runs
     from dcp_ckpt.load.by_path import load_checkpoint
     from dcp_ckpt.load.report import LoadReport
+    from dcp_ckpt.observe.events import EventSink
+    from dcp_ckpt.observe.jsonl import JsonLinesSink, read_events
     from dcp_ckpt.ops.checkpoint import Checkpoint, open_checkpoint
     from dcp_ckpt.ops.copy import CopyReport, copy_checkpoint
     from dcp_ckpt.ops.export import ExportReport, export
@@ -42,6 +44,7 @@ if TYPE_CHECKING:
     )
     from dcp_ckpt.runs import open_run
     from dcp_ckpt.save.handle import CheckpointInfo, SaveHandle
+    from dcp_ckpt.save.hooks import SaveHooks
     from dcp_ckpt.state.mesh_roles import MeshRoles
     from dcp_ckpt.state.model_parts import ModelParts
     from dcp_ckpt.state.train_state import TrainState
@@ -61,12 +64,14 @@ _HOMES = {
     "CopyReport": "ops.copy",
     "ElasticLoader": "data.loader",
     "ElasticSampler": "data.sampler",
+    "EventSink": "observe.events",
     "EveryEpochs": "policies",
     "EveryNSeconds": "policies",
     "EveryNSteps": "policies",
     "EverySeconds": "policies",
     "EverySteps": "policies",
     "ExportReport": "ops.export",
+    "JsonLinesSink": "observe.jsonl",
     "LatestN": "policies",
     "LoadPlan": "ops.plan",
     "LoadReport": "load.report",
@@ -77,6 +82,7 @@ _HOMES = {
     "Run": "lifecycle.runs",
     "RunParent": "lifecycle.runs",
     "SaveHandle": "save.handle",
+    "SaveHooks": "save.hooks",
     "SavePolicy": "policies",
     "TrainState": "state.train_state",
     "VerifyReport": "ops.verify",
@@ -89,6 +95,7 @@ _HOMES = {
     "open_checkpoint": "ops.checkpoint",
     "open_run": "runs",
     "plan_load": "ops.plan",
+    "read_events": "observe.jsonl",
     "verify": "ops.verify",
 }
 
@@ -106,12 +113,14 @@ __all__ = [
     "CopyReport",
     "ElasticLoader",
     "ElasticSampler",
+    "EventSink",
     "EveryEpochs",
     "EveryNSeconds",
     "EveryNSteps",
     "EverySeconds",
     "EverySteps",
     "ExportReport",
+    "JsonLinesSink",
     "LatestN",
     "LoadPlan",
     "LoadReport",
@@ -122,6 +131,7 @@ __all__ = [
     "Run",
     "RunParent",
     "SaveHandle",
+    "SaveHooks",
     "SavePolicy",
     "TrainState",
     "VerifyReport",
@@ -134,6 +144,7 @@ __all__ = [
     "open_checkpoint",
     "open_run",
     "plan_load",
+    "read_events",
     "verify",
 ]
 

@@ -6,10 +6,8 @@ Knows the order in which things happen; how each is done is below.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
-import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -20,12 +18,11 @@ from typing import Any
 import torch.distributed as dist
 
 from dcp_ckpt.config import CheckpointConfig
-from dcp_ckpt.coordination import connect, global_ranks, rank_in, reduce
+from dcp_ckpt.coordination import connect, global_ranks, rank_in
 from dcp_ckpt.errors import (
     CheckpointError,
     CheckpointNotFound,
     ConfigError,
-    CoordinationError,
     SaveFailed,
 )
 from dcp_ckpt.format.names import MAX_STEP
@@ -36,22 +33,22 @@ from dcp_ckpt.load.attempts import LoadAttempts
 from dcp_ckpt.load.choose import Which, choose, path_of
 from dcp_ckpt.load.report import LoadReport
 from dcp_ckpt.load.selection import Selection
+from dcp_ckpt.observe.events import EventSink
 from dcp_ckpt.policies import SaveCosts
 from dcp_ckpt.save.due import DueSaves
 from dcp_ckpt.save.handle import CheckpointInfo, SaveHandle, info_of
+from dcp_ckpt.save.hooks import SaveHooks
+from dcp_ckpt.save.observer import SaveObserver
 from dcp_ckpt.save.opening import open_together
 from dcp_ckpt.save.orders import Orders
 from dcp_ckpt.save.session import Session
 from dcp_ckpt.save.writer_link import WriterLink
 from dcp_ckpt.state.train_state import State, components_of, components_to_save
-from dcp_ckpt.stopping.agreement import Stop
 from dcp_ckpt.stopping.stopper import Stopper
 
 __all__ = ["Checkpointer"]
 
 log = logging.getLogger(__name__)
-
-_END_SECONDS = 30.0
 
 
 class Checkpointer:
@@ -65,6 +62,8 @@ class Checkpointer:
         path: the run's directory or URL; made if missing.
         config: equal on all ranks.
         process_group: the ranks that save and load together; None means all.
+        sinks: what is told of events, on a thread of rank 0; closed with the Checkpointer.
+        hooks: called before and after each save, on every rank.
 
     Raises:
         ConfigError: WORLD_SIZE is above 1 but torch.distributed is not initialised.
@@ -79,6 +78,8 @@ class Checkpointer:
         *,
         config: CheckpointConfig | None = None,
         process_group: dist.ProcessGroup | None = None,
+        sinks: Sequence[EventSink] = (),
+        hooks: Sequence[SaveHooks] = (),
     ) -> None:
         self._config = config or CheckpointConfig()
         self._session: Session | None = None
@@ -96,6 +97,10 @@ class Checkpointer:
                 path, self._channel, self._link, timeout_seconds=self._config.timeout_seconds
             )
             resources.callback(self._storage.close)
+            self._observer = SaveObserver(
+                self._channel.rank, self._channel.world_size, self._storage.url, sinks, hooks
+            )
+            resources.callback(self._observer.close)
             self._loads = LoadAttempts(self._storage, self._channel, self._config)
             self._orders = Orders(self._storage, self._channel, timeout_seconds=self._config.timeout_seconds)
             if self._config.save_when is not None:
@@ -197,6 +202,9 @@ class Checkpointer:
         selection = Selection(include=include, exclude=exclude, rename=rename or {}, cast=cast)
         components = partial(components_of, state)
         report = self._loads.load(components, which, selection, session.catalogue, session.marks_changed)
+        if report is not None:
+            at, seconds, saved_by = report.path, self._loads.seconds, report.saved_world_size
+            self._observer.loaded(report.step, at, seconds, saved_by, num_rejected=len(report.rejected))
         if report is not None and path_of(which) is None:
             resumed = os.path.basename(report.path), report.epoch, report.step
             self._orders.give("resumed", lambda: session.resumed_from(*resumed))
@@ -225,7 +233,9 @@ class Checkpointer:
         self._look_for_owner()
         stop = self._stopper.before_save()
         if stop is not None and self._final_save is None:
-            self._final_save = step, self._is_final_save_due(step, stop)
+            why, until = f"{stop.reason}, rank {stop.rank}", stop.deadline
+            due = self._orders.final_save(self._started(), step, deadline=until, why=why)
+            self._final_save = step, due
         at, due = self._final_save or (None, False)
         if at == step:
             return due
@@ -258,6 +268,13 @@ class Checkpointer:
     def stop_reason(self) -> str | None:
         """Why `should_stop` said yes: the name of a signal, "time limit" or "taken over"."""
         return None if self._stopper.agreed is None else self._stopper.agreed.reason
+
+    def log_scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """Tell the sinks numbers of the training, such as loss and learning rate.
+
+        Called on rank 0, and on others without effect; never blocks.
+        """
+        self._observer.scalars(step, values)
 
     def fence(self) -> None:
         """Wait until the newest save has copied everything, so that all of its state may be written.
@@ -378,9 +395,7 @@ class Checkpointer:
                 self._session.close(waits=stop is None)
                 untold = self._session.saver.untold
             if stop is not None:
-                # Together: a launcher that sees one rank end signals the others, who may be busy here.
-                with contextlib.suppress(CoordinationError):
-                    reduce(self._channel, "stop/end", None, lambda _: None, timeout_seconds=_END_SECONDS)
+                self._stopper.end_together()
         finally:
             self._resources.close()
         if untold is not None and untold.error is not None:
@@ -419,6 +434,7 @@ class Checkpointer:
                 self._link,
                 self._config,
                 global_ranks=self._global_ranks,
+                observer=self._observer,
                 tag=f"start/{self._starts}",
             )
         return self._session
@@ -426,18 +442,6 @@ class Checkpointer:
     def _look_for_owner(self) -> None:
         if self._session is not None and self._session.saver.is_fenced:
             self._stopper.taken_over()
-
-    def _is_final_save_due(self, step: int, stop: Stop) -> bool:
-        """All ranks: rank 0 weighs the time that is left."""
-        saver = self._started().saver
-        why = f"{stop.reason}, rank {stop.rank}"
-        # Rank 0 may wait for a save in flight until the deadline.
-        timeout = max(stop.deadline - time.monotonic(), 0.0) + self._config.timeout_seconds
-        return self._orders.give(
-            "stop/final save",
-            lambda: saver.final_save(step, deadline=stop.deadline, why=why).saves,
-            timeout_seconds=timeout,
-        )
 
     def _costs(self) -> SaveCosts | None:
         """What saves and the load took on this rank; None until a save was committed."""

@@ -60,6 +60,7 @@ class Options:
     overlap: Literal["off", "step"]
     max_minutes: float | None
     log_json: Path | None
+    tensorboard: Path | None
 
     @property
     def saves(self) -> bool:
@@ -68,7 +69,8 @@ class Options:
 
     def as_json(self) -> dict[str, Any]:
         """All options as JSON types, to be recorded in a new run."""
-        return asdict(self) | {"log_json": None if self.log_json is None else str(self.log_json)}
+        paths = {"log_json": self.log_json, "tensorboard": self.tensorboard}
+        return asdict(self) | {name: path and str(path) for name, path in paths.items()}
 
 
 class _OneLineParser(argparse.ArgumentParser):
@@ -158,6 +160,7 @@ def _add_run_flags(group: argparse._ArgumentGroup) -> None:
         help="auto: continue if there is a run; never: start a new one; must: continue or exit with 3",
     )
     group.add_argument("--log-json", type=Path, default=None, help="append one JSON object a line here")
+    group.add_argument("--tensorboard", type=Path, default=None, metavar="DIR", help="log scalars below DIR")
 
 
 def _add_training_flags(group: argparse._ArgumentGroup) -> None:

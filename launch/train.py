@@ -33,10 +33,12 @@ from dcp_ckpt import (
     BestN,
     CheckpointConfig,
     Checkpointer,
+    EventSink,
     EveryEpochs,
     EveryNSteps,
     EverySeconds,
     EverySteps,
+    JsonLinesSink,
     LatestN,
     LossSpike,
     SavePolicy,
@@ -44,6 +46,7 @@ from dcp_ckpt import (
     Young,
     errors,
 )
+from dcp_ckpt.integrations.tensorboard import TensorBoardSink
 from launch.data import Batch, Corpus, TextLoader, read_corpus
 from launch.lora import add_adapters
 from launch.model import GPT, MODEL_SIZES
@@ -85,6 +88,16 @@ def when_to_save(options: Options) -> AnyOf:
     if options.mtbf_hours is not None:
         when.append(Young(3600 * options.mtbf_hours))
     return AnyOf(*when)
+
+
+def event_sinks(options: Options, run_path: str) -> list[EventSink]:
+    """What is told of saves and loads: `events.jsonl` in the run, TensorBoard if asked for."""
+    sinks: list[EventSink] = []
+    if "://" not in run_path:
+        sinks.append(JsonLinesSink(f"{run_path}/events.jsonl"))
+    if options.tensorboard is not None:
+        sinks.append(TensorBoardSink(options.tensorboard / Path(run_path).name))
+    return sinks
 
 
 def load_text(corpus: Corpus, options: Options, topology: Topology) -> TextLoader:
@@ -198,7 +211,9 @@ def train(options: Options, topology: Topology, corpus: Corpus) -> str | None:
     reporter.say(f"run {run.number} in {run.path}: {topology.world_size} ranks, {options.parallel}")
     reporter.changed(changes)
     require_allowed(changes, run.path)
-    with text.loader, Checkpointer(run.path, config=checkpoint_config(options)) as checkpointer:
+    sinks = event_sinks(options, run.path)
+    config = checkpoint_config(options)
+    with text.loader, Checkpointer(run.path, config=config, sinks=sinks) as checkpointer:
         loaded = restore(checkpointer, run, training.state, options)
         reporter.loaded(loaded, run.document.parent, world_size=topology.world_size)
         done = loaded.step if loaded else 0
@@ -209,6 +224,7 @@ def train(options: Options, topology: Topology, corpus: Corpus) -> str | None:
             batch = next(batches)
             loss = train_step(training, batch, topology)
             training.history.append(loss)
+            checkpointer.log_scalars(step, {"train/loss": loss, "train/lr": lr})
             reporter.stepped(step=step, last_step=last_step, loss=loss, lr=lr, batch=batch)
 
             is_last = step == last_step
@@ -223,6 +239,7 @@ def train(options: Options, topology: Topology, corpus: Corpus) -> str | None:
                     save_due = save_due or (options.saves and checkpointer.should_save(step))
                 else:
                     metrics["val_loss"] = val_loss
+                    checkpointer.log_scalars(step, {"validation/loss": val_loss})
                     reporter.validated(step=step, loss=val_loss)
             if save_due:
                 handle = checkpointer.save(training.state, step=step, metrics=metrics, tags=tags_of(changes))

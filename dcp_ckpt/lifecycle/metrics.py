@@ -19,7 +19,7 @@ from dcp_ckpt.lifecycle.suspicion import mark_if_suspect
 from dcp_ckpt.policies import SuspectPolicy
 from dcp_ckpt.storage.base import Storage
 
-__all__ = ["add_metrics", "encode_metrics"]
+__all__ = ["add_metrics", "encode_metrics", "plain_metrics"]
 
 
 def encode_metrics(metrics: Mapping[str, Any]) -> dict[str, Any]:
@@ -28,7 +28,13 @@ def encode_metrics(metrics: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         StateError: a value that cannot be stored, by name.
     """
-    return {name: encode_value(_plain(value), path=f"metrics[{name!r}]") for name, value in metrics.items()}
+    plain = plain_metrics(metrics)
+    return {name: encode_value(value, path=f"metrics[{name!r}]") for name, value in plain.items()}
+
+
+def plain_metrics(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """The same with 0-dim tensors and numpy numbers as the Python numbers that they hold."""
+    return {name: _plain(value) for name, value in metrics.items()}
 
 
 def add_metrics(

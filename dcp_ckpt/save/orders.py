@@ -5,6 +5,7 @@ Called by the Checkpointer, on the main thread of all ranks.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -41,6 +42,17 @@ class Orders:
         self._given += 1
         timeout = timeout_seconds or self._timeout_seconds
         return broadcast(self._channel, f"{what}/{self._given}", act, timeout_seconds=timeout)
+
+    def final_save(self, session: Session, step: int, *, deadline: float, why: str) -> bool:
+        """Whether to save once more before `deadline` (monotonic seconds); rank 0 weighs the time.
+
+        Collective; blocks, on rank 0 also for a save in flight, until the deadline at most.
+        """
+        return self.give(
+            "stop/final save",
+            lambda: session.saver.final_save(step, deadline=deadline, why=why).saves,
+            timeout_seconds=max(deadline - time.monotonic(), 0.0) + self._timeout_seconds,
+        )
 
     def mark(
         self,

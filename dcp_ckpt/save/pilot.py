@@ -27,6 +27,7 @@ from dcp_ckpt.save.coordinator import Coordinator
 from dcp_ckpt.save.deadlines import CONCLUDE_SECONDS, REPORT_SLACK_SECONDS
 from dcp_ckpt.save.handle import CheckpointInfo, SaveHandle
 from dcp_ckpt.save.handover import Handover
+from dcp_ckpt.save.observer import SaveObserver
 from dcp_ckpt.save.record import Report, SaveKeys, Verdict, from_message, to_message
 from dcp_ckpt.save.writer_link import WriterLink, describe
 from dcp_ckpt.writer.progress import Progress
@@ -73,6 +74,7 @@ class Pilot:
         coordinator: on rank 0, else None.
         bases: learn of what is written and committed; None where nothing is reused.
         after_commit: on rank 0, called after the verdict of a committed save is out.
+        observer: told of every outcome.
         timeout_seconds: for how much longer than it should take rank 0's verdict is waited for.
     """
 
@@ -83,6 +85,7 @@ class Pilot:
         coordinator: Coordinator | None,
         bases: Bases | None,
         after_commit: Callable[[Flight], None],
+        observer: SaveObserver,
         *,
         timeout_seconds: float,
     ) -> None:
@@ -91,6 +94,7 @@ class Pilot:
         self._coordinator = coordinator
         self._bases = bases
         self._after_commit = after_commit
+        self._observer = observer
         self._patience_seconds = timeout_seconds + REPORT_SLACK_SECONDS + CONCLUDE_SECONDS
         self._forgotten = 0
         self._comparison = Comparison(channel)
@@ -241,6 +245,7 @@ class Pilot:
             if self._channel.rank == 0 or error.rank == self._channel.rank:
                 log.error("the save of step %d is not a checkpoint: %s", flight.step, error)
             flight.handle.resolve(verdict.outcome, error=error)
+            self._observer.ended(flight.handle)
             return
         info = CheckpointInfo(
             step=flight.step,
@@ -263,3 +268,4 @@ class Pilot:
                 info.step, info.bytes, shared, info.stall_seconds, info.durable_seconds, info.path,
             )  # fmt: skip
         flight.handle.resolve(verdict.outcome, info=info)
+        self._observer.ended(flight.handle)

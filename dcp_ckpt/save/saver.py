@@ -28,6 +28,7 @@ from dcp_ckpt.save.fence import Fence
 from dcp_ckpt.save.final_save import FinalSave, plan_final_save
 from dcp_ckpt.save.handle import SaveHandle
 from dcp_ckpt.save.handover import Handover
+from dcp_ckpt.save.observer import SaveObserver
 from dcp_ckpt.save.own_fragment import own_fragment
 from dcp_ckpt.save.pilot import Flight, Pilot
 from dcp_ckpt.save.record import Record, SaveKeys, from_message, to_message
@@ -56,6 +57,7 @@ class Saver:
         steps, space: on rank 0, else None.
         bases: what saves may share files with; None: every save writes everything.
         stager, link, pilot: owned from now on.
+        observer: told of what happens; not owned.
     """
 
     def __init__(
@@ -71,6 +73,7 @@ class Saver:
         stager: Stager,
         link: WriterLink,
         pilot: Pilot,
+        observer: SaveObserver,
     ) -> None:
         self._url = url
         self._config = config
@@ -82,6 +85,7 @@ class Saver:
         self._stager = stager
         self._link = link
         self._pilot = pilot
+        self._observer = observer
         self._fence = Fence(rank=channel.rank)
         self._calls = 0
         self._handles: list[SaveHandle] = []
@@ -108,7 +112,9 @@ class Saver:
         if record.decision == "skip":
             log.warning("skipping the save of step %d: the one before is still under way", step)
             handle.resolve("skipped")
+            self._observer.skipped(step)
             return handle
+        self._observer.begun(step)
         self._handles = [*filter(self._still_matters, self._handles), handle]
         directory = StepDir.parse(record.directory)
         assert directory is not None, "made by rank 0 from a StepDir"
@@ -132,6 +138,7 @@ class Saver:
             self._require_same_step(step, record)
             if record.error is not None:
                 raise error_from_fields(record.error)
+            self._observer.before_save(step)
             base = None if self._bases is None else self._bases.find(AttemptId.parse(record.base))
             self._stage(flight, components(), base)
         except BaseException as error:
@@ -354,38 +361,12 @@ class Saver:
             )
             self._link.submit(job, staged.arena.descriptor)
             flight.handle.mark_staged()
+            self._observer.staged(flight.step, seconds=time.monotonic() - flight.started)
             flight.handover.finish(fragment, replicas)
         except BaseException as error:
             log.debug("staging of step %d failed", flight.step, exc_info=True)
             flight.handover.fail(as_checkpoint_error(error, rank=self._channel.rank))
             if not isinstance(error, Exception):
                 raise
-<<<<<<< HEAD
-=======
-
-    def _fragment(self, flight: Flight, staged: Staged, replicas: Sequence[ReplicaSet]) -> Fragment:
-        coordinates = self._channel.rank == 0
-        of_all, *of_some = replicas
-        return Fragment(
-            run_id=self._claim.run_id,
-            epoch=self._claim.epoch,
-            epoch_id=self._claim.epoch_id,
-            attempt=str(flight.attempt),
-            step=flight.step,
-            rank=self._channel.rank,
-            world_size=self._channel.world_size,
-            files=[file for file, _ in staged.files],
-            meshes=staged.plan.meshes,
-            tensors=staged.plan.tensors,
-            chunks=staged.selection.chunks,
-            layout=staged.selection.digest,
-            aliases=staged.indexed_aliases,
-            values=staged.values,
-            per_rank=staged.per_rank,
-            replicated=of_all.digest,
-            copies=[CopiesEntry(ranks=compress_ranks(one.ranks), digest=one.digest) for one in of_some],
-            created_at=flight.created_at if coordinates else None,
-            metrics=encode_metrics(flight.metrics) if coordinates else {},
-            tags=list(flight.tags) if coordinates else [],
-        )
->>>>>>> d0598f0 (When to save and what to keep: epochs, Young-Daly, late metrics, and suspect checkpoints that evict nobody)
+from dcp_ckpt.save.observer import SaveObserver
+from dcp_ckpt.save.own_fragment import own_fragment

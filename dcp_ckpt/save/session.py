@@ -31,6 +31,7 @@ from dcp_ckpt.save.bases import Bases
 from dcp_ckpt.save.coordinator import Coordinator
 from dcp_ckpt.save.dcp_metadata import AUTO_MAX_CHUNKS, derive_metadata, write_metadata
 from dcp_ckpt.save.deadlines import AFTERWARDS_SECONDS
+from dcp_ckpt.save.observer import SaveObserver
 from dcp_ckpt.save.pilot import Flight, Pilot
 from dcp_ckpt.save.preparation import Room, prepare_saves
 from dcp_ckpt.save.saver import Saver
@@ -55,6 +56,7 @@ class Session:
         storage: the run.
         link: this rank's writer; closed with the session.
         global_ranks: the group's ranks as device meshes number them.
+        observer: told of what happens; not owned.
         tag: unique in the life of the channel.
 
     Raises:
@@ -69,12 +71,14 @@ class Session:
         config: CheckpointConfig,
         *,
         global_ranks: Sequence[int],
+        observer: SaveObserver,
         tag: str,
     ) -> None:
         self._storage = storage
         self._channel = channel
         self._link = link
         self._config = config
+        self._observer = observer
         self._steps: StepPolicy | None = None
         self._janitor: Janitor | None = None
         self._coordinator: Coordinator | None = None
@@ -215,6 +219,7 @@ class Session:
             keep=self._config.keep,
             grace_seconds=self._config.grace_seconds,
             is_in_use=self._is_in_use,
+            on_removed=self._observer.removed,
         )
         self._space = Space(self._storage, self._janitor, timeout_seconds=self._config.timeout_seconds)
         return asdict(claim)
@@ -241,6 +246,7 @@ class Session:
             self._coordinator,
             self._bases,
             self._after_commit,
+            self._observer,
             timeout_seconds=self._config.timeout_seconds,
         )
         self.saver = Saver(
@@ -254,6 +260,7 @@ class Session:
             stager=self._stager,
             link=self._link,
             pilot=pilot,
+            observer=self._observer,
         )
         return pilot
 
