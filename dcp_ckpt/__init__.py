@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from dcp_ckpt.ops.copy import CopyReport, copy_checkpoint
     from dcp_ckpt.ops.export import ExportReport, export
     from dcp_ckpt.ops.plan import LoadPlan, plan_load
+    from dcp_ckpt.ops.runs import RunSummary, summarize_runs
     from dcp_ckpt.ops.verify import VerifyReport, verify
     from dcp_ckpt.policies import (
         AnyOf,
@@ -81,6 +82,7 @@ _HOMES = {
     "NotFinite": "policies",
     "Run": "lifecycle.runs",
     "RunParent": "lifecycle.runs",
+    "RunSummary": "ops.runs",
     "SaveHandle": "save.handle",
     "SaveHooks": "save.hooks",
     "SavePolicy": "policies",
@@ -96,6 +98,7 @@ _HOMES = {
     "open_run": "runs",
     "plan_load": "ops.plan",
     "read_events": "observe.jsonl",
+    "summarize_runs": "ops.runs",
     "verify": "ops.verify",
 }
 
@@ -130,6 +133,7 @@ __all__ = [
     "NotFinite",
     "Run",
     "RunParent",
+    "RunSummary",
     "SaveHandle",
     "SaveHooks",
     "SavePolicy",
@@ -145,6 +149,7 @@ __all__ = [
     "open_run",
     "plan_load",
     "read_events",
+    "summarize_runs",
     "verify",
 ]
 

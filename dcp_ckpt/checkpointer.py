@@ -21,7 +21,6 @@ from dcp_ckpt.config import CheckpointConfig
 from dcp_ckpt.coordination import connect, global_ranks, rank_in
 from dcp_ckpt.errors import (
     CheckpointError,
-    CheckpointNotFound,
     ConfigError,
     SaveFailed,
 )
@@ -30,7 +29,7 @@ from dcp_ckpt.lifecycle.catalogue import read_catalogue
 from dcp_ckpt.lifecycle.metrics import add_metrics
 from dcp_ckpt.lifecycle.pins import pin, unpin
 from dcp_ckpt.load.attempts import LoadAttempts
-from dcp_ckpt.load.choose import Which, choose, path_of
+from dcp_ckpt.load.choose import Which, best_policy, path_of
 from dcp_ckpt.load.report import LoadReport
 from dcp_ckpt.load.selection import Selection
 from dcp_ckpt.observe.events import EventSink
@@ -45,13 +44,14 @@ from dcp_ckpt.save.session import Session
 from dcp_ckpt.save.writer_link import WriterLink
 from dcp_ckpt.state.train_state import State, components_of, components_to_save
 from dcp_ckpt.stopping.stopper import Stopper
+from dcp_ckpt.wording import KnownByOtherNames
 
 __all__ = ["Checkpointer"]
 
 log = logging.getLogger(__name__)
 
 
-class Checkpointer:
+class Checkpointer(KnownByOtherNames):
     """Saves and loads the training state of one run. One per process; all ranks make it together.
 
     Making it starts this rank's writer process, which tries the storage out: a small object is written, read
@@ -71,6 +71,8 @@ class Checkpointer:
         CheckpointError: the storage or the writer of some rank does not work; on all ranks. Nothing is left
             behind then.
     """
+
+    other_names = dict.fromkeys(("checkpoint_dir", "dirpath", "output_dir", "directory", "folder"), "path")
 
     def __init__(
         self,
@@ -315,13 +317,9 @@ class Checkpointer:
 
         Local to the rank.
         """
-        try:
-            found = choose(
-                read_catalogue(self._storage), "best", keep=self._config.keep, url=self._storage.url
-            )
-        except CheckpointNotFound:
-            return None
-        return info_of(found.entries[0], self._storage.url)
+        ranking = best_policy(self._config.keep)
+        entry = read_catalogue(self._storage).best(ranking.metric, ranking.mode)
+        return None if entry is None else info_of(entry, self._storage.url)
 
     def report_metrics(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Add metrics to the checkpoint of a step, such as those of an evaluation that ends after its save.

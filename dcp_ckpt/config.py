@@ -21,16 +21,33 @@ from dcp_ckpt.policies import (
     is_keep_policy,
     is_save_policy,
 )
+from dcp_ckpt.wording import KnownByOtherNames
 
 __all__ = ["CheckpointConfig"]
 
 _DEFAULT_KEEP = LatestN(2)
 _DEFAULT_SUSPECT_WHEN = NotFinite()
+_OTHER_NAMES = {
+    name: f"keep=LatestN({name}), or AnyOf(LatestN(...), BestN(...)) to keep the best as well"
+    for name in ("save_total_limit", "max_to_keep", "keep_latest_k", "keep_last_n", "keep_last")
+} | {
+    "save_top_k": 'keep=AnyOf(LatestN(1), BestN(save_top_k, "val_loss"))',
+    "monitor": 'the metric of BestN: keep=BestN(1, "val_loss", mode="min")',
+    "mode": 'that of BestN: keep=BestN(1, "val_loss", mode="min")',
+    "interval": "save_when=EverySteps(interval)",
+    "save_steps": "save_when=EverySteps(save_steps)",
+    "save_interval_steps": "save_when=EverySteps(save_interval_steps)",
+    "every_n_train_steps": "save_when=EverySteps(every_n_train_steps)",
+    "every_n_epochs": "save_when=EveryEpochs(every_n_epochs)",
+    "async_mode": 'overlap="step" or "off"; saves never hold the training until they are durable',
+    "checkpoint_dir": "the first argument of Checkpointer: Checkpointer(path, config=...)",
+}
+"""What users of other libraries type -> what it is here."""
 _NOT_HANDLED = (signal.SIGKILL, signal.SIGSTOP)
 
 
 @dataclass(frozen=True, kw_only=True)
-class CheckpointConfig:
+class CheckpointConfig(KnownByOtherNames):
     """How a run is saved, kept and resumed. Equal on all ranks.
 
     Args:
@@ -61,6 +78,8 @@ class CheckpointConfig:
     Raises:
         ConfigError: a value is not allowed; the message holds it.
     """
+
+    other_names = _OTHER_NAMES
 
     save_when: SavePolicy | None = None
     keep: KeepPolicy | None = _DEFAULT_KEEP

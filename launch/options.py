@@ -1,4 +1,4 @@
-"""The flags of the training driver: parsed, checked, refused where this version lacks the feature.
+"""The flags of the training driver: parsed and checked.
 
 Called by `train.py`. Knows nothing of torch; turning options into objects is the caller's business.
 """
@@ -19,7 +19,22 @@ _PARALLEL = ("fsdp", "ddp", "hsdp", "fsdp+tp", "pp")
 _AMP = ("bf16", "fp16")
 _SAVE_STRATEGIES = ("steps", "epoch", "no")
 _OVERLAPS = ("step", "off")
-_RESUMES = ("auto", "never", "must")
+_RESUMES = ("auto", "never", "must", "ask")
+_OTHER_NAMES = {
+    "--save-total-limit": "--keep-last",
+    "--max-to-keep": "--keep-last",
+    "--keep-latest-k": "--keep-last",
+    "--save-top-k": "--keep-best",
+    "--interval": "--save-every",
+    "--save-steps": "--save-every",
+    "--checkpoint-dir": "--run-dir",
+    "--output-dir": "--run-dir",
+    "--resume-from-checkpoint": "--resume",
+    "--max-steps": "--steps",
+    "--num-train-epochs": "--epochs",
+    "--learning-rate": "--lr",
+}
+"""What other trainers call a flag -> its name here."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +45,7 @@ class Options:
     name: str | None
     run_number: int | None
     list_runs: bool
-    resume: Literal["auto", "never", "must"]
+    resume: str
     parallel: str
     model_size: str
     lora_rank: int | None
@@ -63,6 +78,11 @@ class Options:
     tensorboard: Path | None
 
     @property
+    def resume_ref(self) -> str | None:
+        """The checkpoint that `--resume` names, if it names one."""
+        return None if self.resume in _RESUMES else self.resume
+
+    @property
     def saves(self) -> bool:
         """Whether anything is saved at all."""
         return self.save_strategy != "no"
@@ -92,15 +112,25 @@ def parse_options(arguments: Sequence[str] | None = None, *, announce: bool = Tr
         announce: whether this process prints what is wrong; true on one rank.
 
     Raises:
-        SystemExit: code 2 for a wrong flag and for one that this version lacks.
+        SystemExit: code 2 for a wrong flag; one that other trainers have is answered with its name here.
     """
     parser = _parser()
     parser.announce = announce
-    parsed = vars(parser.parse_args(arguments))
+    known, unknown = parser.parse_known_args(arguments)
+    for flag in (argument.partition("=")[0].replace("_", "-") for argument in unknown):
+        if flag in _OTHER_NAMES:
+            parser.error(f"there is no {flag} here; it is called {_OTHER_NAMES[flag]}")
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    parsed = vars(known)
     if parsed["resume"] not in _RESUMES:
-        parser.error(
-            f"--resume {parsed['resume']} is not available in this version, only {', '.join(_RESUMES)}"
-        )
+        if not {"@", "/"} & set(parsed["resume"]):
+            parser.error(
+                f"--resume takes {', '.join(_RESUMES)} or a checkpoint such as runs/run-001@1200, "
+                f"not {parsed['resume']}"
+            )
+        if parsed["run_number"] is not None:
+            parser.error("--run-number and a checkpoint in --resume both name a run: give one of them")
     if parsed["run_number"] is not None and parsed["resume"] == "never":
         parser.error("--run-number continues a run, --resume never starts a new one: give one of them")
     return Options(**parsed)
@@ -156,8 +186,10 @@ def _add_run_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--resume",
         default="auto",
-        metavar="{auto,never,must}",
-        help="auto: continue if there is a run; never: start a new one; must: continue or exit with 3",
+        metavar="{auto,never,must,ask}|REF",
+        help="auto: continue if there is a run; never: start a new one; must: continue or exit with 3; ask: "
+        "ask on the terminal; RUN@STEP, RUN@best or a checkpoint's path: go on from there, in a new run "
+        "where the run has newer checkpoints",
     )
     group.add_argument("--log-json", type=Path, default=None, help="append one JSON object a line here")
     group.add_argument("--tensorboard", type=Path, default=None, metavar="DIR", help="log scalars below DIR")

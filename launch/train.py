@@ -55,7 +55,7 @@ from launch.parallel import Topology, global_sum, join, parallelise
 from launch.passes import Passes, make_passes
 from launch.precision import AMP_DTYPES, WorldGradScaler
 from launch.report import Reporter, exit_code, print_runs, stop_code
-from launch.runs import choose_run, restore
+from launch.runs import choose_run, config_before, restore
 from launch.schedule import WarmUpCosine
 from launch.settings import changed_settings, require_allowed, tags_of
 
@@ -204,9 +204,9 @@ def train(options: Options, topology: Topology, corpus: Corpus) -> str | None:
     training = build(options, topology, text)
 
     # Run: chosen or created once for all ranks, then everything is loaded from its newest checkpoint.
-    settings = options.as_json() | {"dataset": corpus.fingerprint}
-    run = choose_run(options, settings)
-    changes = changed_settings(run.document.config, settings)
+    settings = options.as_json() | {"dataset": corpus.fingerprint, "world_size": topology.world_size}
+    run = choose_run(options, settings, rank=topology.rank)
+    changes = changed_settings(config_before(run, options), settings)
     reporter = Reporter(rank=topology.rank, log_json=options.log_json)
     reporter.say(f"run {run.number} in {run.path}: {topology.world_size} ranks, {options.parallel}")
     reporter.changed(changes)

@@ -12,7 +12,7 @@ from dcp_ckpt.lifecycle.catalogue import Catalogue, CheckpointEntry
 from dcp_ckpt.load.report import RejectedCheckpoint
 from dcp_ckpt.policies import AnyOf, BestN, KeepPolicy, SavePolicy
 
-__all__ = ["Candidates", "Which", "choose", "path_of"]
+__all__ = ["Candidates", "Which", "best_policy", "choose", "path_of"]
 
 Which = str | int | PurePath
 
@@ -54,7 +54,7 @@ def choose(catalogue: Catalogue, which: Which, *, keep: KeepPolicy | None, url: 
     if which == "latest":
         return _latest(catalogue, url)
     if which == "best":
-        ranking = _best_policy(keep)
+        ranking = best_policy(keep)
         entry = catalogue.best(ranking.metric, ranking.mode)
         if entry is None:
             raise CheckpointNotFound(
@@ -89,7 +89,12 @@ def _latest(catalogue: Catalogue, url: str) -> Candidates:
     return Candidates(entries=entries, rejected=tuple(rejected))
 
 
-def _best_policy(keep: KeepPolicy | SavePolicy | None) -> BestN:
+def best_policy(keep: KeepPolicy | SavePolicy | None) -> BestN:
+    """The ranking that says which checkpoint is the best.
+
+    Raises:
+        ConfigError: the policy has none.
+    """
     members: Sequence[object] = keep.policies if isinstance(keep, AnyOf) else (keep,)
     for member in members:
         if isinstance(member, BestN):
