@@ -18,17 +18,7 @@ from dcp_ckpt.errors import ConfigError
 from launch.train import main
 
 TRAIN = Path(__file__).resolve().parents[2] / "launch" / "train.py"
-SMALL = (
-    "--model-size",
-    "tiny",
-    "--batch-size",
-    "10",
-    "--eval-iters",
-    "1",
-    "--save-every",
-    "2",
-    "--keep-last=9",
-)
+SMALL = ("--model-size=tiny", "--batch-size=10", "--eval-iters=1", "--save-every=2", "--keep-last=9")
 
 
 def start(directory: Path, *flags: str) -> int:
