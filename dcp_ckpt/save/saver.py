@@ -20,7 +20,6 @@ from dcp_ckpt.errors import CheckpointError, CoordinationError, Fenced
 from dcp_ckpt.format.epoch import EpochClaim
 from dcp_ckpt.format.names import AttemptId, StepDir
 from dcp_ckpt.lifecycle.epochs import utc_now
-from dcp_ckpt.lifecycle.metrics import encode_metrics
 from dcp_ckpt.policies import SaveCosts
 from dcp_ckpt.save.bases import Bases
 from dcp_ckpt.save.deadlines import WRITER_END_SECONDS, take_back_seconds
@@ -368,5 +367,3 @@ class Saver:
             flight.handover.fail(as_checkpoint_error(error, rank=self._channel.rank))
             if not isinstance(error, Exception):
                 raise
-from dcp_ckpt.save.observer import SaveObserver
-from dcp_ckpt.save.own_fragment import own_fragment
