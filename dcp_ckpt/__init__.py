@@ -18,23 +18,34 @@ if TYPE_CHECKING:
     from dcp_ckpt.lifecycle.runs import Run, RunParent, list_runs
     from dcp_ckpt.load.by_path import load_checkpoint
     from dcp_ckpt.load.report import LoadReport
+    from dcp_ckpt.observe.events import EventSink
+    from dcp_ckpt.observe.jsonl import JsonLinesSink, read_events
     from dcp_ckpt.ops.checkpoint import Checkpoint, open_checkpoint
     from dcp_ckpt.ops.copy import CopyReport, copy_checkpoint
     from dcp_ckpt.ops.export import ExportReport, export
     from dcp_ckpt.ops.plan import LoadPlan, plan_load
+    from dcp_ckpt.ops.runs import RunSummary, summarize_runs
     from dcp_ckpt.ops.verify import VerifyReport, verify
     from dcp_ckpt.policies import (
         AnyOf,
+        AtFirstStep,
+        AtLastStep,
         AtSteps,
         BestN,
+        EveryEpochs,
         EveryNSeconds,
         EveryNSteps,
         EverySeconds,
         EverySteps,
         LatestN,
+        LossSpike,
+        NotFinite,
+        SavePolicy,
+        Young,
     )
     from dcp_ckpt.runs import open_run
     from dcp_ckpt.save.handle import CheckpointInfo, SaveHandle
+    from dcp_ckpt.save.hooks import SaveHooks
     from dcp_ckpt.state.mesh_roles import MeshRoles
     from dcp_ckpt.state.model_parts import ModelParts
     from dcp_ckpt.state.train_state import TrainState
@@ -42,6 +53,8 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "AnyOf": "policies",
+    "AtFirstStep": "policies",
+    "AtLastStep": "policies",
     "AtSteps": "policies",
     "BestN": "policies",
     "Checkpoint": "ops.checkpoint",
@@ -52,21 +65,30 @@ _HOMES = {
     "CopyReport": "ops.copy",
     "ElasticLoader": "data.loader",
     "ElasticSampler": "data.sampler",
+    "EventSink": "observe.events",
+    "EveryEpochs": "policies",
     "EveryNSeconds": "policies",
     "EveryNSteps": "policies",
     "EverySeconds": "policies",
     "EverySteps": "policies",
     "ExportReport": "ops.export",
+    "JsonLinesSink": "observe.jsonl",
     "LatestN": "policies",
     "LoadPlan": "ops.plan",
     "LoadReport": "load.report",
+    "LossSpike": "policies",
     "MeshRoles": "state.mesh_roles",
     "ModelParts": "state.model_parts",
+    "NotFinite": "policies",
     "Run": "lifecycle.runs",
     "RunParent": "lifecycle.runs",
+    "RunSummary": "ops.runs",
     "SaveHandle": "save.handle",
+    "SaveHooks": "save.hooks",
+    "SavePolicy": "policies",
     "TrainState": "state.train_state",
     "VerifyReport": "ops.verify",
+    "Young": "policies",
     "copy_checkpoint": "ops.copy",
     "export": "ops.export",
     "ignore_stop_signals": "stopping.signals",
@@ -75,11 +97,15 @@ _HOMES = {
     "open_checkpoint": "ops.checkpoint",
     "open_run": "runs",
     "plan_load": "ops.plan",
+    "read_events": "observe.jsonl",
+    "summarize_runs": "ops.runs",
     "verify": "ops.verify",
 }
 
 __all__ = [
     "AnyOf",
+    "AtFirstStep",
+    "AtLastStep",
     "AtSteps",
     "BestN",
     "Checkpoint",
@@ -90,21 +116,30 @@ __all__ = [
     "CopyReport",
     "ElasticLoader",
     "ElasticSampler",
+    "EventSink",
+    "EveryEpochs",
     "EveryNSeconds",
     "EveryNSteps",
     "EverySeconds",
     "EverySteps",
     "ExportReport",
+    "JsonLinesSink",
     "LatestN",
     "LoadPlan",
     "LoadReport",
+    "LossSpike",
     "MeshRoles",
     "ModelParts",
+    "NotFinite",
     "Run",
     "RunParent",
+    "RunSummary",
     "SaveHandle",
+    "SaveHooks",
+    "SavePolicy",
     "TrainState",
     "VerifyReport",
+    "Young",
     "copy_checkpoint",
     "export",
     "ignore_stop_signals",
@@ -113,6 +148,8 @@ __all__ = [
     "open_checkpoint",
     "open_run",
     "plan_load",
+    "read_events",
+    "summarize_runs",
     "verify",
 ]
 

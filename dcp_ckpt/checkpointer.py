@@ -6,57 +6,52 @@ Knows the order in which things happen; how each is done is below.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any
 
 import torch.distributed as dist
 
 from dcp_ckpt.config import CheckpointConfig
-from dcp_ckpt.coordination import broadcast, connect, global_ranks, rank_in, reduce
+from dcp_ckpt.coordination import connect, global_ranks, rank_in
 from dcp_ckpt.errors import (
     CheckpointError,
-    CheckpointNotFound,
     ConfigError,
-    CoordinationError,
-    FormatTooNew,
-    LoadError,
     SaveFailed,
-    StateMismatch,
 )
 from dcp_ckpt.format.names import MAX_STEP
-from dcp_ckpt.lifecycle.catalogue import CheckpointEntry, read_catalogue
+from dcp_ckpt.lifecycle.catalogue import read_catalogue
+from dcp_ckpt.lifecycle.metrics import add_metrics
 from dcp_ckpt.lifecycle.pins import pin, unpin
-from dcp_ckpt.load.by_path import load_path
-from dcp_ckpt.load.choose import Which, choose, path_of
-from dcp_ckpt.load.loader import Loader
+from dcp_ckpt.load.attempts import LoadAttempts
+from dcp_ckpt.load.choose import Which, best_policy, path_of
 from dcp_ckpt.load.report import LoadReport
 from dcp_ckpt.load.selection import Selection
+from dcp_ckpt.observe.events import EventSink
+from dcp_ckpt.policies import SaveCosts
 from dcp_ckpt.save.due import DueSaves
 from dcp_ckpt.save.handle import CheckpointInfo, SaveHandle, info_of
+from dcp_ckpt.save.hooks import SaveHooks
+from dcp_ckpt.save.observer import SaveObserver
 from dcp_ckpt.save.opening import open_together
+from dcp_ckpt.save.orders import Orders
 from dcp_ckpt.save.session import Session
 from dcp_ckpt.save.writer_link import WriterLink
 from dcp_ckpt.state.train_state import State, components_of, components_to_save
-from dcp_ckpt.stopping.agreement import Stop
 from dcp_ckpt.stopping.stopper import Stopper
+from dcp_ckpt.wording import KnownByOtherNames
 
 __all__ = ["Checkpointer"]
 
 log = logging.getLogger(__name__)
 
-_END_SECONDS = 30.0
 
-_Result = TypeVar("_Result")
-
-
-class Checkpointer:
+class Checkpointer(KnownByOtherNames):
     """Saves and loads the training state of one run. One per process; all ranks make it together.
 
     Making it starts this rank's writer process, which tries the storage out: a small object is written, read
@@ -67,6 +62,8 @@ class Checkpointer:
         path: the run's directory or URL; made if missing.
         config: equal on all ranks.
         process_group: the ranks that save and load together; None means all.
+        sinks: what is told of events, on a thread of rank 0; closed with the Checkpointer.
+        hooks: called before and after each save, on every rank.
 
     Raises:
         ConfigError: WORLD_SIZE is above 1 but torch.distributed is not initialised.
@@ -75,19 +72,22 @@ class Checkpointer:
             behind then.
     """
 
+    other_names = dict.fromkeys(("checkpoint_dir", "dirpath", "output_dir", "directory", "folder"), "path")
+
     def __init__(
         self,
         path: str | os.PathLike[str],
         *,
         config: CheckpointConfig | None = None,
         process_group: dist.ProcessGroup | None = None,
+        sinks: Sequence[EventSink] = (),
+        hooks: Sequence[SaveHooks] = (),
     ) -> None:
         self._config = config or CheckpointConfig()
         self._session: Session | None = None
-        self._starts = self._loads = self._orders = 0
+        self._starts = 0
         self._final_save: tuple[int, bool] | None = None
         self._due: DueSaves | None = None
-        self._failed_load: CheckpointError | None = None
         self._closed = False
         with ExitStack() as resources:
             # First, so that it starts while ranks meet; asked last.
@@ -99,9 +99,18 @@ class Checkpointer:
                 path, self._channel, self._link, timeout_seconds=self._config.timeout_seconds
             )
             resources.callback(self._storage.close)
+            self._observer = SaveObserver(
+                self._channel.rank, self._channel.world_size, self._storage.url, sinks, hooks
+            )
+            resources.callback(self._observer.close)
+            self._loads = LoadAttempts(self._storage, self._channel, self._config)
+            self._orders = Orders(self._storage, self._channel, timeout_seconds=self._config.timeout_seconds)
             if self._config.save_when is not None:
                 self._due = DueSaves(
-                    self._channel, self._config.save_when, timeout_seconds=self._config.timeout_seconds
+                    self._channel,
+                    self._config.save_when,
+                    self._costs,
+                    timeout_seconds=self._config.timeout_seconds,
                 )
             self._stopper = Stopper(self._channel, self._config)
             resources.callback(self._stopper.close)
@@ -141,10 +150,10 @@ class Checkpointer:
         self._require_open()
         if type(step) is not int or not 0 <= step <= MAX_STEP:
             raise ConfigError(f"step must be a whole number from 0 to {MAX_STEP}, not {step!r}")
-        if self._failed_load is not None:
+        if self._loads.failure is not None:
             raise SaveFailed(
                 "the last load failed halfway and the state may be a mixture; load before saving: "
-                f"{self._failed_load.message}",
+                f"{self._loads.failure.message}",
                 step=step,
             )
         saver = self._started().saver
@@ -193,44 +202,29 @@ class Checkpointer:
         session = self._started()
         self.fence()
         selection = Selection(include=include, exclude=exclude, rename=rename or {}, cast=cast)
-        self._loads += 1
-        tag = f"load/{self._loads}"
-
-        path, components = path_of(which), partial(components_of, state)
-        storage, channel, config = self._storage, self._channel, self._config
-        try:
-            if path is not None:
-                report: LoadReport | None = load_path(path, components, channel, config, tag, selection)
-            else:
-                loader = Loader(storage, storage.url, channel, config, tag, selection)
-                report = loader.load(components, which, session.catalogue)
-        except (CheckpointNotFound, StateMismatch, FormatTooNew, ConfigError):
-            raise
-        except CheckpointError as error:
-            session.marks_changed()
-            # The state may hold parts of several checkpoints now: saving it would make that last.
-            self._failed_load = None if error.phase == "choose" else error
-            raise
-        except BaseException as error:
-            # An interrupt, most likely: what was read so far is in the state.
-            self._failed_load = LoadError(f"it was broken off by {error!r}", phase="read")
-            raise
-        self._failed_load = None
-        if report is not None and report.rejected:
-            session.marks_changed()
-        if path is None and report is not None:
+        components = partial(components_of, state)
+        report = self._loads.load(components, which, selection, session.catalogue, session.marks_changed)
+        if report is not None:
+            at, seconds, saved_by = report.path, self._loads.seconds, report.saved_world_size
+            self._observer.loaded(report.step, at, seconds, saved_by, num_rejected=len(report.rejected))
+        if report is not None and path_of(which) is None:
             resumed = os.path.basename(report.path), report.epoch, report.step
-            self._on_rank_0("resumed", lambda: session.resumed_from(*resumed))
+            self._orders.give("resumed", lambda: session.resumed_from(*resumed))
             session.reuse_from(resumed[0])
-        session.prepare(components, tag=f"{tag}/prepare")
+        session.prepare(components, tag=f"{self._loads.tag}/prepare")
         return report
 
-    def should_save(self, step: int) -> bool:
+    def should_save(self, step: int, *, finished_epoch: int | None = None, is_last: bool = False) -> bool:
         """Whether `config.save_when` asks for a save after this step, or the training stops and saves last.
 
         Called on all ranks; the answer is the same on all of them. When a stop was asked for (see
         `should_stop`), the answer is whether a final save fits in the time that is left; a save that is in
         flight is waited for first.
+
+        Args:
+            finished_epoch: the number of the pass over the data that ends with this step, for `EveryEpochs`;
+                None where none ends.
+            is_last: the training ends with this step, for `AtLastStep`.
 
         Raises:
             ConfigError: there is no `save_when`.
@@ -241,9 +235,13 @@ class Checkpointer:
         self._look_for_owner()
         stop = self._stopper.before_save()
         if stop is not None and self._final_save is None:
-            self._final_save = step, self._is_final_save_due(step, stop)
+            why, until = f"{stop.reason}, rank {stop.rank}", stop.deadline
+            due = self._orders.final_save(self._started(), step, deadline=until, why=why)
+            self._final_save = step, due
         at, due = self._final_save or (None, False)
-        return due if at == step else self._due.is_due(step)
+        if at == step:
+            return due
+        return self._due.is_due(step, finished_epoch=finished_epoch, is_last=is_last)
 
     def should_stop(self) -> bool:
         """Whether the training is to end now: a signal, the time limit, or a newer start of the run.
@@ -272,6 +270,13 @@ class Checkpointer:
     def stop_reason(self) -> str | None:
         """Why `should_stop` said yes: the name of a signal, "time limit" or "taken over"."""
         return None if self._stopper.agreed is None else self._stopper.agreed.reason
+
+    def log_scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """Tell the sinks numbers of the training, such as loss and learning rate.
+
+        Called on rank 0, and on others without effect; never blocks.
+        """
+        self._observer.scalars(step, values)
 
     def fence(self) -> None:
         """Wait until the newest save has copied everything, so that all of its state may be written.
@@ -312,13 +317,35 @@ class Checkpointer:
 
         Local to the rank.
         """
-        try:
-            found = choose(
-                read_catalogue(self._storage), "best", keep=self._config.keep, url=self._storage.url
-            )
-        except CheckpointNotFound:
-            return None
-        return info_of(found.entries[0], self._storage.url)
+        ranking = best_policy(self._config.keep)
+        entry = read_catalogue(self._storage).best(ranking.metric, ranking.mode)
+        return None if entry is None else info_of(entry, self._storage.url)
+
+    def report_metrics(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Add metrics to the checkpoint of a step, such as those of an evaluation that ends after its save.
+
+        Called on all ranks; blocks, also for a save of that step that is under way. They count like those
+        given to `save` from then on: in `best`, in retention, which looks after the next save, and for
+        `suspect_when`. A checkpoint that waits for its metrics is not protected: let `keep` hold it so long.
+
+        Args:
+            metrics: rank 0's count; a value of a name that is there replaces it.
+
+        Raises:
+            CheckpointNotFound: there is no such checkpoint (any more); on all ranks.
+            StateError, StorageError: they could not be written; on all ranks.
+        """
+
+        self._require_open()
+        self._orders.mark(
+            "metrics",
+            step,
+            lambda entry, catalogue: add_metrics(
+                self._storage, entry, metrics, catalogue, self._config.suspect_when
+            ),
+            self._session,
+            after_its_save=True,
+        )
 
     def pin(self, step: int, *, reason: str | None = None) -> None:
         """Keep the checkpoint of a step until it is unpinned. Called on all ranks; blocks. Idempotent.
@@ -327,11 +354,15 @@ class Checkpointer:
             CheckpointNotFound: there is none, or retention has just removed it; on all ranks.
             StorageError: the pin could not be written; on all ranks.
         """
-        self._mark("pin", step, lambda entry: pin(self._storage, entry, reason=reason))
+        self._require_open()
+        self._orders.mark(
+            "pin", step, lambda entry, _: pin(self._storage, entry, reason=reason), self._session
+        )
 
     def unpin(self, step: int) -> None:
         """Take back every pin of the checkpoint of a step. As `pin`, also in what it raises."""
-        self._mark("unpin", step, lambda entry: unpin(self._storage, entry))
+        self._require_open()
+        self._orders.mark("unpin", step, lambda entry, _: unpin(self._storage, entry), self._session)
 
     def prune(self) -> list[str]:
         """Apply `config.keep` now instead of after the next save. Called on all ranks; blocks.
@@ -343,7 +374,7 @@ class Checkpointer:
             CheckpointError: the run could not be read or changed, or is a newer start's; on all ranks.
         """
         self._require_open()
-        names = self._on_rank_0("prune", self._started().prune)
+        names = self._orders.give("prune", self._started().prune)
         return [os.path.join(self._storage.url, name) for name in names]
 
     def close(self) -> None:
@@ -362,9 +393,7 @@ class Checkpointer:
                 self._session.close(waits=stop is None)
                 untold = self._session.saver.untold
             if stop is not None:
-                # Together: a launcher that sees one rank end signals the others, who may be busy here.
-                with contextlib.suppress(CoordinationError):
-                    reduce(self._channel, "stop/end", None, lambda _: None, timeout_seconds=_END_SECONDS)
+                self._stopper.end_together()
         finally:
             self._resources.close()
         if untold is not None and untold.error is not None:
@@ -403,6 +432,7 @@ class Checkpointer:
                 self._link,
                 self._config,
                 global_ranks=self._global_ranks,
+                observer=self._observer,
                 tag=f"start/{self._starts}",
             )
         return self._session
@@ -411,35 +441,7 @@ class Checkpointer:
         if self._session is not None and self._session.saver.is_fenced:
             self._stopper.taken_over()
 
-    def _is_final_save_due(self, step: int, stop: Stop) -> bool:
-        """All ranks: rank 0 weighs the time that is left."""
-        saver = self._started().saver
-
-        def decide() -> bool:
-            plan = saver.final_save(step, deadline=stop.deadline)
-            log.warning("stopping at step %d (%s, rank %d): %s", step, stop.reason, stop.rank, plan.reason)
-            return plan.saves
-
-        # Rank 0 may wait for a save in flight until the deadline.
-        timeout = max(stop.deadline - time.monotonic(), 0.0) + self._config.timeout_seconds
-        return broadcast(self._channel, "stop/final save", decide, timeout_seconds=timeout)
-
-    def _on_rank_0(self, what: str, act: Callable[[], _Result]) -> _Result:
-        """All ranks: let rank 0 act once; its answer, or its failure, is everybody's."""
-        self._require_open()
-        self._orders += 1
-        tag = f"{what}/{self._orders}"
-        return broadcast(self._channel, tag, act, timeout_seconds=self._config.timeout_seconds)
-
-    def _mark(self, what: str, step: int, mark: Callable[[CheckpointEntry], bool]) -> None:
-        """All ranks: let rank 0 mark the checkpoint of a step."""
-        if type(step) is not int:
-            raise ConfigError(f"step must be a whole number, not {step!r}")
-
-        def act() -> None:
-            found = choose(read_catalogue(self._storage), step, keep=None, url=self._storage.url)
-            mark(found.entries[0])
-            if self._session is not None:
-                self._session.marks_changed()
-
-        self._on_rank_0(what, act)
+    def _costs(self) -> SaveCosts | None:
+        """What saves and the load took on this rank; None until a save was committed."""
+        costs = None if self._session is None else self._session.saver.costs
+        return None if costs is None else replace(costs, load_seconds=self._loads.seconds)

@@ -12,21 +12,49 @@ from dataclasses import dataclass
 from typing import Literal
 
 from dcp_ckpt.errors import ConfigError
-from dcp_ckpt.policies import KeepPolicy, LatestN, SavePolicy, is_keep_policy, is_save_policy
+from dcp_ckpt.policies import (
+    KeepPolicy,
+    LatestN,
+    NotFinite,
+    SavePolicy,
+    SuspectPolicy,
+    is_keep_policy,
+    is_save_policy,
+)
+from dcp_ckpt.wording import KnownByOtherNames
 
 __all__ = ["CheckpointConfig"]
 
 _DEFAULT_KEEP = LatestN(2)
+_DEFAULT_SUSPECT_WHEN = NotFinite()
+_OTHER_NAMES = {
+    name: f"keep=LatestN({name}), or AnyOf(LatestN(...), BestN(...)) to keep the best as well"
+    for name in ("save_total_limit", "max_to_keep", "keep_latest_k", "keep_last_n", "keep_last")
+} | {
+    "save_top_k": 'keep=AnyOf(LatestN(1), BestN(save_top_k, "val_loss"))',
+    "monitor": 'the metric of BestN: keep=BestN(1, "val_loss", mode="min")',
+    "mode": 'that of BestN: keep=BestN(1, "val_loss", mode="min")',
+    "interval": "save_when=EverySteps(interval)",
+    "save_steps": "save_when=EverySteps(save_steps)",
+    "save_interval_steps": "save_when=EverySteps(save_interval_steps)",
+    "every_n_train_steps": "save_when=EverySteps(every_n_train_steps)",
+    "every_n_epochs": "save_when=EveryEpochs(every_n_epochs)",
+    "async_mode": 'overlap="step" or "off"; saves never hold the training until they are durable',
+    "checkpoint_dir": "the first argument of Checkpointer: Checkpointer(path, config=...)",
+}
+"""What users of other libraries type -> what it is here."""
 _NOT_HANDLED = (signal.SIGKILL, signal.SIGSTOP)
 
 
 @dataclass(frozen=True, kw_only=True)
-class CheckpointConfig:
+class CheckpointConfig(KnownByOtherNames):
     """How a run is saved, kept and resumed. Equal on all ranks.
 
     Args:
         save_when: when `should_save` says yes; None leaves it to the caller's own rule.
         keep: what retention keeps besides what it never touches; None keeps everything.
+        suspect_when: which metrics make a checkpoint suspect, so that it never takes the place of a good one
+            and is never the best; by default a NaN or an infinity. None: none do.
         overlap: "off": `save()` returns once this rank's bytes are copied. "step": parameters and moments of
             a TrainState are copied while forward and backward run, and the next `optimizer.step()` waits
             until they are; whatever else writes them calls `Checkpointer.fence()` first.
@@ -51,8 +79,11 @@ class CheckpointConfig:
         ConfigError: a value is not allowed; the message holds it.
     """
 
+    other_names = _OTHER_NAMES
+
     save_when: SavePolicy | None = None
     keep: KeepPolicy | None = _DEFAULT_KEEP
+    suspect_when: SuspectPolicy | None = _DEFAULT_SUSPECT_WHEN
     overlap: Literal["off", "step"] = "off"
     reuse: bool = False
     when_busy: Literal["wait", "skip"] = "wait"
@@ -89,13 +120,18 @@ class CheckpointConfig:
     def _check_policies(self) -> None:
         if self.save_when is not None and not is_save_policy(self.save_when):
             raise ConfigError(
-                "save_when must be a save policy (EverySteps, EverySeconds, AtSteps, AnyOf) or None, "
-                f"not {self.save_when!r}"
+                "save_when must be a save policy (EverySteps, EveryEpochs, EverySeconds, AtSteps, "
+                f"AtFirstStep, AtLastStep, Young, AnyOf) or None, not {self.save_when!r}"
             )
         if self.keep is not None and not is_keep_policy(self.keep):
             raise ConfigError(
                 "keep must be a keep policy (LatestN, EveryNSteps, EveryNSeconds, BestN, AnyOf) or None, "
                 f"not {self.keep!r}"
+            )
+
+        if self.suspect_when is not None and not isinstance(self.suspect_when, SuspectPolicy):
+            raise ConfigError(
+                f"suspect_when must be NotFinite(), LossSpike(...) or None, not {self.suspect_when!r}"
             )
 
     def _check_choice(self, name: str, allowed: tuple[object, ...]) -> None:

@@ -177,6 +177,18 @@ class TextLoader:
             persistent_workers=num_workers > 0,
         )
 
+    @property
+    def finished_epoch(self) -> int | None:
+        """The number of the epoch, from 1, that the last batch has completed; None in the midst of one."""
+        sampler = self.loader.sampler
+        return sampler.epoch + 1 if sampler.is_epoch_over else None
+
+    def steps_left(self, num_epochs: int) -> int:
+        """Steps from where the loader stands to the end of so many epochs, counted from the first."""
+        sampler = self.loader.sampler
+        left = math.ceil((sampler.num_samples - sampler.samples_consumed) / self._global_batch_size)
+        return max((num_epochs - sampler.epoch - 1) * sampler.batches_per_epoch + left, 0)
+
     def training(self) -> Iterator[Batch]:
         """Batches without end, in shuffled order, from where the loader stands."""
         while True:

@@ -1,4 +1,4 @@
-"""The flags of the training driver: parsed, checked, refused where this version lacks the feature.
+"""The flags of the training driver: parsed and checked.
 
 Called by `train.py`. Knows nothing of torch; turning options into objects is the caller's business.
 """
@@ -17,9 +17,24 @@ __all__ = ["Options", "parse_options"]
 _MODEL_SIZES = ("tiny", "small", "base")
 _PARALLEL = ("fsdp", "ddp", "hsdp", "fsdp+tp", "pp")
 _AMP = ("bf16", "fp16")
-_SAVE_STRATEGIES = {"steps": True, "epoch": False, "no": True}
+_SAVE_STRATEGIES = ("steps", "epoch", "no")
 _OVERLAPS = ("step", "off")
-_RESUMES = ("auto", "never", "must")
+_RESUMES = ("auto", "never", "must", "ask")
+_OTHER_NAMES = {
+    "--save-total-limit": "--keep-last",
+    "--max-to-keep": "--keep-last",
+    "--keep-latest-k": "--keep-last",
+    "--save-top-k": "--keep-best",
+    "--interval": "--save-every",
+    "--save-steps": "--save-every",
+    "--checkpoint-dir": "--run-dir",
+    "--output-dir": "--run-dir",
+    "--resume-from-checkpoint": "--resume",
+    "--max-steps": "--steps",
+    "--num-train-epochs": "--epochs",
+    "--learning-rate": "--lr",
+}
+"""What other trainers call a flag -> its name here."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +45,7 @@ class Options:
     name: str | None
     run_number: int | None
     list_runs: bool
-    resume: Literal["auto", "never", "must"]
+    resume: str
     parallel: str
     model_size: str
     lora_rank: int | None
@@ -38,6 +53,7 @@ class Options:
     compile: bool
     dropout: float
     steps: int
+    epochs: int | None
     batch_size: int
     workers: int
     grad_accum: int
@@ -48,6 +64,9 @@ class Options:
     eval_iters: int
     save_strategy: str
     save_every: int
+    save_every_minutes: float | None
+    mtbf_hours: float | None
+    save_at: tuple[int, ...]
     keep_last: int
     keep_every: int
     keep_best: int
@@ -56,6 +75,12 @@ class Options:
     overlap: Literal["off", "step"]
     max_minutes: float | None
     log_json: Path | None
+    tensorboard: Path | None
+
+    @property
+    def resume_ref(self) -> str | None:
+        """The checkpoint that `--resume` names, if it names one."""
+        return None if self.resume in _RESUMES else self.resume
 
     @property
     def saves(self) -> bool:
@@ -64,7 +89,8 @@ class Options:
 
     def as_json(self) -> dict[str, Any]:
         """All options as JSON types, to be recorded in a new run."""
-        return asdict(self) | {"log_json": None if self.log_json is None else str(self.log_json)}
+        paths = {"log_json": self.log_json, "tensorboard": self.tensorboard}
+        return asdict(self) | {name: path and str(path) for name, path in paths.items()}
 
 
 class _OneLineParser(argparse.ArgumentParser):
@@ -86,33 +112,28 @@ def parse_options(arguments: Sequence[str] | None = None, *, announce: bool = Tr
         announce: whether this process prints what is wrong; true on one rank.
 
     Raises:
-        SystemExit: code 2 for a wrong flag and for one that this version lacks.
+        SystemExit: code 2 for a wrong flag; one that other trainers have is answered with its name here.
     """
     parser = _parser()
     parser.announce = announce
-    parsed = vars(parser.parse_args(arguments))
-    for flag, value in [(flag, parsed.pop(_attribute(flag))) for flag in _NOT_BUILT]:
-        if value is not None:
-            parser.error(f"{flag} is not available in this version")
-    if not _SAVE_STRATEGIES[parsed["save_strategy"]]:
-        parser.error(f"--save-strategy {parsed['save_strategy']} is not available in this version")
+    known, unknown = parser.parse_known_args(arguments)
+    for flag in (argument.partition("=")[0].replace("_", "-") for argument in unknown):
+        if flag in _OTHER_NAMES:
+            parser.error(f"there is no {flag} here; it is called {_OTHER_NAMES[flag]}")
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    parsed = vars(known)
     if parsed["resume"] not in _RESUMES:
-        parser.error(
-            f"--resume {parsed['resume']} is not available in this version, only {', '.join(_RESUMES)}"
-        )
+        if not {"@", "/"} & set(parsed["resume"]):
+            parser.error(
+                f"--resume takes {', '.join(_RESUMES)} or a checkpoint such as runs/run-001@1200, "
+                f"not {parsed['resume']}"
+            )
+        if parsed["run_number"] is not None:
+            parser.error("--run-number and a checkpoint in --resume both name a run: give one of them")
     if parsed["run_number"] is not None and parsed["resume"] == "never":
         parser.error("--run-number continues a run, --resume never starts a new one: give one of them")
     return Options(**parsed)
-
-
-_NOT_BUILT = {
-    "--epochs": "train for this many epochs instead of --steps",
-    "--save-every-minutes": "save when this much time has passed",
-}
-
-
-def _attribute(flag: str) -> str:
-    return flag.removeprefix("--").replace("-", "_")
 
 
 def _count(text: str) -> int:
@@ -137,6 +158,13 @@ def _minutes(text: str) -> float:
     return minutes
 
 
+def _positive(text: str) -> float:
+    number = _minutes(text)
+    if not number:
+        raise argparse.ArgumentTypeError(f"{text} is not a number above 0")
+    return number
+
+
 def _parser() -> _OneLineParser:
     parser = _OneLineParser(
         prog="train.py",
@@ -147,10 +175,6 @@ def _parser() -> _OneLineParser:
     _add_run_flags(parser.add_argument_group("run"))
     _add_training_flags(parser.add_argument_group("training"))
     _add_saving_flags(parser.add_argument_group("saving"))
-    group = parser.add_argument_group("not available in this version")
-    for flag, meaning in _NOT_BUILT.items():
-        # `nargs="?"`: refused with the same words whether or not a value follows.
-        group.add_argument(flag, nargs="?", const=True, default=None, help=meaning)
     return parser
 
 
@@ -162,10 +186,13 @@ def _add_run_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--resume",
         default="auto",
-        metavar="{auto,never,must}",
-        help="auto: continue if there is a run; never: start a new one; must: continue or exit with 3",
+        metavar="{auto,never,must,ask}|REF",
+        help="auto: continue if there is a run; never: start a new one; must: continue or exit with 3; ask: "
+        "ask on the terminal; RUN@STEP, RUN@best or a checkpoint's path: go on from there, in a new run "
+        "where the run has newer checkpoints",
     )
     group.add_argument("--log-json", type=Path, default=None, help="append one JSON object a line here")
+    group.add_argument("--tensorboard", type=Path, default=None, metavar="DIR", help="log scalars below DIR")
 
 
 def _add_training_flags(group: argparse._ArgumentGroup) -> None:
@@ -183,6 +210,9 @@ def _add_training_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--model-size", choices=_MODEL_SIZES, default="small", help="layers, width, context")
     group.add_argument("--dropout", type=float, default=0.0, help="probability")
     group.add_argument("--steps", type=_count, default=200, help="train up to this step")
+    group.add_argument(
+        "--epochs", type=_count, default=None, help="train up to the end of this epoch instead"
+    )
     group.add_argument("--batch-size", type=_count, default=120, help="samples a step, over all ranks")
     group.add_argument("--workers", type=_amount, default=0, help="data-loading processes of each rank")
     group.add_argument(
@@ -202,7 +232,19 @@ def _add_training_flags(group: argparse._ArgumentGroup) -> None:
 
 def _add_saving_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--save-strategy", choices=_SAVE_STRATEGIES, default="steps", help="when to save")
-    group.add_argument("--save-every", type=_count, default=50, help="steps between saves")
+    group.add_argument("--save-every", type=_count, default=50, help="steps, or epochs, between saves")
+    group.add_argument(
+        "--save-every-minutes", type=_positive, default=None, help="save also when so much time has passed"
+    )
+    group.add_argument(
+        "--save-at", type=_count, nargs="+", default=(), metavar="STEP", help="save also at these steps"
+    )
+    group.add_argument(
+        "--mtbf-hours",
+        type=_positive,
+        default=None,
+        help="mean time between failures of the job: save also as often as then costs least",
+    )
     group.add_argument("--keep-last", type=_count, default=2, help="newest checkpoints to keep")
     group.add_argument(
         "--keep-every", type=int, default=0, help="keep every step that is a multiple of this; 0: none"

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
-from dcp_ckpt import LoadReport, RunParent, SaveHandle, errors, list_runs
+from dcp_ckpt import LoadReport, RunParent, SaveHandle, errors, summarize_runs
 from launch.data import Batch
 from launch.settings import SettingChange
 
@@ -154,6 +154,13 @@ class Reporter:
 
 def print_runs(run_dir: str) -> None:
     """Print one line for each run below `run_dir`."""
-    print(f"{'run':>5}  {'name':<20}  {'created':<25}  path")
-    for run in list_runs(run_dir):
-        print(f"{run.number:>5}  {run.name or '':<20}  {run.document.created_at:<25}  {run.path}")
+    line = "{:>5}  {:<20}  {:<27}  {:>11}  {:>6}  {:<26}  {}"
+    print(line.format("run", "name", "created", "checkpoints", "latest", "best", "path"))
+    for summary in summarize_runs(run_dir):
+        run, best = summary.run, summary.best
+        shown = f"{best.metric} {best.value:.4f} at {best.step}" if best else ""
+        latest = "" if summary.latest_step is None else summary.latest_step
+        created = run.document.created_at
+        print(
+            line.format(run.number, run.name or "", created, summary.num_checkpoints, latest, shown, run.path)
+        )

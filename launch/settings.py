@@ -39,6 +39,7 @@ class SettingChange:
 
 RULES: Mapping[str, tuple[Verdict, str]] = {
     "steps": ("safe", "the schedule has a length of its own, --lr-steps"),
+    "epochs": ("safe", "the schedule has a length of its own, --lr-steps"),
     "parallel": ("safe", "any layout resumes any other; only the order of float sums changes"),
     "grad_accum": ("safe", "same samples, same mean gradient; only the order of float sums changes"),
     "workers": ("safe", "the order of the samples does not depend on them"),
@@ -47,6 +48,9 @@ RULES: Mapping[str, tuple[Verdict, str]] = {
     "eval_iters": ("safe", "validation changes nothing; losses over other samples compare badly"),
     "save_strategy": ("safe", "saving changes nothing"),
     "save_every": ("safe", "saving changes nothing"),
+    "save_every_minutes": ("safe", "saving changes nothing"),
+    "save_at": ("safe", "saving changes nothing"),
+    "mtbf_hours": ("safe", "saving changes nothing"),
     "keep_last": ("safe", "decides what is deleted from now on"),
     "keep_every": ("safe", "decides what is deleted from now on"),
     "keep_best": ("safe", "decides what is deleted from now on"),

@@ -28,15 +28,25 @@ import torch
 
 from dcp_ckpt import (
     AnyOf,
+    AtLastStep,
+    AtSteps,
     BestN,
     CheckpointConfig,
     Checkpointer,
+    EventSink,
+    EveryEpochs,
     EveryNSteps,
+    EverySeconds,
     EverySteps,
+    JsonLinesSink,
     LatestN,
+    LossSpike,
+    SavePolicy,
     TrainState,
+    Young,
     errors,
 )
+from dcp_ckpt.integrations.tensorboard import TensorBoardSink
 from launch.data import Batch, Corpus, TextLoader, read_corpus
 from launch.lora import add_adapters
 from launch.model import GPT, MODEL_SIZES
@@ -45,7 +55,7 @@ from launch.parallel import Topology, global_sum, join, parallelise
 from launch.passes import Passes, make_passes
 from launch.precision import AMP_DTYPES, WorldGradScaler
 from launch.report import Reporter, exit_code, print_runs, stop_code
-from launch.runs import choose_run, restore
+from launch.runs import choose_run, config_before, restore
 from launch.schedule import WarmUpCosine
 from launch.settings import changed_settings, require_allowed, tags_of
 
@@ -58,12 +68,36 @@ def checkpoint_config(options: Options) -> CheckpointConfig:
     if options.keep_best:
         keep.append(BestN(options.keep_best, metric=options.monitor, mode=options.mode))
     return CheckpointConfig(
-        save_when=EverySteps(options.save_every),
+        save_when=when_to_save(options),
         keep=AnyOf(*keep),
+        suspect_when=LossSpike("loss"),
         overlap=options.overlap,
         reuse=options.lora_rank is not None,  # the frozen base is stored once
         stop_after_seconds=None if options.max_minutes is None else 60 * options.max_minutes,
     )
+
+
+def when_to_save(options: Options) -> AnyOf:
+    """Whatever the flags ask for, and after the last step; all ranks get the same answers."""
+    interval = EveryEpochs if options.save_strategy == "epoch" else EverySteps
+    when: list[SavePolicy] = [interval(options.save_every), AtLastStep()]
+    if options.save_at:
+        when.append(AtSteps(*options.save_at))
+    if options.save_every_minutes is not None:
+        when.append(EverySeconds(60 * options.save_every_minutes))
+    if options.mtbf_hours is not None:
+        when.append(Young(3600 * options.mtbf_hours))
+    return AnyOf(*when)
+
+
+def event_sinks(options: Options, run_path: str) -> list[EventSink]:
+    """What is told of saves and loads: `events.jsonl` in the run, TensorBoard if asked for."""
+    sinks: list[EventSink] = []
+    if "://" not in run_path:
+        sinks.append(JsonLinesSink(f"{run_path}/events.jsonl"))
+    if options.tensorboard is not None:
+        sinks.append(TensorBoardSink(options.tensorboard / Path(run_path).name))
+    return sinks
 
 
 def load_text(corpus: Corpus, options: Options, topology: Topology) -> TextLoader:
@@ -170,28 +204,33 @@ def train(options: Options, topology: Topology, corpus: Corpus) -> str | None:
     training = build(options, topology, text)
 
     # Run: chosen or created once for all ranks, then everything is loaded from its newest checkpoint.
-    settings = options.as_json() | {"dataset": corpus.fingerprint}
-    run = choose_run(options, settings)
-    changes = changed_settings(run.document.config, settings)
+    settings = options.as_json() | {"dataset": corpus.fingerprint, "world_size": topology.world_size}
+    run = choose_run(options, settings, rank=topology.rank)
+    changes = changed_settings(config_before(run, options), settings)
     reporter = Reporter(rank=topology.rank, log_json=options.log_json)
     reporter.say(f"run {run.number} in {run.path}: {topology.world_size} ranks, {options.parallel}")
     reporter.changed(changes)
     require_allowed(changes, run.path)
-    with text.loader, Checkpointer(run.path, config=checkpoint_config(options)) as checkpointer:
+    sinks = event_sinks(options, run.path)
+    config = checkpoint_config(options)
+    with text.loader, Checkpointer(run.path, config=config, sinks=sinks) as checkpointer:
         loaded = restore(checkpointer, run, training.state, options)
         reporter.loaded(loaded, run.document.parent, world_size=topology.world_size)
         done = loaded.step if loaded else 0
-        last_step = max(options.steps, done)
+        last_step = done + text.steps_left(options.epochs) if options.epochs else max(options.steps, done)
         batches = text.training()
         for step in range(done + 1, last_step + 1):
             lr = float(training.optimizer.param_groups[0]["lr"])
             batch = next(batches)
             loss = train_step(training, batch, topology)
             training.history.append(loss)
+            checkpointer.log_scalars(step, {"train/loss": loss, "train/lr": lr})
             reporter.stepped(step=step, last_step=last_step, loss=loss, lr=lr, batch=batch)
 
             is_last = step == last_step
-            save_due = options.saves and (checkpointer.should_save(step) or is_last)
+            save_due = options.saves and checkpointer.should_save(
+                step, finished_epoch=text.finished_epoch, is_last=is_last
+            )
             metrics = {"loss": loss}
             if step % options.eval_every == 0 or is_last or (save_due and options.keep_best):
                 validation = text.validation(options.eval_iters)
@@ -200,6 +239,7 @@ def train(options: Options, topology: Topology, corpus: Corpus) -> str | None:
                     save_due = save_due or (options.saves and checkpointer.should_save(step))
                 else:
                     metrics["val_loss"] = val_loss
+                    checkpointer.log_scalars(step, {"validation/loss": val_loss})
                     reporter.validated(step=step, loss=val_loss)
             if save_due:
                 handle = checkpointer.save(training.state, step=step, metrics=metrics, tags=tags_of(changes))
@@ -212,8 +252,13 @@ def train(options: Options, topology: Topology, corpus: Corpus) -> str | None:
     if checkpointer.stop_reason is not None:
         reporter.say(f"stopped at step {step} ({checkpointer.stop_reason}); start again to go on")
         return checkpointer.stop_reason
-    reporter.say(f"finished at step {last_step}; to extend this run: --steps {last_step + options.steps}")
+    reporter.say(f"finished at step {last_step}; to extend this run: {longer(options, last_step)}")
     return None
+
+
+def longer(options: Options, last_step: int) -> str:
+    """The flag that extends a finished run to about twice its length."""
+    return f"--epochs {2 * options.epochs}" if options.epochs else f"--steps {last_step + options.steps}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -55,10 +55,13 @@ TORCH_UNITS = {
     "store_channel", "data",
 }  # fmt: skip
 # They import it when they first read a tensor, so that the command line starts without it.
-LAZY_TORCH_UNITS = {"ops"}
+LAZY_TORCH_UNITS = {"integrations", "ops"}
 OBJECT_STORE_PACKAGES = {"aiobotocore", "botocore", "fsspec", "s3fs"}
 OBJECT_STORE_FOLDERS = ("dcp_ckpt/storage/objects/", "dcp_ckpt/testing/")
-PUBLIC_SUBMODULES = {"dcp_ckpt.data", "dcp_ckpt.dcp", "dcp_ckpt.errors", "dcp_ckpt.testing"}
+PUBLIC_SUBMODULES = {
+    "dcp_ckpt.data", "dcp_ckpt.dcp", "dcp_ckpt.errors", "dcp_ckpt.integrations.tensorboard",
+    "dcp_ckpt.testing",
+}  # fmt: skip
 VAGUE_NAMES = {"utils", "util", "helpers", "helper", "common", "misc"}
 MODULE_LINES_MAX = 449
 FUNCTION_LINES_MAX = 60

@@ -25,6 +25,7 @@ def test_fields_are_the_contract() -> None:
     assert [field.name for field in dataclasses.fields(CheckpointConfig)] == [
         "save_when",
         "keep",
+        "suspect_when",
         "overlap",
         "reuse",
         "when_busy",

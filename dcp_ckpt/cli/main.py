@@ -26,6 +26,7 @@ _COMMANDS = {
     "recover": ("recover", "Complete and clean up a run after a crash."),
     "runs": ("runs", "List the runs in a directory."),
     "unpin": ("pins", "Let retention remove a checkpoint again."),
+    "watch": ("watch", "Show the saves of a run that are under way, live."),
     "verify": ("verify", "Check all bytes of a checkpoint or a run against their digests."),
 }
 """Name -> module, in which `<name>_command` is the command, and what the group's help says of it."""

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import closing
+from dataclasses import asdict
 from typing import Any
 
 import click
 
 from dcp_ckpt.cli.output import checkpoint_command, human_bytes, print_json, print_table
 from dcp_ckpt.errors import CheckpointNotFound
+from dcp_ckpt.format.values import encode_value
 from dcp_ckpt.lifecycle.catalogue import Catalogue, CheckpointEntry, read_catalogue
-from dcp_ckpt.lifecycle.runs import Run, list_runs
+from dcp_ckpt.lifecycle.suspicion import suspect_reason
+from dcp_ckpt.ops.runs import RunSummary, summarize_runs
 from dcp_ckpt.storage import open_storage
 
 __all__ = ["list_command", "runs_command"]
@@ -22,18 +25,15 @@ __all__ = ["list_command", "runs_command"]
 @checkpoint_command
 def runs_command(base: str, as_json: bool) -> None:
     """List the runs under BASE."""
-    runs = list_runs(base)
-    if not runs:
+    summaries = summarize_runs(base)
+    if not summaries:
         raise CheckpointNotFound("no runs here (no run-NNN directory with a run.json)", path=base)
-    described = []
-    for run in runs:
-        with closing(open_storage(run.path)) as storage:
-            described.append(_describe_run(run, read_catalogue(storage)))
+    described = [_describe_run(summary) for summary in summaries]
     if as_json:
         print_json({"runs": described})
         return
     print_table(
-        ("run", "name", "created", "checkpoints", "latest step", "bytes", "host"),
+        ("run", "name", "created", "checkpoints", "latest step", "best", "bytes", "host"),
         [
             (
                 str(run["number"]),
@@ -41,10 +41,11 @@ def runs_command(base: str, as_json: bool) -> None:
                 run["created_at"],
                 str(run["checkpoints"]),
                 "" if run["latest_step"] is None else str(run["latest_step"]),
+                _best(summary),
                 human_bytes(run["bytes"]),
                 run["host"],
             )
-            for run in described
+            for summary, run in zip(summaries, described, strict=True)
         ],
     )
 
@@ -73,8 +74,8 @@ def list_command(run: str, as_json: bool) -> None:
         click.echo(f"not a checkpoint: {rejected.directory}: {rejected.reason}")
 
 
-def _describe_run(run: Run, catalogue: Catalogue) -> dict[str, Any]:
-    latest = catalogue.latest
+def _describe_run(summary: RunSummary) -> dict[str, Any]:
+    run, best = summary.run, summary.best
     return {
         "number": run.number,
         "name": run.name,
@@ -83,11 +84,17 @@ def _describe_run(run: Run, catalogue: Catalogue) -> dict[str, Any]:
         "created_at": run.document.created_at,
         "host": run.document.host,
         "parent": run.document.parent,
-        "checkpoints": len(catalogue.entries),
-        "latest_step": latest.step if latest else None,
-        "bytes": sum(entry.manifest.total_bytes for entry in catalogue.entries),
-        "written_bytes": sum(entry.manifest.written_bytes for entry in catalogue.entries),
+        "checkpoints": summary.num_checkpoints,
+        "latest_step": summary.latest_step,
+        "best": None if best is None else asdict(best) | {"value": encode_value(best.value, path="best")},
+        "bytes": summary.num_bytes,
+        "written_bytes": summary.written_bytes,
     }
+
+
+def _best(summary: RunSummary) -> str:
+    best = summary.best
+    return "" if best is None else f"{best.metric}={best.value:.6g} at {best.step}"
 
 
 def _describe_catalogue(catalogue: Catalogue) -> dict[str, Any]:
@@ -107,6 +114,7 @@ def _describe_catalogue(catalogue: Catalogue) -> dict[str, Any]:
                 "tags": entry.manifest.tags,
                 "bad": entry.is_bad,
                 "pinned": entry.is_pinned,
+                "suspect": suspect_reason(entry),
             }
             for entry in catalogue.entries
         ],
@@ -122,7 +130,12 @@ def _describe_catalogue(catalogue: Catalogue) -> dict[str, Any]:
 
 
 def _row(entry: CheckpointEntry, catalogue: Catalogue, *, shares: bool) -> tuple[str, ...]:
-    marks = {"latest": entry is catalogue.latest, "bad": entry.is_bad, "pinned": entry.is_pinned}
+    marks = {
+        "latest": entry is catalogue.latest,
+        "bad": entry.is_bad,
+        "suspect": entry.is_suspect,
+        "pinned": entry.is_pinned,
+    }
     return (
         str(entry.step),
         str(entry.directory),

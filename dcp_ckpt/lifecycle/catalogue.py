@@ -80,6 +80,10 @@ class CheckpointEntry:
         return is_pinned(self.marks)
 
     @property
+    def is_suspect(self) -> bool:
+        return bool(active_marks(self.marks, "suspect"))
+
+    @property
     def created_at(self) -> datetime:
         """With a time zone. A time that cannot be read counts as 1970: a clock never hides a checkpoint."""
         try:
@@ -120,6 +124,7 @@ class CheckpointEntry:
             metrics=self.metrics,
             is_bad=self.is_bad,
             is_pinned=self.is_pinned,
+            is_suspect=self.is_suspect,
         )
 
 
@@ -172,7 +177,7 @@ class Catalogue:
         return next((entry for entry in reversed(self.entries) if not entry.is_bad), None)
 
     def best(self, metric: str, mode: Mode) -> CheckpointEntry | None:
-        """The best that is not marked bad and has a finite value of `metric`; of equal ones the newest."""
+        """The best by a finite `metric` that is neither bad nor suspect; of equal ones the newest."""
         from dcp_ckpt.policies import BestN  # listings do without it
 
         valid = [entry for entry in self.entries if not entry.is_bad]
@@ -182,6 +187,27 @@ class Catalogue:
     def at_step(self, step: int) -> CheckpointEntry | None:
         """The newest checkpoint of that step, marked bad or not."""
         return next((entry for entry in reversed(self.entries) if entry.step == step), None)
+
+    def require_step(self, step: int, *, url: str) -> CheckpointEntry:
+        """As `at_step`.
+
+        Args:
+            url: of the run, for the message.
+
+        Raises:
+            CheckpointNotFound: there is none; the message lists those that there are.
+            CheckpointError: there is one, and it is unreadable.
+        """
+        entry = self.at_step(step)
+        if entry is not None:
+            return entry
+        for rejected in self.rejected:
+            if rejected.directory.step == step and rejected.state == "unreadable":
+                raise rejected.error
+        known = ", ".join(str(other.step) for other in self.entries) or "none"
+        raise CheckpointNotFound(
+            f"no checkpoint of step {step}; there are: {known}", step=step, phase="choose", path=url
+        )
 
 
 def step_directories(storage: Storage) -> list[StepDir]:

@@ -39,6 +39,7 @@ class Janitor:
         grace_seconds: how long files stay after their checkpoint was taken back.
         is_in_use: told a checkpoint that was taken back, says whether a save under way may still share its
             files; then they stay longer.
+        on_removed: told what was taken back, and why.
     """
 
     def __init__(
@@ -50,6 +51,7 @@ class Janitor:
         keep: KeepPolicy | None,
         grace_seconds: float,
         is_in_use: Callable[[StepDir], bool] = lambda directory: False,
+        on_removed: Callable[[StepDir, str], None] = lambda directory, reason: None,
     ) -> None:
         self._storage = storage
         self._known = known
@@ -57,6 +59,7 @@ class Janitor:
         self._keep = keep
         self._grace_seconds = grace_seconds
         self._is_in_use = is_in_use
+        self._on_removed = on_removed
         self._protected: dict[StepDir, str] = {}
         self._waiting: dict[StepDir, tuple[float, Manifest]] = {}
         self._lock = threading.Lock()
@@ -158,6 +161,7 @@ class Janitor:
                 expires = time.monotonic() + self._grace_seconds
                 self._waiting[decision.directory] = expires, entries[decision.directory].manifest
                 taken.append(decision.directory)
+                self._on_removed(decision.directory, decision.reason)
         return taken
 
     def _delete_expired(self, now: float) -> int:

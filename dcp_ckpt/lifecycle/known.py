@@ -14,7 +14,7 @@ from dataclasses import replace
 from dcp_ckpt.format.manifest import Manifest
 from dcp_ckpt.format.names import StepDir
 from dcp_ckpt.lifecycle.catalogue import Catalogue, CheckpointEntry
-from dcp_ckpt.lifecycle.marks import read_marks
+from dcp_ckpt.lifecycle.marks import Mark, read_marks
 from dcp_ckpt.storage.base import Storage
 
 __all__ = ["KnownRun"]
@@ -60,6 +60,13 @@ class KnownRun:
         """A checkpoint was taken back by this owner."""
         with self._lock:
             self._entries.pop(directory, None)
+
+    def marked(self, directory: StepDir, mark: Mark) -> None:
+        """This process marked a checkpoint that it has committed."""
+        with self._lock:
+            entry = self._entries.get(directory)
+            if entry is not None:
+                self._entries[directory] = replace(entry, marks=(*entry.marks, mark))
 
     def marks_changed(self) -> None:
         """This process wrote marks: read them at the next look."""

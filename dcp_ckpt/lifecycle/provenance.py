@@ -10,10 +10,15 @@ import os
 import sys
 from typing import Any
 
-__all__ = ["git_state", "host_name", "package_versions"]
+__all__ = ["command_line", "git_state", "host_name", "package_versions"]
 
 _GIT_TIMEOUT_SECONDS = 2.0
 _PACKAGES = ("dcp_ckpt", "torch", "numpy")
+
+
+def command_line() -> list[str]:
+    """The program of this process and its arguments, as they were given."""
+    return list(sys.argv)
 
 
 def host_name() -> str:

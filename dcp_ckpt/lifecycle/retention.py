@@ -26,6 +26,7 @@ class Candidate:
         metrics: decoded.
         is_bad: known to be damaged.
         is_pinned: kept by the user's wish.
+        is_suspect: its metrics say that the training had gone wrong.
     """
 
     directory: StepDir
@@ -35,6 +36,7 @@ class Candidate:
     metrics: Mapping[str, Any] = field(default_factory=dict)
     is_bad: bool = False
     is_pinned: bool = False
+    is_suspect: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,8 +63,9 @@ def plan_retention(
 ) -> RetentionPlan:
     """Decide about every checkpoint.
 
-    Kept whatever the policy says: the newest that is not bad, pinned ones, `protected` ones. Bad
-    ones are not counted by the policy and never removed.
+    Kept whatever the policy says: the newest that is not bad, the newest of those that is not suspect,
+    pinned ones, `protected` ones. Bad ones are not counted by the policy and never removed. Suspect ones are
+    counted by themselves, so none of them takes the place of a good one, and are never the best.
 
     Args:
         checkpoints: all committed checkpoints of the run, in any order.
@@ -71,9 +74,13 @@ def plan_retention(
     """
     ordered = sorted(checkpoints, key=lambda candidate: (candidate.epoch, candidate.step))
     counted = [candidate for candidate in ordered if not candidate.is_bad]
-    by_policy = dict.fromkeys(range(len(counted)), "no keep policy") if keep is None else keep.keeps(counted)
-    wanted = {counted[position].directory: reason for position, reason in by_policy.items()}
+    good = [candidate for candidate in counted if not candidate.is_suspect]
+    suspect = [candidate for candidate in counted if candidate.is_suspect]
+    wanted = _wanted(good, keep) | {
+        directory: f"{reason} of the suspect ones" for directory, reason in _wanted(suspect, keep).items()
+    }
     newest = counted[-1].directory if counted else None
+    newest_good = good[-1].directory if good else None
 
     kept, removed = [], []
     for candidate in ordered:
@@ -81,6 +88,7 @@ def plan_retention(
         reasons = (
             "marked bad, kept for inspection" if candidate.is_bad else None,
             "newest valid" if directory == newest else None,
+            "newest that is not suspect" if directory == newest_good != newest else None,
             "pinned" if candidate.is_pinned else None,
             (protected or {}).get(directory),
             wanted.get(directory),
@@ -91,3 +99,9 @@ def plan_retention(
         else:
             removed.append(Decision(directory=directory, reason=f"not kept by {keep}"))
     return RetentionPlan(kept=tuple(kept), removed=tuple(removed))
+
+
+def _wanted(counted: Sequence[Candidate], keep: KeepPolicy | None) -> dict[StepDir, str]:
+    if keep is None:
+        return {candidate.directory: "no keep policy" for candidate in counted}
+    return {counted[position].directory: reason for position, reason in keep.keeps(counted).items()}

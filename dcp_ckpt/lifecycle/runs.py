@@ -26,7 +26,7 @@ from dcp_ckpt.format.documents import FORMAT_VERSION, decode_document, encode_js
 from dcp_ckpt.format.fields import Count, Identity, Version
 from dcp_ckpt.format.names import EPOCHS, RUN_JSON, parse_epoch_name, parse_run_name, run_name
 from dcp_ckpt.lifecycle.epochs import utc_now
-from dcp_ckpt.lifecycle.provenance import git_state, host_name, package_versions
+from dcp_ckpt.lifecycle.provenance import command_line, git_state, host_name, package_versions
 from dcp_ckpt.storage import open_storage
 from dcp_ckpt.storage.base import Storage
 
@@ -67,6 +67,7 @@ class RunDocument:
         config: whatever JSON the training program wants to remember.
         git: `{"commit": str, "dirty": bool}`, where the start was inside of a git checkout.
         versions: package name -> version.
+        command: the program that started it, and its arguments.
     """
 
     run_id: Identity
@@ -78,6 +79,7 @@ class RunDocument:
     host: str
     git: dict[str, Any] | None
     versions: dict[str, str]
+    command: list[str] = field(default_factory=list)
     format: str = RUN_FORMAT
     format_version: Version = FORMAT_VERSION
 
@@ -259,6 +261,7 @@ def _create(
         host=host_name(),
         git=git_state(),
         versions=package_versions(),
+        command=command_line(),
     )
     try:
         data = encode_json(document)

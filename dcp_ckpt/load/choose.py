@@ -12,7 +12,7 @@ from dcp_ckpt.lifecycle.catalogue import Catalogue, CheckpointEntry
 from dcp_ckpt.load.report import RejectedCheckpoint
 from dcp_ckpt.policies import AnyOf, BestN, KeepPolicy, SavePolicy
 
-__all__ = ["Candidates", "Which", "choose", "path_of"]
+__all__ = ["Candidates", "Which", "best_policy", "choose", "path_of"]
 
 Which = str | int | PurePath
 
@@ -54,7 +54,7 @@ def choose(catalogue: Catalogue, which: Which, *, keep: KeepPolicy | None, url: 
     if which == "latest":
         return _latest(catalogue, url)
     if which == "best":
-        ranking = _best_policy(keep)
+        ranking = best_policy(keep)
         entry = catalogue.best(ranking.metric, ranking.mode)
         if entry is None:
             raise CheckpointNotFound(
@@ -63,16 +63,7 @@ def choose(catalogue: Catalogue, which: Which, *, keep: KeepPolicy | None, url: 
         return Candidates(entries=(entry,))
     if isinstance(which, bool) or not isinstance(which, int):
         raise ConfigError(f"which must be 'latest', 'best', a step or a checkpoint's path, not {which!r}")
-    entry = catalogue.at_step(which)
-    if entry is None:
-        known = ", ".join(str(other.step) for other in catalogue.entries) or "none"
-        for rejected in catalogue.rejected:
-            if rejected.directory.step == which and rejected.state == "unreadable":
-                raise rejected.error
-        raise CheckpointNotFound(
-            f"no checkpoint of step {which}; there are: {known}", step=which, phase="choose", path=url
-        )
-    return Candidates(entries=(entry,))
+    return Candidates(entries=(catalogue.require_step(which, url=url),))
 
 
 def _latest(catalogue: Catalogue, url: str) -> Candidates:
@@ -98,7 +89,12 @@ def _latest(catalogue: Catalogue, url: str) -> Candidates:
     return Candidates(entries=entries, rejected=tuple(rejected))
 
 
-def _best_policy(keep: KeepPolicy | SavePolicy | None) -> BestN:
+def best_policy(keep: KeepPolicy | SavePolicy | None) -> BestN:
+    """The ranking that says which checkpoint is the best.
+
+    Raises:
+        ConfigError: the policy has none.
+    """
     members: Sequence[object] = keep.policies if isinstance(keep, AnyOf) else (keep,)
     for member in members:
         if isinstance(member, BestN):

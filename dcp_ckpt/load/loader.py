@@ -20,6 +20,7 @@ from dcp_ckpt.format.manifest import decode_manifest, encode_manifest
 from dcp_ckpt.format.names import DCP_METADATA, MANIFEST, StepDir
 from dcp_ckpt.lifecycle.catalogue import Catalogue
 from dcp_ckpt.lifecycle.marks import write_mark
+from dcp_ckpt.lifecycle.suspicion import suspect_warning
 from dcp_ckpt.load.choose import Which, choose
 from dcp_ckpt.load.report import LoadReport, RejectedCheckpoint
 from dcp_ckpt.load.restore import Components, Restored, restore
@@ -129,9 +130,12 @@ class Loader:
         """Rank 0's choice, told to all: directories to try, best first, and the first one's manifest."""
 
         def decide() -> dict[str, Any]:
-            found = choose(catalogue(), which, keep=self._config.keep, url=self._url)
+            known = catalogue()
+            found = choose(known, which, keep=self._config.keep, url=self._url)
             for rejected in found.rejected:
                 log.warning("not loading %s: %s", rejected.path, rejected.reason)
+            if found.entries and found.entries[0].is_suspect:
+                log.warning("%s", suspect_warning(found.entries[0], known))
             directories = [str(entry.directory) for entry in found.entries]
             return {
                 "directories": directories,

@@ -178,7 +178,10 @@ def _raise_rejected(catalogue: Catalogue, step: int) -> None:
 
 
 def _existing(catalogue: Catalogue) -> str:
-    steps = [f"{entry.step}{' (marked bad)' if entry.is_bad else ''}" for entry in catalogue.entries]
+    steps = [
+        f"{entry.step}{' (marked bad)' if entry.is_bad else ' (suspect)' if entry.is_suspect else ''}"
+        for entry in catalogue.entries
+    ]
     if not steps and catalogue.run is None and not catalogue.rejected:
         return "it is not a run: there is neither a run.json nor a step directory"
     if not steps:

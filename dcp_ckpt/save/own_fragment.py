@@ -5,14 +5,14 @@ Pure. Called by the saver when everything is staged.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dcp_ckpt.format.boxes import compress_ranks
 from dcp_ckpt.format.epoch import EpochClaim
 from dcp_ckpt.format.fragment import CopiesEntry, Fragment
 from dcp_ckpt.format.names import AttemptId
-from dcp_ckpt.format.values import encode_value
+from dcp_ckpt.lifecycle.metrics import encode_metrics
 from dcp_ckpt.save.replicas import ReplicaSet
 from dcp_ckpt.save.staging import Staged
 
@@ -62,16 +62,6 @@ def own_fragment(
         replicated=of_all.digest,
         copies=[CopiesEntry(ranks=compress_ranks(one.ranks), digest=one.digest) for one in of_some],
         created_at=created_at if coordinates else None,
-        metrics=_encoded(metrics) if coordinates else {},
+        metrics=encode_metrics(metrics) if coordinates else {},
         tags=list(tags) if coordinates else [],
     )
-
-
-def _encoded(metrics: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: encode_value(_plain(value), path=f"metrics[{name!r}]") for name, value in metrics.items()}
-
-
-def _plain(value: Any) -> Any:
-    """A 0-dim tensor or numpy number as the Python number that a metric is."""
-    item: Callable[[], Any] | None = getattr(value, "item", None)
-    return item() if callable(item) else value

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import logging
 import queue
+import statistics
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -18,12 +20,14 @@ from dcp_ckpt.coordination import Channel, error_fields, error_from_fields
 from dcp_ckpt.errors import CheckpointError, CoordinationError, SaveFailed
 from dcp_ckpt.format.manifest import FragmentSummary
 from dcp_ckpt.format.names import AttemptId, StepDir
+from dcp_ckpt.policies import SaveCosts
 from dcp_ckpt.save.bases import Bases
 from dcp_ckpt.save.comparison import Comparison
 from dcp_ckpt.save.coordinator import Coordinator
 from dcp_ckpt.save.deadlines import CONCLUDE_SECONDS, REPORT_SLACK_SECONDS
 from dcp_ckpt.save.handle import CheckpointInfo, SaveHandle
 from dcp_ckpt.save.handover import Handover
+from dcp_ckpt.save.observer import SaveObserver
 from dcp_ckpt.save.record import Report, SaveKeys, Verdict, from_message, to_message
 from dcp_ckpt.save.writer_link import WriterLink, describe
 from dcp_ckpt.writer.progress import Progress
@@ -31,6 +35,9 @@ from dcp_ckpt.writer.progress import Progress
 __all__ = ["Flight", "Pilot"]
 
 log = logging.getLogger(__name__)
+
+_MEASURED_SAVES = 5
+"""One slow save says little about the next."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +74,7 @@ class Pilot:
         coordinator: on rank 0, else None.
         bases: learn of what is written and committed; None where nothing is reused.
         after_commit: on rank 0, called after the verdict of a committed save is out.
+        observer: told of every outcome.
         timeout_seconds: for how much longer than it should take rank 0's verdict is waited for.
     """
 
@@ -77,6 +85,7 @@ class Pilot:
         coordinator: Coordinator | None,
         bases: Bases | None,
         after_commit: Callable[[Flight], None],
+        observer: SaveObserver,
         *,
         timeout_seconds: float,
     ) -> None:
@@ -85,14 +94,25 @@ class Pilot:
         self._coordinator = coordinator
         self._bases = bases
         self._after_commit = after_commit
+        self._observer = observer
         self._patience_seconds = timeout_seconds + REPORT_SLACK_SECONDS + CONCLUDE_SECONDS
         self._forgotten = 0
         self._comparison = Comparison(channel)
         self.durable_seconds: float | None = None
+        self._measured: deque[tuple[float, float]] = deque(maxlen=_MEASURED_SAVES)
         self._flights: queue.SimpleQueue[Flight | None] = queue.SimpleQueue()
         self._closed = False
         self._thread = threading.Thread(target=self._run, name="dcp_ckpt-pilot", daemon=True)
         self._thread.start()
+
+    @property
+    def costs(self) -> SaveCosts | None:
+        """Medians of the newest committed saves; None when there was none."""
+        measured = list(self._measured)
+        if not measured:
+            return None
+        stalls, durables = zip(*measured, strict=True)
+        return SaveCosts(stall_seconds=statistics.median(stalls), durable_seconds=statistics.median(durables))
 
     def take(self, flight: Flight) -> None:
         """Accept a save. Does not block."""
@@ -225,8 +245,8 @@ class Pilot:
             if self._channel.rank == 0 or error.rank == self._channel.rank:
                 log.error("the save of step %d is not a checkpoint: %s", flight.step, error)
             flight.handle.resolve(verdict.outcome, error=error)
+            self._observer.ended(flight.handle)
             return
-        self.durable_seconds = durable_seconds
         info = CheckpointInfo(
             step=flight.step,
             path=flight.path,
@@ -239,6 +259,8 @@ class Pilot:
             created_at=flight.created_at,
             shared_bytes=verdict.shared_bytes,
         )
+        self.durable_seconds = durable_seconds
+        self._measured.append((info.stall_seconds, durable_seconds))
         if self._channel.rank == 0:
             shared = f" ({info.shared_bytes} of them shared)" if info.shared_bytes else ""
             log.info(
@@ -246,3 +268,4 @@ class Pilot:
                 info.step, info.bytes, shared, info.stall_seconds, info.durable_seconds, info.path,
             )  # fmt: skip
         flight.handle.resolve(verdict.outcome, info=info)
+        self._observer.ended(flight.handle)

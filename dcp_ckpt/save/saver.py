@@ -20,12 +20,14 @@ from dcp_ckpt.errors import CheckpointError, CoordinationError, Fenced
 from dcp_ckpt.format.epoch import EpochClaim
 from dcp_ckpt.format.names import AttemptId, StepDir
 from dcp_ckpt.lifecycle.epochs import utc_now
+from dcp_ckpt.policies import SaveCosts
 from dcp_ckpt.save.bases import Bases
 from dcp_ckpt.save.deadlines import WRITER_END_SECONDS, take_back_seconds
 from dcp_ckpt.save.fence import Fence
 from dcp_ckpt.save.final_save import FinalSave, plan_final_save
 from dcp_ckpt.save.handle import SaveHandle
 from dcp_ckpt.save.handover import Handover
+from dcp_ckpt.save.observer import SaveObserver
 from dcp_ckpt.save.own_fragment import own_fragment
 from dcp_ckpt.save.pilot import Flight, Pilot
 from dcp_ckpt.save.record import Record, SaveKeys, from_message, to_message
@@ -54,6 +56,7 @@ class Saver:
         steps, space: on rank 0, else None.
         bases: what saves may share files with; None: every save writes everything.
         stager, link, pilot: owned from now on.
+        observer: told of what happens; not owned.
     """
 
     def __init__(
@@ -69,6 +72,7 @@ class Saver:
         stager: Stager,
         link: WriterLink,
         pilot: Pilot,
+        observer: SaveObserver,
     ) -> None:
         self._url = url
         self._config = config
@@ -80,6 +84,7 @@ class Saver:
         self._stager = stager
         self._link = link
         self._pilot = pilot
+        self._observer = observer
         self._fence = Fence(rank=channel.rank)
         self._calls = 0
         self._handles: list[SaveHandle] = []
@@ -106,7 +111,9 @@ class Saver:
         if record.decision == "skip":
             log.warning("skipping the save of step %d: the one before is still under way", step)
             handle.resolve("skipped")
+            self._observer.skipped(step)
             return handle
+        self._observer.begun(step)
         self._handles = [*filter(self._still_matters, self._handles), handle]
         directory = StepDir.parse(record.directory)
         assert directory is not None, "made by rank 0 from a StepDir"
@@ -130,6 +137,7 @@ class Saver:
             self._require_same_step(step, record)
             if record.error is not None:
                 raise error_from_fields(record.error)
+            self._observer.before_save(step)
             base = None if self._bases is None else self._bases.find(AttemptId.parse(record.base))
             self._stage(flight, components(), base)
         except BaseException as error:
@@ -155,6 +163,11 @@ class Saver:
         """Wait until the newest save has copied what it copies late; see `Checkpointer.fence`."""
         self._fence.wait()
 
+    @property
+    def costs(self) -> SaveCosts | None:
+        """What saves took lately on this rank, without loads; None until one was committed."""
+        return self._pilot.costs
+
     def wait(self, timeout_seconds: float | None) -> None:
         """Wait for the newest save; failures are left in its handle.
 
@@ -165,6 +178,11 @@ class Saver:
             raise TimeoutError(
                 f"the save of step {self.last.step} is still under way after {timeout_seconds} s"
             )
+
+    def wait_for(self, step: int, *, timeout_seconds: float) -> None:
+        """Wait for the outcome of the save of a step, if it is the one under way."""
+        if self.last is not None and self.last.step == step:
+            self.last.wait_done(timeout_seconds)
 
     def wait_idle(self) -> None:
         """Wait until the arena is free: the bytes of the save before are durable, or given up.
@@ -189,15 +207,15 @@ class Saver:
         """Whether the newest save met a newer start of this run."""
         return self.last is not None and isinstance(self.last.error, Fenced)
 
-    def final_save(self, step: int, *, deadline: float) -> FinalSave:
-        """Rank 0: whether to save once more before `deadline` (monotonic seconds), and why.
+    def final_save(self, step: int, *, deadline: float, why: str) -> FinalSave:
+        """Rank 0: whether to save once more before `deadline` (monotonic seconds), as training stops.
 
         Blocks while a save is in flight, for as long as there is time for another one after it.
         """
         last, save_seconds = self.last, self._pilot.durable_seconds
         if last is not None and last.step != step:
             last.wait_done(max(deadline - time.monotonic() - (save_seconds or 0.0), 0.0))
-        return plan_final_save(
+        plan = plan_final_save(
             step=step,
             in_flight=last.step if last is not None and last.outcome == "pending" else None,
             committed=last.step if last is not None and last.outcome == "committed" else None,
@@ -205,6 +223,8 @@ class Saver:
             seconds_left=deadline - time.monotonic(),
             save_seconds=save_seconds,
         )
+        log.warning("stopping at step %d (%s): %s", step, why, plan.reason)
+        return plan
 
     def close(self) -> None:
         """Finish all saves, end the threads and the writer. Idempotent.
@@ -340,6 +360,7 @@ class Saver:
             )
             self._link.submit(job, staged.arena.descriptor)
             flight.handle.mark_staged()
+            self._observer.staged(flight.step, seconds=time.monotonic() - flight.started)
             flight.handover.finish(fragment, replicas)
         except BaseException as error:
             log.debug("staging of step %d failed", flight.step, exc_info=True)

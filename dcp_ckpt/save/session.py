@@ -26,10 +26,12 @@ from dcp_ckpt.lifecycle.janitor import Janitor
 from dcp_ckpt.lifecycle.known import KnownRun
 from dcp_ckpt.lifecycle.recover import recover_older_epochs
 from dcp_ckpt.lifecycle.runs import ensure_run
+from dcp_ckpt.lifecycle.suspicion import mark_if_suspect
 from dcp_ckpt.save.bases import Bases
 from dcp_ckpt.save.coordinator import Coordinator
 from dcp_ckpt.save.dcp_metadata import AUTO_MAX_CHUNKS, derive_metadata, write_metadata
 from dcp_ckpt.save.deadlines import AFTERWARDS_SECONDS
+from dcp_ckpt.save.observer import SaveObserver
 from dcp_ckpt.save.pilot import Flight, Pilot
 from dcp_ckpt.save.preparation import Room, prepare_saves
 from dcp_ckpt.save.saver import Saver
@@ -54,6 +56,7 @@ class Session:
         storage: the run.
         link: this rank's writer; closed with the session.
         global_ranks: the group's ranks as device meshes number them.
+        observer: told of what happens; not owned.
         tag: unique in the life of the channel.
 
     Raises:
@@ -68,12 +71,14 @@ class Session:
         config: CheckpointConfig,
         *,
         global_ranks: Sequence[int],
+        observer: SaveObserver,
         tag: str,
     ) -> None:
         self._storage = storage
         self._channel = channel
         self._link = link
         self._config = config
+        self._observer = observer
         self._steps: StepPolicy | None = None
         self._janitor: Janitor | None = None
         self._coordinator: Coordinator | None = None
@@ -204,6 +209,9 @@ class Session:
             log.warning("committed %s, which the start before had finished writing", directory)
         self._steps = StepPolicy(epoch=claim.epoch, floor=_newest_step(catalogue), taken=taken)
         self.known = KnownRun(self._storage, catalogue)
+        for entry in catalogue.entries:
+            if str(entry.directory) in report.committed:
+                self._judge(entry.directory)
         self._janitor = Janitor(
             self._storage,
             self.known,
@@ -211,6 +219,7 @@ class Session:
             keep=self._config.keep,
             grace_seconds=self._config.grace_seconds,
             is_in_use=self._is_in_use,
+            on_removed=self._observer.removed,
         )
         self._space = Space(self._storage, self._janitor, timeout_seconds=self._config.timeout_seconds)
         return asdict(claim)
@@ -237,6 +246,7 @@ class Session:
             self._coordinator,
             self._bases,
             self._after_commit,
+            self._observer,
             timeout_seconds=self._config.timeout_seconds,
         )
         self.saver = Saver(
@@ -250,6 +260,7 @@ class Session:
             stager=self._stager,
             link=self._link,
             pilot=pilot,
+            observer=self._observer,
         )
         return pilot
 
@@ -264,6 +275,7 @@ class Session:
         self._steps.committed(flight.step)
         self._space.expect(self._next_bytes(self._coordinator.committed))
         self.known.committed(flight.directory, self._coordinator.committed)
+        self._judge(flight.directory)
         is_answering = True
         try:
             own = flight.handover.fragment
@@ -277,6 +289,19 @@ class Session:
         if is_answering:  # else the next save would wait for nothing
             self._janitor.tidy()
         self._space.settled(flight.step)
+
+    def _judge(self, directory: StepDir) -> None:
+        """Mark a new checkpoint if its metrics make it suspect; before anything is removed for it."""
+        assert self.known is not None
+        try:
+            catalogue = self.known.catalogue()
+            entry = next(entry for entry in catalogue.entries if entry.directory == directory)
+            mark = mark_if_suspect(self._storage, entry, catalogue, self._config.suspect_when)
+        except CheckpointError as error:
+            log.warning("whether %s is suspect could not be written down: %s", directory, error)
+            return
+        if mark is not None:
+            self.known.marked(directory, mark)
 
     def _look_for_room(self) -> Room:
         """Rank 0: what is free, and what retention may free."""

@@ -6,11 +6,13 @@ part of the agreement. Called on the main thread.
 
 from __future__ import annotations
 
+import contextlib
 import time
 
 from dcp_ckpt.closing import Closing
 from dcp_ckpt.config import CheckpointConfig
-from dcp_ckpt.coordination import Channel
+from dcp_ckpt.coordination import Channel, reduce
+from dcp_ckpt.errors import CoordinationError
 from dcp_ckpt.stopping.agreement import Stop, StopAgreement
 from dcp_ckpt.stopping.signals import SignalWatch
 
@@ -18,6 +20,8 @@ __all__ = ["TAKEN_OVER", "TIME_LIMIT", "Stopper"]
 
 TIME_LIMIT = "time limit"
 TAKEN_OVER = "taken over"
+
+_END_SECONDS = 30.0
 
 
 class Stopper(Closing):
@@ -28,6 +32,7 @@ class Stopper(Closing):
     """
 
     def __init__(self, channel: Channel, config: CheckpointConfig) -> None:
+        self._channel = channel
         self._config = config
         self._started = time.monotonic()
         self._signals: SignalWatch | None = None
@@ -58,6 +63,14 @@ class Stopper(Closing):
     def taken_over(self) -> None:
         """A newer start owns the run. From any thread."""
         self._ask(TAKEN_OVER)
+
+    def end_together(self) -> None:
+        """Wait for the other ranks to come here, too, a while at most. Collective, after a stop.
+
+        A launcher that sees one rank end signals the others, who may still be busy.
+        """
+        with contextlib.suppress(CoordinationError):
+            reduce(self._channel, "stop/end", None, lambda _: None, timeout_seconds=_END_SECONDS)
 
     def close(self) -> None:
         """Give the signals back and leave the agreement. Idempotent."""

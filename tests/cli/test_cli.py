@@ -89,6 +89,7 @@ def test_list_json_is_complete_and_exact(base: Path) -> None:
         "tags": [],
         "bad": False,
         "pinned": False,
+        "suspect": None,
     }
     assert document["checkpoints"][2]["metrics"] == {"loss": {"$float": "nan"}}
     assert document["rejected"][0]["state"] == "uncommitted"

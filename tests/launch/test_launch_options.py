@@ -12,21 +12,26 @@ from launch.options import parse_options
 
 
 @pytest.mark.parametrize(
-    ("arguments", "named"),
+    ("arguments", "here"),
     [
-        (["--epochs", "2"], "--epochs"),
-        (["--save-every-minutes", "5"], "--save-every-minutes"),
-        (["--save-strategy", "epoch"], "--save-strategy epoch"),
-        (["--resume", "ask"], "--resume ask"),
-        (["--resume", "runs/run-001@100"], "--resume runs/run-001@100"),
+        (["--save-total-limit", "3"], "--keep-last"),
+        (["--max_to_keep=3"], "--keep-last"),
+        (["--save-top-k", "3"], "--keep-best"),
+        (["--interval", "3"], "--save-every"),
+        (["--checkpoint-dir", "x"], "--run-dir"),
     ],
 )
-def test_flag_of_a_later_version_is_refused_in_one_line(arguments, named, capsys):
+def test_flags_of_other_trainers_are_answered_with_their_name_here(arguments, here, capsys):
     with pytest.raises(SystemExit) as stopped:
         parse_options(arguments)
     assert stopped.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert f"{named} is not available in this version" in line
+    assert line.endswith(f"it is called {here}")
+
+
+def test_a_checkpoint_to_resume_from():
+    assert parse_options(["--resume", "runs/run-001@100"]).resume_ref == "runs/run-001@100"
+    assert parse_options(["--resume", "ask"]).resume_ref is None
 
 
 @pytest.mark.parametrize(
@@ -37,9 +42,15 @@ def test_flag_of_a_later_version_is_refused_in_one_line(arguments, named, capsys
         ["--batch-size", "-1"],
         ["--max-minutes", "-1"],
         ["--max-minutes", "nan"],
+        ["--epochs", "0"],
+        ["--save-every-minutes", "0"],
+        ["--mtbf-hours", "-2"],
+        ["--save-at", "0"],
         ["--parallel", "magic"],
         ["--step", "3"],
         ["--run-number", "2", "--resume", "never"],
+        ["--run-number", "2", "--resume", "runs/run-001@5"],
+        ["--resume", "maybe"],
         ["--amp", "fp8"],
         ["--grad-accum", "0"],
         ["--workers", "-1"],

@@ -12,7 +12,7 @@ from dcp_ckpt.errors import StateMismatch
 from launch.options import Options, parse_options
 from launch.settings import RULES, changed_settings, require_allowed, tags_of
 
-OF_ONE_START = {"run_dir", "name", "run_number", "list_runs", "resume", "log_json"}
+OF_ONE_START = {"run_dir", "name", "run_number", "list_runs", "resume", "log_json", "tensorboard"}
 
 CHANGES: list[tuple[str, list[str], list[str], str]] = [
     ("steps", [], ["--steps", "400"], "safe"),

@@ -98,3 +98,26 @@ def test_protection_holds_for_any_policy(
         assert newest.step not in removed
     assert not removed & {c.step for c in candidates if c.is_bad or c.is_pinned}
     assert not removed & {directory.step for directory in protected}
+
+
+def test_suspect_ones_take_nobodys_place() -> None:
+    plan = plan_retention(
+        [
+            candidate(10, metrics={"loss": 0.5}),
+            candidate(20, metrics={"loss": 0.9}),
+            candidate(30, metrics={"loss": 0.1}, is_suspect=True),
+            candidate(40, is_suspect=True),
+            candidate(50, is_suspect=True),
+        ],
+        AnyOf(LatestN(1), BestN(1, "loss")),
+    )
+    assert [(d.directory.step, d.reason) for d in plan.kept] == [
+        (10, "among the best 1 by min loss"),
+        (20, "newest that is not suspect, among the latest 1"),
+        (50, "newest valid, among the latest 1 of the suspect ones"),
+    ]
+
+
+def test_the_newest_good_one_stays_whatever_the_policy_says() -> None:
+    plan = plan_retention([candidate(10), candidate(20), candidate(30, is_suspect=True)], EveryNSteps(100))
+    assert steps(plan.kept) == [20, 30]

@@ -1,0 +1,1 @@
+"""What happens to the checkpoints of a training, as events for people and programs. Decides nothing."""

@@ -1,0 +1,119 @@
+"""Which run a start goes on with: by checkpoint, by a question, and what a fork may change."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import subprocess
+import sys
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dcp_ckpt import CheckpointConfig, Checkpointer, list_runs
+from dcp_ckpt.errors import ConfigError
+from launch.train import main
+
+TRAIN = Path(__file__).resolve().parents[2] / "launch" / "train.py"
+SMALL = ("--model-size=tiny", "--batch-size=10", "--eval-iters=1", "--save-every=2", "--keep-last=9")
+
+
+def start(directory: Path, *flags: str) -> int:
+    log = ("--log-json", str(directory / "log.jsonl"))
+    return main(["--run-dir", str(directory / "runs"), *log, *SMALL, *flags])
+
+
+def losses(directory: Path) -> list[tuple[int, float]]:
+    lines = [json.loads(line) for line in (directory / "log.jsonl").read_text().splitlines()]
+    return [(event["step"], event["loss"]) for event in lines if event["event"] == "step"]
+
+
+def numbers(directory: Path) -> list[int]:
+    return [run.number for run in list_runs(directory / "runs")]
+
+
+def test_a_named_checkpoint_is_continued_or_forked(tmp_path, capsys):
+    run = f"{tmp_path}/runs/run-001"
+    assert start(tmp_path, "--steps", "6") == 0
+    original = losses(tmp_path)
+    # The newest: its run goes on.
+    assert start(tmp_path, "--steps", "7", "--resume", f"{run}@6") == 0
+    assert numbers(tmp_path) == [1]
+    # An older one: a new run, with all of the state, which repeats what the original did.
+    assert start(tmp_path, "--steps", "6", "--resume", f"{run}/step-00000004") == 0
+    assert numbers(tmp_path) == [1, 2]
+    assert losses(tmp_path)[-2:] == original[4:]
+    parent = list_runs(tmp_path / "runs")[1].document.parent
+    assert parent is not None
+    assert (parent.run, parent.step) == ("run-001", 4)
+    # With another learning rate, told; nothing that would falsify it, and no run is left behind then.
+    capsys.readouterr()
+    assert start(tmp_path, "--steps", "5", "--resume", f"{run}@4", "--lr", "0.01") == 0
+    assert "lr 0.001 -> 0.01" in capsys.readouterr().out
+    assert start(tmp_path, "--steps", "5", "--resume", f"{run}@4", "--seed", "3") == 5
+    assert numbers(tmp_path) == [1, 2, 3]
+    with Checkpointer(tmp_path / "runs" / "run-001", config=CheckpointConfig()) as checkpointer:
+        assert [info.step for info in checkpointer.checkpoints()] == [2, 4, 6, 7]
+    assert start(tmp_path, "--resume", f"{run}@99") == 3
+
+
+def test_runs_are_listed_with_their_best(tmp_path, capsys):
+    assert start(tmp_path, "--steps", "2", "--keep-best", "1", "--name", "first") == 0
+    capsys.readouterr()
+    assert start(tmp_path, "--list-runs") == 0
+    _, line = capsys.readouterr().out.splitlines()
+    assert line.split()[:2] == ["1", "first"]
+    assert "val_loss" in line
+    document: dict[str, Any] = json.loads((tmp_path / "runs" / "run-001" / "run.json").read_bytes())
+    assert document["command"]
+    assert document["config"]["world_size"] == 1
+
+
+@pytest.mark.parametrize(("answer", "expected"), [("y\n", [1]), ("\n", [1, 2]), (None, [1, 2])])
+def test_ask(tmp_path, answer, expected):
+    """On a terminal the answer counts; without one nobody waits for it, and a new run begins."""
+    assert start(tmp_path, "--steps", "2") == 0
+    command = [sys.executable, str(TRAIN), "--run-dir", f"{tmp_path}/runs", *SMALL]
+    command += ["--steps", "3", "--resume", "ask"]
+    ours, terminal = pty.openpty()
+    try:
+        if answer is not None:
+            os.write(ours, answer.encode())
+        finished = subprocess.run(
+            command,
+            stdin=subprocess.DEVNULL if answer is None else terminal,
+            capture_output=True,
+            text=True,
+            timeout=90,
+            check=True,
+        )
+    finally:
+        with suppress(OSError):
+            os.close(terminal)
+        os.close(ours)
+    assert "Resume from step 2? [y/N]" in finished.stdout
+    assert numbers(tmp_path) == expected
+
+
+@pytest.mark.parametrize(
+    ("arguments", "here"),
+    [
+        ({"save_total_limit": 3}, "LatestN"),
+        ({"max_to_keep": 3}, "LatestN"),
+        ({"keep_latest_k": 3}, "LatestN"),
+        ({"save_top_k": 3}, "BestN"),
+        ({"interval": 3}, "EverySteps"),
+        ({"checkpoint_dir": "x"}, "Checkpointer"),
+    ],
+)
+def test_settings_of_other_libraries_are_answered_with_their_name_here(arguments, here):
+    with pytest.raises(ConfigError, match=here):
+        CheckpointConfig(**arguments)
+
+
+def test_the_directory_by_another_name(tmp_path):
+    with pytest.raises(ConfigError, match="here it is path"):
+        Checkpointer(checkpoint_dir=tmp_path)  # type: ignore[call-arg]
