@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from dcp_ckpt.load.report import LoadReport
     from dcp_ckpt.ops.checkpoint import Checkpoint, open_checkpoint
     from dcp_ckpt.ops.copy import CopyReport, copy_checkpoint
+    from dcp_ckpt.ops.diff import DiffReport, diff
     from dcp_ckpt.ops.export import ExportReport, export
     from dcp_ckpt.ops.plan import LoadPlan, plan_load
     from dcp_ckpt.ops.verify import VerifyReport, verify
@@ -50,6 +51,7 @@ _HOMES = {
     "CheckpointInfo": "save.handle",
     "Checkpointer": "checkpointer",
     "CopyReport": "ops.copy",
+    "DiffReport": "ops.diff",
     "ElasticLoader": "data.loader",
     "ElasticSampler": "data.sampler",
     "EveryNSeconds": "policies",
@@ -68,6 +70,7 @@ _HOMES = {
     "TrainState": "state.train_state",
     "VerifyReport": "ops.verify",
     "copy_checkpoint": "ops.copy",
+    "diff": "ops.diff",
     "export": "ops.export",
     "ignore_stop_signals": "stopping.signals",
     "list_runs": "lifecycle.runs",
@@ -88,6 +91,7 @@ __all__ = [
     "CheckpointInfo",
     "Checkpointer",
     "CopyReport",
+    "DiffReport",
     "ElasticLoader",
     "ElasticSampler",
     "EveryNSeconds",
@@ -106,6 +110,7 @@ __all__ = [
     "TrainState",
     "VerifyReport",
     "copy_checkpoint",
+    "diff",
     "export",
     "ignore_stop_signals",
     "list_runs",
