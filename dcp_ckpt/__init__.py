@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from dcp_ckpt.ops.copy import CopyReport, copy_checkpoint
     from dcp_ckpt.ops.diff import DiffReport, diff
     from dcp_ckpt.ops.export import ExportReport, export
+    from dcp_ckpt.ops.import_checkpoint import ImportReport, import_checkpoint
     from dcp_ckpt.ops.plan import LoadPlan, plan_load
     from dcp_ckpt.ops.verify import VerifyReport, verify
     from dcp_ckpt.policies import (
@@ -59,6 +60,7 @@ _HOMES = {
     "EverySeconds": "policies",
     "EverySteps": "policies",
     "ExportReport": "ops.export",
+    "ImportReport": "ops.import_checkpoint",
     "LatestN": "policies",
     "LoadPlan": "ops.plan",
     "LoadReport": "load.report",
@@ -73,6 +75,7 @@ _HOMES = {
     "diff": "ops.diff",
     "export": "ops.export",
     "ignore_stop_signals": "stopping.signals",
+    "import_checkpoint": "ops.import_checkpoint",
     "list_runs": "lifecycle.runs",
     "load_checkpoint": "load.by_path",
     "open_checkpoint": "ops.checkpoint",
@@ -99,6 +102,7 @@ __all__ = [
     "EverySeconds",
     "EverySteps",
     "ExportReport",
+    "ImportReport",
     "LatestN",
     "LoadPlan",
     "LoadReport",
@@ -113,6 +117,7 @@ __all__ = [
     "diff",
     "export",
     "ignore_stop_signals",
+    "import_checkpoint",
     "list_runs",
     "load_checkpoint",
     "open_checkpoint",
