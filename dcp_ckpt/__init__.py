@@ -22,7 +22,9 @@ if TYPE_CHECKING:
     from dcp_ckpt.observe.jsonl import JsonLinesSink, read_events
     from dcp_ckpt.ops.checkpoint import Checkpoint, open_checkpoint
     from dcp_ckpt.ops.copy import CopyReport, copy_checkpoint
+    from dcp_ckpt.ops.diff import DiffReport, diff
     from dcp_ckpt.ops.export import ExportReport, export
+    from dcp_ckpt.ops.import_checkpoint import ImportReport, import_checkpoint
     from dcp_ckpt.ops.plan import LoadPlan, plan_load
     from dcp_ckpt.ops.runs import RunSummary, summarize_runs
     from dcp_ckpt.ops.verify import VerifyReport, verify
@@ -63,6 +65,7 @@ _HOMES = {
     "CheckpointInfo": "save.handle",
     "Checkpointer": "checkpointer",
     "CopyReport": "ops.copy",
+    "DiffReport": "ops.diff",
     "ElasticLoader": "data.loader",
     "ElasticSampler": "data.sampler",
     "EventSink": "observe.events",
@@ -72,6 +75,7 @@ _HOMES = {
     "EverySeconds": "policies",
     "EverySteps": "policies",
     "ExportReport": "ops.export",
+    "ImportReport": "ops.import_checkpoint",
     "JsonLinesSink": "observe.jsonl",
     "LatestN": "policies",
     "LoadPlan": "ops.plan",
@@ -90,8 +94,10 @@ _HOMES = {
     "VerifyReport": "ops.verify",
     "Young": "policies",
     "copy_checkpoint": "ops.copy",
+    "diff": "ops.diff",
     "export": "ops.export",
     "ignore_stop_signals": "stopping.signals",
+    "import_checkpoint": "ops.import_checkpoint",
     "list_runs": "lifecycle.runs",
     "load_checkpoint": "load.by_path",
     "open_checkpoint": "ops.checkpoint",
@@ -114,6 +120,7 @@ __all__ = [
     "CheckpointInfo",
     "Checkpointer",
     "CopyReport",
+    "DiffReport",
     "ElasticLoader",
     "ElasticSampler",
     "EventSink",
@@ -123,6 +130,7 @@ __all__ = [
     "EverySeconds",
     "EverySteps",
     "ExportReport",
+    "ImportReport",
     "JsonLinesSink",
     "LatestN",
     "LoadPlan",
@@ -141,8 +149,10 @@ __all__ = [
     "VerifyReport",
     "Young",
     "copy_checkpoint",
+    "diff",
     "export",
     "ignore_stop_signals",
+    "import_checkpoint",
     "list_runs",
     "load_checkpoint",
     "open_checkpoint",

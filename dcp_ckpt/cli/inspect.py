@@ -8,9 +8,8 @@ from typing import Any
 
 import click
 
-from dcp_ckpt.cli.output import checkpoint_command, human_bytes, print_json, print_table
+from dcp_ckpt.cli.output import checkpoint_command, human_bytes, print_json, print_table, short_json
 from dcp_ckpt.errors import LoadError
-from dcp_ckpt.format.documents import encode_json
 from dcp_ckpt.format.dtypes import DTYPES
 from dcp_ckpt.lifecycle.runs import RunDocument, read_run
 from dcp_ckpt.ops.checkpoint import Checkpoint, open_checkpoint
@@ -18,8 +17,6 @@ from dcp_ckpt.ops.stats import TensorStats, tensor_stats
 from dcp_ckpt.ops.stock import StockCheckpoint
 
 __all__ = ["inspect_command"]
-
-_MAX_VALUE_CHARACTERS = 60
 
 
 @click.command(name="inspect")
@@ -48,7 +45,7 @@ def inspect_command(ref: str, pattern: str, stats: bool, as_json: bool) -> None:
     _print_tensors(tensors, stats)
     if values:
         click.echo()
-        print_table(("value", "content"), [(name, _short(value)) for name, value in values.items()])
+        print_table(("value", "content"), [(name, short_json(value)) for name, value in values.items()])
 
 
 def _describe(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -138,7 +135,7 @@ def _print_header(header: dict[str, Any]) -> None:
         ("world size", str(header["world_size"])),
         ("size", human_bytes(header["bytes"])),
         ("shared", ", ".join(f"{human_bytes(n)} of {name}" for name, n in header["shared_with"].items())),
-        ("metrics", _short(header["metrics"]) if header["metrics"] else ""),
+        ("metrics", short_json(header["metrics"]) if header["metrics"] else ""),
         ("tags", ", ".join(header["tags"])),
         ("run", f"{run.number} {run.name or ''} {run.run_id}" if run else header["run_id"]),
         ("host", run.host if run else ""),
@@ -178,9 +175,3 @@ def _placements(tensor: dict[str, Any]) -> str:
 def _stats_cells(stats: TensorStats) -> list[str]:
     numbers = ["" if number is None else f"{number:.6g}" for number in (stats.min, stats.max, stats.mean)]
     return [*numbers, str(stats.num_nonfinite)]
-
-
-def _short(value: Any) -> str:
-    # The typed JSON as it is stored: nothing is decoded, so nothing (numpy) is imported.
-    text = encode_json(value).decode()
-    return text if len(text) <= _MAX_VALUE_CHARACTERS else f"{text[: _MAX_VALUE_CHARACTERS - 3]}..."

@@ -17,7 +17,9 @@ __all__ = ["cli", "main"]
 
 _COMMANDS = {
     "copy": ("copy", "Copy a checkpoint to another place, checking every byte."),
+    "diff": ("diff", "Compare two checkpoints: names, shapes, dtypes, numbers, values."),
     "export": ("export", "Write a checkpoint as safetensors, a torch file or a stock DCP directory."),
+    "import": ("import_", "Make a checkpoint of a run out of DCP, safetensors or torch.save files."),
     "inspect": ("inspect", "Show the tensors, values and origin of a checkpoint."),
     "list": ("runs", "List the checkpoints of a run."),
     "pin": ("pins", "Keep a checkpoint, whatever retention says."),

@@ -28,9 +28,11 @@ __all__ = [
     "human_bytes",
     "print_json",
     "print_table",
+    "short_json",
 ]
 
 EXIT_CORRUPT = 4
+_MAX_VALUE_CHARACTERS = 60
 
 _EXIT_CODES: tuple[tuple[type[CheckpointError], int], ...] = (
     (ConfigError, 2),
@@ -92,6 +94,13 @@ def human_bytes(num_bytes: int) -> str:
             return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
         size /= 1024
     return f"{size:.1f} TiB"
+
+
+def short_json(value: Any) -> str:
+    """A value for a cell of a table: the typed JSON as it is stored, cut off where it is long."""
+    # Nothing is decoded, so nothing (numpy) is imported.
+    text = encode_json(value).decode()
+    return text if len(text) <= _MAX_VALUE_CHARACTERS else f"{text[: _MAX_VALUE_CHARACTERS - 3]}..."
 
 
 def _print_rich(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

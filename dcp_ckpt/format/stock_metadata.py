@@ -28,7 +28,8 @@ __all__ = [
 ]
 
 DCP_SAVE_TAG = "dcp.save"
-"""The tag of checkpoints of our format that plain `dcp.save` made: DCP flattened their state."""
+"""The tag of checkpoints of our format whose ranks nobody knows: plain `dcp.save`, an import or an average
+made them. Their state is flat, as DCP flattens it."""
 
 FlatPath = tuple[str | int, ...]
 """Where DCP found a leaf in the nested state: dictionary keys as strings, list positions as integers."""

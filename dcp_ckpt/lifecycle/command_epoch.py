@@ -1,7 +1,7 @@
 """The epoch of a command that changes a run: claimed, held, and given up at its end.
 
 A command is an owner like a trainer, with one rank and no writer process (docs/format.md, section 9). Called
-by what the command line runs: recover and prune.
+by what the command line runs: recover, prune, import and average.
 """
 
 from __future__ import annotations
