@@ -26,14 +26,13 @@ from benchmarks.ranked import bench_of, parse_options, report
 from benchmarks.ratios import FULL, INCREMENTAL_TARGETS, OURS
 from benchmarks.rounds import Bench
 from dcp_ckpt import CheckpointConfig, Checkpointer, LatestN, load_checkpoint
-from dcp_ckpt.closing import Closing
 
 NUM_TENSORS = 100
 COLUMNS = 1024
 REMOVAL_SECONDS = 60.0
 
 
-class Case(Closing):
+class Case:
     """One run with one setting, and a state of its own.
 
     Args:
@@ -104,9 +103,7 @@ def measure(bench: Bench) -> None:
     torch.manual_seed(bench.ranks.rank)
     with ExitStack() as resources:
         cases = [
-            resources.enter_context(
-                Case(bench.directory / name, metric, rows=rows, reuse=reuse, num_changed=num_changed)
-            )
+            Case(bench.directory / name, metric, rows=rows, reuse=reuse, num_changed=num_changed)
             for name, metric, num_changed, reuse in (
                 ("full", "changed_1", 1, False),
                 ("reuse-1", "changed_1", 1, True),
@@ -114,6 +111,8 @@ def measure(bench: Bench) -> None:
                 ("reuse-none", "changed_none", 0, True),
             )
         ]
+        for case in cases:
+            resources.callback(case.close)
         for _ in bench.each_round("saves"):
             for case in cases:
                 parts = slowest(bench.ranks.together(case.save))

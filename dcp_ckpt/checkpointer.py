@@ -33,6 +33,7 @@ from dcp_ckpt.load.choose import Which, best_policy, path_of
 from dcp_ckpt.load.report import LoadReport
 from dcp_ckpt.load.selection import Selection
 from dcp_ckpt.observe.events import EventSink
+from dcp_ckpt.other_names import KnownByOtherNames
 from dcp_ckpt.policies import SaveCosts
 from dcp_ckpt.save.due import DueSaves
 from dcp_ckpt.save.handle import CheckpointInfo, SaveHandle, info_of
@@ -44,7 +45,6 @@ from dcp_ckpt.save.session import Session
 from dcp_ckpt.save.writer_link import WriterLink
 from dcp_ckpt.state.train_state import State, components_of, components_to_save
 from dcp_ckpt.stopping.stopper import Stopper
-from dcp_ckpt.wording import KnownByOtherNames
 
 __all__ = ["Checkpointer"]
 

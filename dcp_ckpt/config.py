@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from dcp_ckpt.errors import ConfigError
+from dcp_ckpt.other_names import KnownByOtherNames
 from dcp_ckpt.policies import (
     KeepPolicy,
     LatestN,
@@ -21,7 +22,6 @@ from dcp_ckpt.policies import (
     is_keep_policy,
     is_save_policy,
 )
-from dcp_ckpt.wording import KnownByOtherNames
 
 __all__ = ["CheckpointConfig"]
 

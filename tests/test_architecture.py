@@ -24,7 +24,7 @@ LAYERS: tuple[tuple[tuple[str, ...], str], ...] = (
         ("bounded_calls", "closing", "errors", "hosts", "wording"),
         "everything closes, raises and says why, so these stand on nothing",
     ),
-    (("policies",), "policies are pure rules over numbers"),
+    (("other_names", "policies"), "policies are pure rules over numbers, other names a table"),
     (("config",), "settings are plain values, read by programs that never save or load"),
     (("format",), "the format is a pure function of bytes: a checkpoint can be read with it alone"),
     (
