@@ -184,6 +184,40 @@ def test_examples_of_stock_dcp_run(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert names["report"].step == 200  # type: ignore[attr-defined]
 
 
+def test_examples_of_policies_and_events_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch import ones
+
+    from dcp_ckpt import Checkpointer, open_run, read_events
+
+    monkeypatch.chdir(tmp_path)
+    run = open_run("runs")
+    names: dict[str, Any] = {
+        "state": {"weight": ones(3)},
+        "step": 500,
+        "loss": 1.0,
+        "lr": 0.1,
+        "run": run,
+        "evaluate": lambda: 0.5,
+        "swap_in_the_average": lambda: None,
+    }
+    rules, reporting = python_blocks("docs/policies.md")
+    exec(compile(rules, "docs/policies.md", "exec"), names)
+    sinks, hooks = python_blocks("docs/events.md")
+    exec(compile(sinks, "docs/events.md", "exec"), names)
+    exec(compile(hooks, "docs/events.md", "exec"), names)
+    watched = Checkpointer(
+        run.path,
+        config=names["config"],
+        sinks=[names["JsonLinesSink"](f"{run.path}/events.jsonl")],
+        hooks=[names["AverageInstead"]()],
+    )
+    with watched as names["checkpointer"]:
+        assert watched.should_save(500)
+        exec(compile(reporting, "docs/policies.md", "exec"), names)
+        assert watched.checkpoints()[0].metrics == {"val_loss": 0.5}
+    assert [event["event"] for event in read_events(f"{run.path}/events.jsonl")][-1] == "save durable"
+
+
 def test_the_quickstart_runs_as_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)
     training, reading = python_blocks("docs/quickstart.md")

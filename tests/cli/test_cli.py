@@ -107,7 +107,17 @@ def test_runs(base: Path) -> None:
         (2, 0, None),
     ]
     lines = invoke("runs", base).stdout.splitlines()
-    assert lines[0].split() == ["run", "name", "created", "checkpoints", "latest", "step", "bytes", "host"]
+    assert lines[0].split() == [
+        "run",
+        "name",
+        "created",
+        "checkpoints",
+        "latest",
+        "step",
+        "best",
+        "bytes",
+        "host",
+    ]
     assert lines[1].split()[:2] == ["1", "exp"]
 
 
@@ -292,3 +302,24 @@ def test_a_terminal_gets_a_drawn_table(base: Path) -> None:
         os.close(reader)
     assert "┃" in shown
     assert "step-00000020" in shown
+
+
+def test_the_shell_completes_commands_and_options() -> None:
+    def completed(*words: str) -> set[str]:
+        shown = subprocess.run(
+            [Path(sys.executable).parent / "dcp-ckpt"],
+            env={
+                **os.environ,
+                "_DCP_CKPT_COMPLETE": "bash_complete",
+                "COMP_WORDS": " ".join(("dcp-ckpt", *words)),
+                "COMP_CWORD": str(len(words)),
+            },
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=True,
+        ).stdout
+        return {line.partition(",")[2] for line in shown.splitlines()}
+
+    assert {"pin", "plan", "prune"} <= completed("p")
+    assert "--keep-last" in completed("prune", "--keep")
