@@ -14,7 +14,7 @@ from functools import partial
 import torch
 
 from dcp_ckpt.coordination import Channel
-from dcp_ckpt.load.fill import read_all
+from dcp_ckpt.load.fill import fill, read_all
 from dcp_ckpt.load.meeting import meet, stay_alone
 from dcp_ckpt.load.neighbours import Neighbours, Slots
 from dcp_ckpt.load.read_plan import MOST_READ_BYTES, ReadPlan, Target, plan_reads, requests_for
@@ -61,9 +61,9 @@ def fill_together(
     except BaseException:
         stay_alone(channel, tag)
         raise
-    if copies.num_bytes < _WORTH_IT_BYTES:
+    if copies.num_bytes < _WORTH_IT_BYTES or len(channel.host_ranks) == 1:
         stay_alone(channel, tag)
-        return read_all(copies, concurrency=concurrency) + read_all(others, concurrency=concurrency)
+        return fill(source, targets, verify=verify, concurrency=concurrency)
     wants = wants_digest(source.directory, {n: t for n, t in targets.items() if t.has_copies}, verify=verify)
     make_slots = partial(Slots, _SLOTS_PER_THREAD * concurrency, MOST_READ_BYTES)
     neighbours = meet(channel, tag, wants, make_slots, timeout_seconds=timeout_seconds)

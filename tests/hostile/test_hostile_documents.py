@@ -218,7 +218,7 @@ def found_at(document: Any, at: Pointer) -> Any:
 @KIND
 def test_a_missing_field_is_refused_by_its_name(kind):
     optional = {"aliases", "metrics", "tags", "created_at", "byte_order", "detail", "cancels", "id"}
-    optional |= {"copies", "payload_digests"}
+    optional |= {"command", "copies", "payload_digests"}
     for name in kind.fields.keys() - optional:
         message = refused(kind, encode_json(removed(kind.fields, (name,))))
         assert name in message
