@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import builtins
 import hashlib
+import os
 import secrets
 import threading
 from collections.abc import Callable, Hashable, Iterable, Sequence
@@ -395,4 +396,5 @@ def make_time_and_chance_repeat(patch: pytest.MonkeyPatch) -> Callable[[], None]
         drawn[0] = 0
 
     patch.setattr(secrets, "token_hex", token_hex)
+    patch.setattr(os, "urandom", lambda num_bytes: bytes.fromhex(token_hex(num_bytes)))
     return begin
