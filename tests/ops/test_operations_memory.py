@@ -14,8 +14,8 @@ from torch.distributed.checkpoint.state_dict_saver import save as stock_save
 from tests.ops.exports import saved
 
 MIB = 1 << 20
-LARGEST_BYTES = 144 * MIB
-BESIDE_BYTES = 112 * MIB  # less than the tensor: windows, what they are converted to, buffers
+LARGEST_BYTES = 96 * MIB
+BESIDE_BYTES = 90 * MIB  # less than the tensor: windows, what they are converted to, buffers
 
 PROGRAM = """
 import json, sys
@@ -48,7 +48,7 @@ print(json.dumps(peaks))
 
 
 def test_peak_memory_is_that_of_some_windows(tmp_path: Path) -> None:
-    state = {"large": torch.ones(6144, 6144)}
+    state = {"large": torch.ones(4096, 6144)}
     assert state["large"].nbytes == LARGEST_BYTES
     saved(tmp_path / "a", state)
     stock_save(state, checkpoint_id=tmp_path / "stock", no_dist=True)
@@ -64,4 +64,3 @@ def test_peak_memory_is_that_of_some_windows(tmp_path: Path) -> None:
     assert set(peaks) == {"diff", "average", "dcp", "safetensors"}
     too_much = {name: peak / MIB for name, peak in peaks.items() if peak > BESIDE_BYTES}
     assert not too_much, f"MiB at the peak: {too_much}"
-    print(peaks)
