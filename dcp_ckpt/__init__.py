@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from dcp_ckpt.load.report import LoadReport
     from dcp_ckpt.observe.events import EventSink
     from dcp_ckpt.observe.jsonl import JsonLinesSink, read_events
+    from dcp_ckpt.ops.average import AverageReport, average
     from dcp_ckpt.ops.checkpoint import Checkpoint, open_checkpoint
     from dcp_ckpt.ops.copy import CopyReport, copy_checkpoint
     from dcp_ckpt.ops.diff import DiffReport, diff
@@ -58,6 +59,7 @@ _HOMES = {
     "AtFirstStep": "policies",
     "AtLastStep": "policies",
     "AtSteps": "policies",
+    "AverageReport": "ops.average",
     "BestN": "policies",
     "Checkpoint": "ops.checkpoint",
     "CheckpointConfig": "config",
@@ -93,6 +95,7 @@ _HOMES = {
     "TrainState": "state.train_state",
     "VerifyReport": "ops.verify",
     "Young": "policies",
+    "average": "ops.average",
     "copy_checkpoint": "ops.copy",
     "diff": "ops.diff",
     "export": "ops.export",
@@ -113,6 +116,7 @@ __all__ = [
     "AtFirstStep",
     "AtLastStep",
     "AtSteps",
+    "AverageReport",
     "BestN",
     "Checkpoint",
     "CheckpointConfig",
@@ -148,6 +152,7 @@ __all__ = [
     "TrainState",
     "VerifyReport",
     "Young",
+    "average",
     "copy_checkpoint",
     "diff",
     "export",

@@ -73,6 +73,7 @@ class Options:
     monitor: str
     mode: Literal["min", "max"]
     overlap: Literal["off", "step"]
+    export_final: str | None
     max_minutes: float | None
     log_json: Path | None
     tensorboard: Path | None
@@ -123,6 +124,8 @@ def parse_options(arguments: Sequence[str] | None = None, *, announce: bool = Tr
     if unknown:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     parsed = vars(known)
+    if parsed["export_final"] is not None and parsed["save_strategy"] == "no":
+        parser.error("--export-final exports the last checkpoint, and with --save-strategy no there is none")
     if parsed["resume"] not in _RESUMES:
         if not {"@", "/"} & set(parsed["resume"]):
             parser.error(
@@ -244,6 +247,12 @@ def _add_saving_flags(group: argparse._ArgumentGroup) -> None:
         type=_positive,
         default=None,
         help="mean time between failures of the job: save also as often as then costs least",
+    )
+    group.add_argument(
+        "--export-final",
+        default=None,
+        metavar="DIR",
+        help="when the last step is reached, export the model to safetensors there, adapters merged",
     )
     group.add_argument("--keep-last", type=_count, default=2, help="newest checkpoints to keep")
     group.add_argument(

@@ -45,6 +45,7 @@ from dcp_ckpt import (
     TrainState,
     Young,
     errors,
+    export,
 )
 from dcp_ckpt.integrations.tensorboard import TensorBoardSink
 from launch.data import Batch, Corpus, TextLoader, read_corpus
@@ -252,8 +253,18 @@ def train(options: Options, topology: Topology, corpus: Corpus) -> str | None:
     if checkpointer.stop_reason is not None:
         reporter.say(f"stopped at step {step} ({checkpointer.stop_reason}); start again to go on")
         return checkpointer.stop_reason
+    if options.export_final is not None and topology.rank == 0:
+        last = f"{run.path}@{last_step}"
+        reporter.say(export_final(last, options.export_final, has_adapters=options.lora_rank is not None))
     reporter.say(f"finished at step {last_step}; to extend this run: {longer(options, last_step)}")
     return None
+
+
+def export_final(ref: str, directory: str, *, has_adapters: bool) -> str:
+    """Export the model of a checkpoint; one rank calls it. Returns what to say of it."""
+    # An earlier export goes, but for one on an object store, where new files cannot be made ready beside it.
+    report = export(ref, directory, fuse_lora=has_adapters, force="://" not in directory)
+    return f"exported the model of step {report.step} to {report.path}"
 
 
 def longer(options: Options, last_step: int) -> str:

@@ -16,6 +16,7 @@ from dcp_ckpt import __version__
 __all__ = ["cli", "main"]
 
 _COMMANDS = {
+    "average": ("average", "Make a checkpoint that is the average of others."),
     "copy": ("copy", "Copy a checkpoint to another place, checking every byte."),
     "diff": ("diff", "Compare two checkpoints: names, shapes, dtypes, numbers, values."),
     "export": ("export", "Write a checkpoint as safetensors, a torch file or a stock DCP directory."),
@@ -56,7 +57,7 @@ class _LazyGroup(click.Group):
 @click.group(name="dcp-ckpt", cls=_LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="dcp-ckpt")
 def cli() -> None:
-    """Look at, check, copy, export, thin out and repair checkpoints.
+    """Look at, check, compare, copy, export, import, average, thin out and repair checkpoints.
 
     A REF is RUN@latest, RUN@best, RUN@STEP or a checkpoint directory.
 

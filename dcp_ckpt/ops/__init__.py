@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dcp_ckpt.ops.average import AverageReport, average
 from dcp_ckpt.ops.checkpoint import Checkpoint, open_checkpoint
 from dcp_ckpt.ops.copy import CopyReport, copy_checkpoint
 from dcp_ckpt.ops.diff import DiffReport, diff
@@ -11,6 +12,7 @@ from dcp_ckpt.ops.plan import LoadPlan, plan_load
 from dcp_ckpt.ops.verify import VerifyReport, verify
 
 __all__ = [
+    "AverageReport",
     "Checkpoint",
     "CopyReport",
     "DiffReport",
@@ -18,6 +20,7 @@ __all__ = [
     "ImportReport",
     "LoadPlan",
     "VerifyReport",
+    "average",
     "copy_checkpoint",
     "diff",
     "export",

@@ -20,7 +20,7 @@ from dcp_ckpt.ops.diff_numbers import DifferenceCounter, TensorNumbers
 from dcp_ckpt.ops.diff_plan import DiffPlan, DiffTables, TensorPair, plan_diff
 from dcp_ckpt.ops.diff_proofs import Proofs, proofs_of
 from dcp_ckpt.ops.stock import StockCheckpoint
-from dcp_ckpt.ops.windows import WindowReader, batches
+from dcp_ckpt.ops.windows import Window, WindowReader, batches
 
 __all__ = ["DiffProgress", "DiffReport", "TensorDiff", "ValueDiff", "diff"]
 
@@ -148,9 +148,7 @@ def _compare(
     counters = [DifferenceCounter() for _ in pairs]
     done_bytes, total_bytes = 0, sum(map(_num_bytes, pairs))
     for batch in batches(_wider(pair) for pair in pairs):
-        for window, ours, theirs in zip(batch, a.read(batch), b.read(batch), strict=True):
-            counters[window.number].add(ours, theirs)
-            done_bytes += ours.nbytes + theirs.nbytes
+        done_bytes += _count(batch, a, b, counters)
         if progress is not None:
             progress(done_bytes, total_bytes)
     return [
@@ -158,6 +156,17 @@ def _compare(
         for pair, counter in zip(pairs, counters, strict=True)
         if not counter.is_equal or pair.a.dtype != pair.b.dtype
     ]
+
+
+def _count(
+    batch: Sequence[Window], a: WindowReader, b: WindowReader, counters: Sequence[DifferenceCounter]
+) -> int:
+    """Count the windows of a batch, which are gone when this returns; how many bytes they had."""
+    num_bytes = 0
+    for window, ours, theirs in zip(batch, a.read(batch), b.read(batch), strict=True):
+        counters[window.number].add(ours, theirs)
+        num_bytes += ours.nbytes + theirs.nbytes
+    return num_bytes
 
 
 def _wider(pair: TensorPair) -> TensorEntry:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 __all__ = ["DifferenceCounter", "TensorNumbers"]
 
-_SLICE_ELEMENTS = 1 << 20
+_SLICE_ELEMENTS = 1 << 18
 """Numbers are compared in double precision, which takes up to 16 times the memory of the elements."""
 
 

@@ -166,7 +166,7 @@ def _refuse_shared_names(state: NewState, src: str) -> None:
 def _open(src: str) -> ImportSource:
     """Find out what `src` is, and read its tables."""
     if parse_ref(src) is not None:
-        return CheckpointSource(open_checkpoint(src))
+        return _checkpoint(src)
     if os.path.isfile(src) and not src.endswith((_FILE, _INDEX)):
         return TorchSource(src)
     root, name = split_location(src)
@@ -181,7 +181,16 @@ def _open(src: str) -> ImportSource:
         storage.close()
         raise
     storage.close()
-    return CheckpointSource(open_checkpoint(src))
+    return _checkpoint(src)
+
+
+def _checkpoint(ref: str) -> ImportSource:
+    checkpoint = open_checkpoint(ref)
+    try:
+        return CheckpointSource(checkpoint)
+    except BaseException:
+        checkpoint.close()
+        raise
 
 
 def _safetensors(storage: Storage, name: str) -> ImportSource:

@@ -12,7 +12,16 @@ from dcp_ckpt.errors import StateMismatch
 from launch.options import Options, parse_options
 from launch.settings import RULES, changed_settings, require_allowed, tags_of
 
-OF_ONE_START = {"run_dir", "name", "run_number", "list_runs", "resume", "log_json", "tensorboard"}
+OF_ONE_START = {
+    "run_dir",
+    "name",
+    "run_number",
+    "list_runs",
+    "resume",
+    "log_json",
+    "tensorboard",
+    "export_final",
+}
 
 CHANGES: list[tuple[str, list[str], list[str], str]] = [
     ("steps", [], ["--steps", "400"], "safe"),
