@@ -79,7 +79,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if unknown:
         parser.error(f"no such script: {', '.join(sorted(unknown))}")
     chosen = [script for script in SCRIPTS if not options.only or script.name in options.only]
-    document = run_all(chosen, quick=options.quick)
+    words = sys.argv[1:] if arguments is None else arguments
+    document = run_all(chosen, quick=options.quick, command=" ".join(["benchmarks/suite.py", *words]))
     day = document["date"][:10]
     out = options.out or RESULTS / (f"{day}-quick.json" if options.quick else f"{day}.json")
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -90,7 +91,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return check.main([str(out)])
 
 
-def run_all(scripts: Sequence[Script], *, quick: bool) -> dict[str, Any]:
+def run_all(scripts: Sequence[Script], *, quick: bool, command: str) -> dict[str, Any]:
     """Run the scripts; the document that is written."""
     found: dict[str, Any] = {}
     for script in scripts:
@@ -101,7 +102,7 @@ def run_all(scripts: Sequence[Script], *, quick: bool) -> dict[str, Any]:
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": _commit(),
-        "command": "benchmarks/suite.py" + (" --quick" if quick else ""),
+        "command": command,
         "quick": quick,
         "scripts": found,
     }
