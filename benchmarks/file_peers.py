@@ -32,7 +32,7 @@ class RankFiles:
         read: the tensors of a file, which may be mapped.
     """
 
-    note = ""
+    note = "a file for each rank: no commit, and no load on another number of ranks"
 
     def __init__(
         self,
