@@ -30,7 +30,10 @@ __all__ = [
 
 IO_BYTES = 8 << 20
 RATES = ("memcpy", "direct_write", "buffered_write", "direct_read", "cached_read")
-PACKAGES = ("torch", "dcp_ckpt", "torch_checkpointing", "msgspec", "xxhash", "fsspec")
+PACKAGES = (
+    *("torch", "dcp_ckpt", "msgspec", "xxhash", "fsspec"),
+    *("torch_checkpointing", "torchsnapshot", "safetensors"),
+)
 
 
 class Limits:

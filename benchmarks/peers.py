@@ -8,18 +8,32 @@ from __future__ import annotations
 
 import importlib
 import shutil
+from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import torch.distributed as dist
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType, AsyncSaveResponse
 from torch.distributed.checkpoint.state_dict_saver import async_save as dcp_async_save
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
-from benchmarks.ratios import OURS, PROCESS, SHARED, STOCK_SAVE, SUCCESSOR, THREAD
+from benchmarks.file_peers import TorchSnapshot, safetensors_files, torch_save_files
+from benchmarks.ratios import (
+    OURS,
+    PLAN_CACHED,
+    PROCESS,
+    SAFETENSORS,
+    SHARED,
+    SNAPSHOT,
+    STOCK_SAVE,
+    SUCCESSOR,
+    THREAD,
+    TORCH_SAVE,
+)
 from benchmarks.workload import State
 from dcp_ckpt import CheckpointConfig, Checkpointer, LatestN, LoadReport, TrainState, load_checkpoint
 
@@ -167,6 +181,7 @@ class StockAsync(StockSave):
     Args:
         kind: in a thread (the default of stock DCP) or in a process.
         shared_memory: stage asynchronously into shared memory that is reused.
+        plan_cached: keep the plan of the first save. The cache is one of the process: for one system only.
     """
 
     def __init__(
@@ -176,11 +191,14 @@ class StockAsync(StockSave):
         *,
         kind: AsyncCheckpointerType = AsyncCheckpointerType.THREAD,
         shared_memory: bool = False,
+        plan_cached: bool = False,
     ) -> None:
         super().__init__(directory, group)
         in_process = PROCESS if not shared_memory else SHARED
-        self.name = THREAD if kind is AsyncCheckpointerType.THREAD else in_process
+        in_thread = PLAN_CACHED if plan_cached else THREAD
+        self.name = in_thread if kind is AsyncCheckpointerType.THREAD else in_process
         self._kind = kind
+        self._plan_cached = plan_cached
         self._staged: Future[None] | None = None
         self._uploaded: Future[Any] | None = None
         self._stager: DefaultStager | None = None
@@ -200,6 +218,7 @@ class StockAsync(StockSave):
         saved = dcp_async_save(
             state.tensors,
             checkpoint_id=self.path,
+            planner=DefaultSavePlanner(enable_plan_caching=self._plan_cached),
             process_group=self._group,
             async_checkpointer_type=self._kind,
             async_stager=self._stager,
@@ -300,11 +319,17 @@ def make_system(name: str, directory: Path, overlap: Overlap, group: dist.Proces
     Raises:
         ImportError: it is not installed.
     """
-    if name == OURS:
-        return Ours(directory, overlap)
-    if name == STOCK_SAVE:
-        return StockSave(directory, group)
-    if name == SUCCESSOR:
-        return TorchCheckpointing(directory)
-    kind = AsyncCheckpointerType.THREAD if name == THREAD else AsyncCheckpointerType.PROCESS
-    return StockAsync(directory, group, kind=kind, shared_memory=name == SHARED)
+    thread, process = AsyncCheckpointerType.THREAD, AsyncCheckpointerType.PROCESS
+    makers: dict[str, Callable[[], System]] = {
+        OURS: lambda: Ours(directory, overlap),
+        STOCK_SAVE: lambda: StockSave(directory, group),
+        THREAD: lambda: StockAsync(directory, group, kind=thread),
+        PLAN_CACHED: lambda: StockAsync(directory, group, kind=thread, plan_cached=True),
+        PROCESS: lambda: StockAsync(directory, group, kind=process),
+        SHARED: lambda: StockAsync(directory, group, kind=process, shared_memory=True),
+        SUCCESSOR: lambda: TorchCheckpointing(directory),
+        SNAPSHOT: lambda: TorchSnapshot(directory, group),
+        TORCH_SAVE: lambda: torch_save_files(directory),
+        SAFETENSORS: lambda: safetensors_files(directory),
+    }
+    return makers[name]()

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 __all__ = [
     "ALL_LABELS",
     "ALL_TARGETS",
+    "DIGEST_TARGETS",
     "FSSPEC_LOAD",
     "FSSPEC_SAVE",
     "FULL",
@@ -23,14 +24,17 @@ __all__ = [
     "MEMORY_TARGETS",
     "METADATA",
     "OURS",
+    "PLAN_CACHED",
     "PROCESS",
     "RANKED_LABELS",
     "S3_LABELS",
     "S3_TARGETS",
+    "SAFETENSORS",
     "SCALE_LABELS",
     "SCALE_TARGETS",
     "SCALE_UNITS",
     "SHARED",
+    "SNAPSHOT",
     "STOCK_KEY",
     "STOCK_LOAD",
     "STOCK_SAVE",
@@ -38,6 +42,8 @@ __all__ = [
     "TARGETS",
     "TAX_TARGETS",
     "THREAD",
+    "TORCH_SAVE",
+    "UNDIGESTED",
     "UNITS",
     "WITHOUT",
     "Target",
@@ -52,6 +58,10 @@ THREAD = "dcp.async_save thread"
 PROCESS = "dcp.async_save process"
 SHARED = "dcp.async_save process+shm"
 SUCCESSOR = "torch_checkpointing"
+PLAN_CACHED = "dcp.async_save thread+plan cache"
+SNAPSHOT = "torchsnapshot"
+TORCH_SAVE = "torch.save"
+SAFETENSORS = "safetensors"
 FSSPEC_SAVE = "FsspecWriter"
 FSSPEC_LOAD = "FsspecReader"
 MACHINE = "machine"
@@ -59,6 +69,7 @@ METADATA = ".metadata"
 STOCK_KEY = "dcp.load of one key"
 FULL = "full save"
 WITHOUT = "no checkpoints"
+UNDIGESTED = "without digests"
 
 MEMORY_KINDS = ("sharded", "replicated", "S3")
 """Of a state: what `memory.py` weighs."""
@@ -93,6 +104,8 @@ LABELS = {
 
 RANKED_LABELS = {
     "reshard_bytes": "bytes read by a load on half the ranks over those it fills",
+    "durable_digests": "save until durable, with and without digests",
+    "load_digests": "load, with and without a check of the digests, page cache warm",
     **{
         f"{what}_{change}": f"{shown}, {which}"
         for change, which in (
@@ -107,7 +120,7 @@ RANKED_LABELS = {
         )
     },
 }
-"""As `LABELS`, of `load_reshard.py` and `incremental.py`."""
+"""As `LABELS`, of `load_reshard.py`, `digests.py` and `incremental.py`."""
 
 S3_LABELS = {
     "s3_save": "S3: save until durable",
@@ -247,6 +260,17 @@ LOAD_TARGETS = (
 )
 """The ratios of `load_reshard.py`."""
 
+DIGEST_TARGETS = (
+    Target(
+        name="digests",
+        above=("durable_digests", OURS),
+        below=("durable_digests", UNDIGESTED),
+        needed=1.10,
+        aim=1.04,
+    ),
+)
+"""The ratio of `digests.py`."""
+
 TAX_TARGETS = tuple(target for target in TARGETS if target.name == "tax")
 """The ratio of `training_tax.py`."""
 
@@ -328,7 +352,15 @@ MEMORY_TARGETS = tuple(
 
 ALL_TARGETS = {
     target.name: target
-    for targets in (TARGETS, LOAD_TARGETS, INCREMENTAL_TARGETS, S3_TARGETS, MEMORY_TARGETS, SCALE_TARGETS)
+    for targets in (
+        TARGETS,
+        LOAD_TARGETS,
+        DIGEST_TARGETS,
+        INCREMENTAL_TARGETS,
+        S3_TARGETS,
+        MEMORY_TARGETS,
+        SCALE_TARGETS,
+    )
     for target in targets
 }
 """By name, whatever script gives it."""

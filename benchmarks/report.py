@@ -16,13 +16,18 @@ from benchmarks.ratios import (
     FULL,
     MACHINE,
     OURS,
+    PLAN_CACHED,
     PROCESS,
+    SAFETENSORS,
     SHARED,
+    SNAPSHOT,
     STOCK_LOAD,
     STOCK_SAVE,
     SUCCESSOR,
     TARGETS,
     THREAD,
+    TORCH_SAVE,
+    UNDIGESTED,
     UNITS,
     WITHOUT,
     Target,
@@ -36,15 +41,20 @@ _COLUMNS = (
     ((OURS,), OURS),
     ((STOCK_SAVE, STOCK_LOAD), "dcp.save / .load"),
     ((THREAD,), "async thread"),
+    ((PLAN_CACHED,), "thread+ plan cache"),
     ((PROCESS,), "async process"),
     ((SHARED,), "process+shm"),
     ((SUCCESSOR,), "torch_ checkpointing"),
+    ((SNAPSHOT,), SNAPSHOT),
+    ((TORCH_SAVE,), TORCH_SAVE),
+    ((SAFETENSORS,), SAFETENSORS),
+    ((UNDIGESTED,), UNDIGESTED),
     ((FULL,), FULL),
     ((FSSPEC_SAVE, FSSPEC_LOAD), "FsspecWriter / Reader"),
     ((WITHOUT,), WITHOUT),
     ((MACHINE,), MACHINE),
 )
-_WIDTH = 190
+_WIDTH = 240
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,7 +23,17 @@ from benchmarks.loads import measure_loads, measure_replicated, worlds_of
 from benchmarks.machine import Limits
 from benchmarks.peers import Ours, StockSave, System
 from benchmarks.ranked import bench_of, parse_options, report
-from benchmarks.ratios import OURS, PROCESS, SHARED, SUCCESSOR, THREAD
+from benchmarks.ratios import (
+    OURS,
+    PLAN_CACHED,
+    PROCESS,
+    SAFETENSORS,
+    SHARED,
+    SNAPSHOT,
+    SUCCESSOR,
+    THREAD,
+    TORCH_SAVE,
+)
 from benchmarks.rounds import Bench
 from benchmarks.saves import calibrated_step, measure_memory, measure_saves, measure_tax
 from benchmarks.workload import sharded_state
@@ -71,7 +81,9 @@ def measure_sharded(bench: Bench, resources: ExitStack) -> int:
     stock = StockSave(bench.directory / "stock", bench.new_group())
     with ExitStack() as training:
         overlapped = start(bench, training, OURS, directory="ours-overlap")
-        thread, shared = (start(bench, resources, name) for name in (THREAD, SHARED))
+        thread, cached, shared = (start(bench, resources, name) for name in (THREAD, PLAN_CACHED, SHARED))
+        snapshot = start(bench, resources, SNAPSHOT)
+        files = present(*(start(bench, resources, name) for name in (TORCH_SAVE, SAFETENSORS)))
         with Limits(bench.directory, state, rank=bench.ranks.rank) as limits:
             step = calibrated_step(bench, limits, state)
             measure_saves(
@@ -80,14 +92,14 @@ def measure_sharded(bench: Bench, resources: ExitStack) -> int:
                 expected,
                 limits,
                 step,
-                quiet=present(ours, stock, thread, process, shared, successor),
-                training=present(overlapped, thread, process, shared, successor),
+                quiet=present(ours, stock, thread, cached, process, shared, successor, snapshot, *files),
+                training=present(overlapped, thread, cached, process, shared, successor, snapshot),
             )
         # Of the two in a process the better one: every system costs K steps a round.
         taxed = present(overlapped, thread, shared, successor)
         num_steps = measure_tax(bench, state, expected, step, taxed)
     measure_memory(bench, state, ours)
-    measure_loads(bench, state, expected, ours=ours, stock=stock, others=present(successor))
+    measure_loads(bench, state, expected, ours=ours, stock=stock, others=present(successor, snapshot, *files))
     return num_steps
 
 

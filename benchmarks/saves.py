@@ -16,7 +16,16 @@ import torch.distributed as dist
 from benchmarks.machine import Limits, staging_bytes, writer_pids, writer_pss_bytes
 from benchmarks.measure import SectionFailed, slowest, timed, total
 from benchmarks.peers import System
-from benchmarks.ratios import MACHINE, OURS, STOCK_LOAD, STOCK_SAVE, SUCCESSOR
+from benchmarks.ratios import (
+    MACHINE,
+    OURS,
+    SAFETENSORS,
+    SNAPSHOT,
+    STOCK_LOAD,
+    STOCK_SAVE,
+    SUCCESSOR,
+    TORCH_SAVE,
+)
 from benchmarks.rounds import Bench
 from benchmarks.workload import Digests, State, TrainingStep
 
@@ -32,7 +41,10 @@ __all__ = [
 MEMCPYS_PER_STEP = 2.5
 """A step lasts at least twice as long as a copy of the state; the rest is for noise."""
 MAX_TAXED_STEPS = 10
-LOADS_AFTER_SAVE = {OURS: OURS, STOCK_SAVE: STOCK_LOAD, SUCCESSOR: SUCCESSOR}
+LOADS_AFTER_SAVE = {
+    STOCK_SAVE: STOCK_LOAD,
+    **{name: name for name in (OURS, SUCCESSOR, SNAPSHOT, TORCH_SAVE, SAFETENSORS)},
+}
 """Systems that are timed in it -> the system of the row."""
 
 
