@@ -35,7 +35,7 @@ demo: $(READY) ## train, kill, resume on another number of ranks
 
 # Two at a time: most tests wait for processes and disks. Those of one file share their ranks and servers.
 test: lint ## lint, types and all tests but the long ones
-	$(BIN)/python -m pytest -m "not slow and not crash" --numprocesses 2 --dist loadfile
+	$(BIN)/python -m pytest -m "not slow and not crash" --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 test-crash: $(READY) ## every crash point, real kills and bad networks (about an hour)
 	$(BIN)/python -m pytest -m crash

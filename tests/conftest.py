@@ -24,6 +24,18 @@ FOREIGN_AWS_VARIABLES = ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL_S
 
 THREAD_END_SECONDS = 10.0
 
+LONGEST_FIRST = ("launch", "benchmarks", "crash", "layouts", "epochs", "distributed", "cli")
+"""Directories whose tests take long. One that is begun last would keep a single process busy at the end."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=_place)
+
+
+def _place(item: pytest.Item) -> int:
+    directory = item.path.parent.name
+    return LONGEST_FIRST.index(directory) if directory in LONGEST_FIRST else len(LONGEST_FIRST)
+
 
 @pytest.fixture(autouse=True)
 def no_thread_is_left() -> Iterator[None]:

@@ -19,7 +19,7 @@ import msgspec
 from dcp_ckpt.errors import CorruptCheckpoint, FormatTooNew
 from dcp_ckpt.format.fields import Version
 
-__all__ = ["FORMAT_VERSION", "decode_document", "decoder_of", "decoding", "encode_json"]
+__all__ = ["FORMAT_VERSION", "converted", "decode_document", "decoder_of", "decoding", "encode_json"]
 
 FORMAT_VERSION = 1
 
@@ -40,13 +40,23 @@ def encode_json(document: Any) -> bytes:
 
 
 def decoder_of(kind: type[_Document]) -> msgspec.json.Decoder[_Document]:
-    """What decodes JSON into a dataclass; ask for it also before the first `msgspec.convert` into one.
+    """What decodes JSON into a dataclass.
 
     One thread at a time: msgspec 0.22 lets a second one see what the first has prepared by half for a type,
     and crashes the process.
     """
     with _preparing:
         return _decoder(cast(Hashable, kind))
+
+
+def converted(kind: type[_Document], message: Any) -> _Document:
+    """A dataclass from what its JSON decodes to.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    decoder_of(kind)  # what it prepares is used here, too
+    return msgspec.convert(message, type=kind)
 
 
 @contextmanager

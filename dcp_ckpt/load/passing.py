@@ -56,15 +56,17 @@ def fill_together(
         CorruptCheckpoint: as `fill`; on the rank that found it.
         CoordinationError: another rank that reads for this one has ended, failed, or stands still.
     """
+    copied = {name: target for name, target in targets.items() if target.has_copies}
+    num_copied_bytes = sum(target.local.nbytes for target in copied.values())
+    if num_copied_bytes < _WORTH_IT_BYTES or len(channel.host_ranks) == 1:
+        stay_alone(channel, tag)
+        return fill(source, targets, verify=verify, concurrency=concurrency)
     try:
         copies, others = _plans(source, targets, verify=verify)
     except BaseException:
         stay_alone(channel, tag)
         raise
-    if copies.num_bytes < _WORTH_IT_BYTES or len(channel.host_ranks) == 1:
-        stay_alone(channel, tag)
-        return fill(source, targets, verify=verify, concurrency=concurrency)
-    wants = wants_digest(source.directory, {n: t for n, t in targets.items() if t.has_copies}, verify=verify)
+    wants = wants_digest(source.directory, copied, verify=verify)
     make_slots = partial(Slots, _SLOTS_PER_THREAD * concurrency, MOST_READ_BYTES)
     neighbours = meet(channel, tag, wants, make_slots, timeout_seconds=timeout_seconds)
     if neighbours is None:

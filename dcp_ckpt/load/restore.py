@@ -117,12 +117,22 @@ def restore(
 
 def _targets(fitted: Fitted) -> dict[str, Target]:
     """What is to be filled, by stored name."""
-    return {
-        fitted.stored_names.get(name, name): Target(
-            local=local_tensor(tensor), box=_held_box(name, tensor), has_copies=_has_copies(tensor)
+    # The layers of a model are laid out alike.
+    known: dict[object, Box] = {}
+    targets = {}
+    for name, tensor in fitted.tensors.items():
+        local = local_tensor(tensor)
+        layout = tensor.shape, local.shape, *_sharding(tensor)
+        if layout not in known:
+            known[layout] = _held_box(name, tensor)
+        targets[fitted.stored_names.get(name, name)] = Target(
+            local=local, box=known[layout], has_copies=_has_copies(tensor)
         )
-        for name, tensor in fitted.tensors.items()
-    }
+    return targets
+
+
+def _sharding(tensor: torch.Tensor) -> tuple[object, ...]:
+    return (tensor.device_mesh, tensor.placements) if isinstance(tensor, DTensor) else ()
 
 
 def _held_box(name: str, tensor: torch.Tensor) -> Box:

@@ -50,6 +50,7 @@ class StoredCheckpoint:
         self.manifest = manifest
         self._fragments: dict[int, Fragment] = {}
         self._meshes: dict[str, Mesh | None] = {}
+        self._holders: dict[object, list[int]] = {}
         self.tensors: dict[str, TensorEntry] = {}
         self.aliases: dict[str, str] = {}
         self.unreadable: dict[str, str] = {}
@@ -151,8 +152,12 @@ class StoredCheckpoint:
         entry, mesh = self.tensors[name], self._meshes[name]
         if mesh is None:
             return list(expand_ranks(entry.owners))
-        placements = [Placement.parse(text) for text in entry.placements]
-        return holding_ranks(entry.shape, mesh, placements, entry.owners, box)
+        # The layers of a model are laid out alike.
+        layout = (*entry.shape,), mesh, (*entry.placements,), (*map(tuple, entry.owners),), box
+        if layout not in self._holders:
+            placements = [Placement.parse(text) for text in entry.placements]
+            self._holders[layout] = holding_ranks(entry.shape, mesh, placements, entry.owners, box)
+        return self._holders[layout]
 
     def block_digest(self, rank: int, file: int, block: int) -> str:
         """The stored digest of one block of a data file."""

@@ -13,8 +13,6 @@ from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
-import msgspec
-
 from dcp_ckpt.coordination import Channel, agree, as_checkpoint_error, broadcast, error_fields
 from dcp_ckpt.errors import (
     CheckpointError,
@@ -23,6 +21,7 @@ from dcp_ckpt.errors import (
     StorageNotFound,
     StorageUnsuitable,
 )
+from dcp_ckpt.format.documents import converted
 from dcp_ckpt.save.writer_link import WriterLink
 from dcp_ckpt.storage import open_storage
 from dcp_ckpt.storage.base import Storage
@@ -138,7 +137,7 @@ class _Attempt:
         first = self._first()
         if "sight" not in first:
             return  # rank 0 has failed, and says so itself
-        sight = msgspec.convert(first["sight"], type=Sight)
+        sight = converted(Sight, first["sight"])
         try:
             self._try_out(sight=sight, stays=False)
         except StorageError as error:

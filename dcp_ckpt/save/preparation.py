@@ -12,8 +12,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import msgspec
-
 from dcp_ckpt.coordination import (
     Channel,
     agree,
@@ -23,6 +21,7 @@ from dcp_ckpt.coordination import (
     reduce,
 )
 from dcp_ckpt.errors import CheckpointError, StateError, StorageFull
+from dcp_ckpt.format.documents import converted
 from dcp_ckpt.policies import KeepPolicy
 from dcp_ckpt.save.memory import MemoryNeed, MemoryPool, available_memory, memory_shortage
 from dcp_ckpt.save.space import full, retention_shortage
@@ -118,7 +117,7 @@ def prepare_saves(
         channel,
         f"{tag}/needs",
         asdict(own),
-        lambda messages: _judged(msgspec.convert(messages, type=list[Needs]), keep),
+        lambda messages: _judged(converted(list[Needs], messages), keep),
         timeout_seconds=timeout_seconds,
     )
     if told["problem"] is not None:

@@ -10,9 +10,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
-import msgspec
-
-from dcp_ckpt.format.documents import decoder_of
+from dcp_ckpt.format.documents import converted
 from dcp_ckpt.format.manifest import FragmentSummary
 
 __all__ = ["Record", "Report", "SaveKeys", "Verdict", "from_message", "from_messages", "to_message"]
@@ -96,5 +94,4 @@ def from_message(kind: type[_Document], message: Any) -> _Document:
 
 def from_messages(kind: type[_Document], messages: Sequence[Any]) -> list[_Document]:
     """As `from_message`, of many at once."""
-    decoder_of(kind)  # several threads convert
-    return [msgspec.convert(message, type=kind) for message in messages]
+    return [converted(kind, message) for message in messages]

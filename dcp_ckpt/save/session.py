@@ -12,11 +12,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
-import msgspec
-
 from dcp_ckpt.config import CheckpointConfig
 from dcp_ckpt.coordination import Channel, agree, broadcast
 from dcp_ckpt.errors import CheckpointError, StorageTransient
+from dcp_ckpt.format.documents import converted
 from dcp_ckpt.format.epoch import EpochClaim
 from dcp_ckpt.format.manifest import Manifest
 from dcp_ckpt.format.names import EPOCHS, StepDir, lease_name
@@ -87,7 +86,7 @@ class Session:
         self.known: KnownRun | None = None
         timeout = config.recover_wait_seconds + config.timeout_seconds
         claimed = broadcast(channel, f"{tag}/claim", self._claim, timeout_seconds=timeout)
-        self.claim = msgspec.convert(claimed, type=EpochClaim)
+        self.claim = converted(EpochClaim, claimed)
         pilot, failures = agree(
             channel,
             f"{tag}/join",

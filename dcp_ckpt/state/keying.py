@@ -13,12 +13,10 @@ from functools import cached_property
 from math import prod
 from typing import Any
 
-import msgspec
-
 from dcp_ckpt.errors import ConfigError
 from dcp_ckpt.format.boxes import Mesh, compress_ranks, expand_ranks
 from dcp_ckpt.format.consistency import ranks_problem
-from dcp_ckpt.format.documents import decoder_of
+from dcp_ckpt.format.documents import converted
 from dcp_ckpt.format.fields import Dims, RankRuns
 from dcp_ckpt.format.values import encode_value
 from dcp_ckpt.state.component import Captured, Path, StoredState, Targets
@@ -249,9 +247,8 @@ def take_keying(values: dict[str, Any], world_size: int) -> Keying | None:
 
 
 def _decoded(value: Any, world_size: int) -> Keying | None:
-    decoder_of(_Stored)  # several threads convert
     try:
-        stored = msgspec.convert(value, type=_Stored)
+        stored = converted(_Stored, value)
     except ValueError:
         return None
     # Before the ranks are listed: a few digits may state very many.

@@ -119,12 +119,21 @@ def _process_group(request: Request) -> Iterator[None]:
             world_size=request.world_size,
             timeout=timeout,
         )
+        _wait_for_all(store, request, timeout)
         yield
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
         for name in own:
             os.environ.pop(name, None)
+
+
+def _wait_for_all(store: TCPStore, request: Request, timeout: timedelta) -> None:
+    """Who has connected may end at once, which is an error for those that are still connecting."""
+    key = f"run-{request.number}/connected"
+    if store.add(f"{key}/count", 1) == request.world_size:
+        store.set(key, "all")
+    store.wait([key], timeout)
 
 
 def pickled_error(error: BaseException) -> bytes:

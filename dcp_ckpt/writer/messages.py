@@ -9,9 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-import msgspec
-
-from dcp_ckpt.format.documents import encode_json
+from dcp_ckpt.format.documents import decoder_of, encode_json
 from dcp_ckpt.format.fragment import Fragment
 
 __all__ = [
@@ -156,8 +154,8 @@ def encode(packet: Request | Reply) -> bytes:
 
 
 def decode_request(data: bytes) -> Request:
-    return msgspec.json.decode(data, type=Request)
+    return decoder_of(Request).decode(data)
 
 
 def decode_reply(data: bytes) -> Reply:
-    return msgspec.json.decode(data, type=Reply)
+    return decoder_of(Reply).decode(data)

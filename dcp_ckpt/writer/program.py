@@ -16,10 +16,9 @@ import socket
 import sys
 import traceback
 
-import msgspec
-
 from dcp_ckpt.closing import Closing
 from dcp_ckpt.errors import CheckpointError
+from dcp_ckpt.format.documents import decoder_of
 from dcp_ckpt.format.names import EPOCHS, lease_name
 from dcp_ckpt.storage import open_storage
 from dcp_ckpt.storage.base import Lease, Storage
@@ -165,7 +164,7 @@ class Program(Closing):
     def _open_job(self, request: Request, descriptors: list[int]) -> WriteJob:
         arena, job = descriptors
         self._map_arena(arena)
-        return msgspec.json.decode(os.pread(job, request.job_bytes, 0), type=WriteJob)
+        return decoder_of(WriteJob).decode(os.pread(job, request.job_bytes, 0))
 
     def _map_arena(self, descriptor: int) -> None:
         """Map the arena once; mapping it anew at each save would fault in every page again."""

@@ -16,7 +16,7 @@ from typing import Protocol
 import msgspec
 
 from dcp_ckpt.closing import Closing
-from dcp_ckpt.format.documents import encode_json
+from dcp_ckpt.format.documents import decoder_of, encode_json
 
 __all__ = ["Progress", "ProgressPage", "Tell", "make_page"]
 
@@ -85,7 +85,7 @@ class ProgressPage(Closing):
             if count and count % 2 == 0 and _HEAD.unpack_from(self._page) == (count, length):
                 # A writer that was stopped between the two numbers of the head leaves a wrong length.
                 with contextlib.suppress(msgspec.DecodeError):
-                    self._last = msgspec.json.decode(data, type=Progress)
+                    self._last = decoder_of(Progress).decode(data)
                 break
         return self._last
 

@@ -24,7 +24,7 @@ def state() -> dict[str, Any]:
     return {
         "rows": distribute_tensor(large, mesh, [Shard(0)], src_data_rank=None),
         "columns": distribute_tensor(large[:, :700].contiguous(), mesh, [Shard(1)], src_data_rank=None),
-        "whole": torch.arange(900_000),
+        "whole": torch.arange(1_200_000),
         "lr": 0.5,
     }
 

@@ -89,8 +89,8 @@ def test_equal_bytes_of_another_dtype_or_shape_are_written(tmp_path: Path) -> No
         state = {"a": torch.zeros(ELEMENTS, dtype=torch.int32), "b": torch.zeros(ELEMENTS // 2, 2)}
         assert save(checkpointer, state, 2).shared_bytes == 0
         require_loads(tmp_path, 2, state)
-        stock_load(blank := {name: torch.ones_like(tensor) for name, tensor in state.items()},
-                 checkpoint_id=tmp_path / "step-00000002")  # fmt: skip
+    blank = {name: torch.ones_like(tensor) for name, tensor in state.items()}
+    stock_load(blank, checkpoint_id=tmp_path / "step-00000002")
     assert all(torch.equal(blank[name], tensor) for name, tensor in state.items())
 
 
