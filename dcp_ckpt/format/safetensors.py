@@ -192,9 +192,9 @@ def decode_index(data: bytes, *, path: str) -> dict[str, str]:
         weight_map = dict(json.loads(data)["weight_map"])
         names = [*weight_map.keys(), *weight_map.values()]
     except (ValueError, TypeError, LookupError, RecursionError) as error:
-        raise CorruptCheckpoint(f"not an index of safetensors: {error}", phase="read", path=path) from error
+        raise CorruptCheckpoint(f"not the index of a model: {error}", phase="read", path=path) from error
     if not all(isinstance(name, str) for name in names):
-        raise CorruptCheckpoint("not an index of safetensors: a name is no text", phase="read", path=path)
+        raise CorruptCheckpoint("not the index of a model: a name is no text", phase="read", path=path)
     for file in weight_map.values():
         if "/" in file or "\\" in file or "\0" in file or file in ("", ".", ".."):
             raise CorruptCheckpoint(

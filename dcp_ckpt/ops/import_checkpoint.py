@@ -30,6 +30,8 @@ __all__ = ["ImportReport", "import_checkpoint"]
 _TAG = "import"
 _FILE = ".safetensors"
 _INDEX = ".safetensors.index.json"
+_TORCH_FILE = ".bin"
+_TORCH_INDEX = ".bin.index.json"
 
 _Path = tuple[str, ...]
 
@@ -78,7 +80,7 @@ def import_checkpoint(
     Args:
         src: the directory of a stock DCP checkpoint, or any reference as in `open_checkpoint`; a safetensors
             file, its index, or a directory with one of them; a local `torch.save` file with a dictionary of
-            tensors and values, nested or not.
+            tensors and values, nested or not, or the index of several.
         run: directory or URL of the run.
         prefix: what all names begin with in the checkpoint: `model.` for the bare tensors of a model, since
             `TrainState` stores those of its model so.
@@ -168,7 +170,7 @@ def _open(src: str) -> ImportSource:
     if parse_ref(src) is not None:
         return _checkpoint(src)
     if os.path.isfile(src) and not src.endswith((_FILE, _INDEX)):
-        return TorchSource(src)
+        return _torch(src)
     root, name = split_location(src)
     if src.endswith((_FILE, _INDEX)):
         return _safetensors(open_storage(root), name)
@@ -176,7 +178,11 @@ def _open(src: str) -> ImportSource:
     try:
         names = storage.list_names("")
         if MANIFEST not in names and DCP_METADATA not in names:
-            return _safetensors(storage, _main_file(names, src))
+            name = _main_file(names, src)
+            if name.endswith((_FILE, _INDEX)):
+                return _safetensors(storage, name)
+            storage.close()
+            return _torch(os.path.join(src, name))
     except BaseException:
         storage.close()
         raise
@@ -208,9 +214,21 @@ def _safetensors(storage: Storage, name: str) -> ImportSource:
         raise
 
 
+def _torch(path: str) -> ImportSource:
+    """One local file, or those of an index."""
+    if "://" in path:
+        raise ConfigError(f"{path} is not on this machine; torch.save files are read there only: fetch them")
+    if not path.endswith(_TORCH_INDEX):
+        return TorchSource([path])
+    directory, name = os.path.split(os.path.abspath(path))
+    with closing(open_storage(directory)) as storage:
+        index = index_names(storage, name)
+    return TorchSource([os.path.join(directory, name) for name in sorted(set(index.values()))], index)
+
+
 def _main_file(names: Sequence[str], src: str) -> str:
     """What to begin with in a directory: its index, or the one file of a model."""
-    for ending in (_INDEX, _FILE):
+    for ending in (_INDEX, _FILE, _TORCH_INDEX, _TORCH_FILE):
         found = [name for name in names if name.endswith(ending)]
         if len(found) > 1:
             raise ConfigError(f"{src} holds several models; name the file: {shown_names(found)}")
@@ -218,7 +236,7 @@ def _main_file(names: Sequence[str], src: str) -> str:
             return found[0]
     held = shown_names(names) or "nothing"
     raise CheckpointNotFound(
-        f"nothing to import: neither a checkpoint (it has no {DCP_METADATA}) nor a safetensors model; it "
-        f"holds {held}. A torch.save file is named itself, and has to be on this machine",
+        f"nothing to import: neither a checkpoint (it has no {DCP_METADATA}) nor a model in safetensors or "
+        f"*{_TORCH_FILE} files; it holds {held}. Another torch.save file is named itself",
         path=src,
     )

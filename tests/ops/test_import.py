@@ -173,6 +173,33 @@ def test_torch_files(tmp_path: Path) -> None:
     assert other_optimizer.param_groups[0]["lr"] == 0.01
 
 
+def test_torch_files_with_an_index(tmp_path: Path) -> None:
+    """The two files of a model as transformers saved them before safetensors."""
+    model = tmp_path / "model"
+    model.mkdir()
+    parts = {
+        "pytorch_model-00001-of-00002.bin": {"a.weight": torch.arange(6.0).reshape(2, 3)},
+        "pytorch_model-00002-of-00002.bin": {"b.weight": torch.arange(4), "b.bias": torch.ones(2).bfloat16()},
+    }
+    for name, part in parts.items():
+        torch.save(part, model / name)
+    weight_map = {tensor: name for name, part in parts.items() for tensor in part}
+    index = model / "pytorch_model.bin.index.json"
+    index.write_text(json.dumps({"metadata": {"total_size": 60}, "weight_map": weight_map}))
+    expected = {f"model.{name}": tensor for part in parts.values() for name, tensor in part.items()}
+    for step, src in enumerate((model, index)):
+        assert import_checkpoint(src, tmp_path / "run", step=step, prefix="model").kind == "torch"
+        same_bits(tensors_of(f"{tmp_path}/run@{step}"), expected)
+    index.write_text(
+        json.dumps({"weight_map": weight_map | {"c.weight": "pytorch_model-00002-of-00002.bin"}})
+    )
+    with pytest.raises(CorruptCheckpoint, match=r"not in their files: c\.weight"):
+        import_checkpoint(model, tmp_path / "run", step=9)
+    (model / "pytorch_model-00001-of-00002.bin").unlink()
+    with pytest.raises(CorruptCheckpoint, match="a file of the model is missing"):
+        import_checkpoint(model, tmp_path / "run", step=9)
+
+
 def test_no_pickle_is_executed(tmp_path: Path) -> None:
     class Bomb:
         def __reduce__(self) -> tuple[Any, ...]:

@@ -21,6 +21,7 @@ from dcp_ckpt.format.safetensors import (
     decode_index,
     header_bytes,
 )
+from dcp_ckpt.ops.importing.source import contradiction
 from dcp_ckpt.ops.new_state import NewTensor, NewValue
 from dcp_ckpt.ops.windows import Window, batches
 from dcp_ckpt.storage.base import ByteRange, Storage
@@ -70,7 +71,7 @@ class SafetensorsSource:
         held: dict[str, str] = {}
         for file in files:
             self._add(file, held)
-        if index is not None and (wrong := _contradiction(index, held)):
+        if index is not None and (wrong := contradiction(index, held)):
             raise CorruptCheckpoint(wrong, phase="read", path=storage.url)
 
     def windows(self, numbers: Sequence[int]) -> Iterator[torch.Tensor]:
@@ -164,11 +165,3 @@ def index_names(storage: Storage, name: str) -> dict[str, str]:
         CorruptCheckpoint: it is no index, or names files outside of its directory.
     """
     return decode_index(storage.read(name), path=f"{storage.url}/{name}")
-
-
-def _contradiction(index: Mapping[str, str], held: Mapping[str, str]) -> str | None:
-    missing = sorted(name for name, file in index.items() if held.get(name) != file)
-    if missing:
-        return f"the index names tensors that are not in their files: {shown_names(missing)}"
-    unlisted = sorted(held.keys() - index.keys())
-    return f"tensors that the index does not name: {shown_names(unlisted)}" if unlisted else None

@@ -1,4 +1,4 @@
-"""The seam between an import and the kinds of files that it reads.
+"""The seam between an import and the kinds of files that it reads, and what several of these have in common.
 
 Implemented by the modules beside this one.
 """
@@ -9,11 +9,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 from dcp_ckpt.ops.new_state import NewTensor, NewValue
+from dcp_ckpt.wording import shown_names
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["ImportSource"]
+__all__ = ["ImportSource", "contradiction"]
 
 
 class ImportSource(Protocol):
@@ -56,3 +57,16 @@ class ImportSource(Protocol):
     def close(self) -> None:
         """Release files. Idempotent."""
         ...
+
+
+def contradiction(index: Mapping[str, str], held: Mapping[str, str]) -> str | None:
+    """What an index says that its files do not, or the other way round; None when they agree. Pure.
+
+    Args:
+        index, held: name of each tensor -> its file.
+    """
+    missing = sorted(name for name, file in index.items() if held.get(name) != file)
+    if missing:
+        return f"the index names tensors that are not in their files: {shown_names(missing)}"
+    unlisted = sorted(held.keys() - index.keys())
+    return f"tensors that the index does not name: {shown_names(unlisted)}" if unlisted else None

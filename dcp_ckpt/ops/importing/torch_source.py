@@ -1,4 +1,4 @@
-"""A `torch.save` file as a source: a dictionary of tensors and values, nested or not.
+"""`torch.save` files as a source: each a dictionary of tensors and values, nested or not.
 
 Read by `torch.load(weights_only=True)`, which executes nothing, and mapped where the file allows it, so that
 tensors are read when they are asked for. Imports torch when it is opened. Called by `ops.import_checkpoint`.
@@ -6,6 +6,7 @@ tensors are read when they are asked for. Imports torch when it is opened. Calle
 
 from __future__ import annotations
 
+import os
 import pickle
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from dcp_ckpt.errors import CorruptCheckpoint, LoadError, StateError, StateMismatch
 from dcp_ckpt.format.dtypes import DTYPES, dtype_name
 from dcp_ckpt.format.values import encode_value
+from dcp_ckpt.ops.importing.source import contradiction
 from dcp_ckpt.ops.new_state import NewTensor, NewValue
 from dcp_ckpt.ops.windows import WINDOW_BYTES, windows_of
 from dcp_ckpt.wording import shown_names
@@ -25,36 +27,30 @@ __all__ = ["TorchSource"]
 
 
 class TorchSource:
-    """The leaves of the file, under the paths of their keys, as DCP would name them.
+    """The leaves of all files, under the paths of their keys, as DCP would name them.
 
     Args:
-        path: of a local file.
+        paths: of local files: one, or those that an index names.
+        index: name of each tensor -> its file, where there is an index.
 
     Raises:
-        LoadError: only executing its pickle could read it.
-        CorruptCheckpoint: it is damaged, or no such file.
-        StateMismatch: it holds no dictionary, or a tensor that is not plain.
+        LoadError: only executing a pickle could read it.
+        CorruptCheckpoint: a file is missing or damaged, or they contradict the index.
+        StateMismatch: one holds no dictionary, or a tensor that is not plain.
     """
 
     kind = "torch"
     unverified = "torch.save files have no digests: damage inside of tensors would not be noticed"
 
-    def __init__(self, path: str) -> None:
-        import torch
-
-        state = _load(path)
-        if not isinstance(state, Mapping):
-            raise StateMismatch(f"{path} holds a {type(state).__name__}, not a dictionary")
+    def __init__(self, paths: Sequence[str], index: Mapping[str, str] | None = None) -> None:
         self.left_out: dict[str, str] = {}
         self.tensors: list[NewTensor] = []
         self.values: list[NewValue] = []
         self._live: list[torch.Tensor] = []
         self._numbers: dict[tuple[object, ...], int] = {}
-        for leaf_path, leaf in _leaves((), state):
-            if isinstance(leaf, torch.Tensor):
-                self._add_tensor(leaf_path, leaf)
-            else:
-                self._add_value(leaf_path, leaf)
+        held = {name: os.path.basename(path) for path in paths for name in self._add(path)}
+        if index is not None and (wrong := contradiction(index, held)):
+            raise CorruptCheckpoint(wrong, phase="read", path=os.path.dirname(paths[0]))
 
     def windows(self, numbers: Sequence[int]) -> Iterator[torch.Tensor]:
         for number in numbers:
@@ -67,6 +63,22 @@ class TorchSource:
 
     def close(self) -> None:
         self._live.clear()
+
+    def _add(self, path: str) -> list[str]:
+        """The names of the tensors of one file."""
+        import torch
+
+        state = _load(path)
+        if not isinstance(state, Mapping):
+            raise StateMismatch(f"{path} holds a {type(state).__name__}, not a dictionary")
+        names = []
+        for leaf_path, leaf in _leaves((), state):
+            if isinstance(leaf, torch.Tensor):
+                self._add_tensor(leaf_path, leaf)
+                names.append(".".join(leaf_path))
+            else:
+                self._add_value(leaf_path, leaf)
+        return names
 
     def _add_tensor(self, path: tuple[str, ...], tensor: torch.Tensor) -> None:
         import torch
@@ -103,6 +115,8 @@ def _load(path: str) -> Any:
     try:
         try:
             return load(mapped=True)
+        except FileNotFoundError as error:
+            raise CorruptCheckpoint("a file of the model is missing", phase="read", path=path) from error
         except RuntimeError:
             # Files of before torch 1.6 cannot be mapped.
             return load(mapped=False)
