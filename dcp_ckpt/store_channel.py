@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
+from functools import partial
 from typing import Any, TypeVar
 
 import msgspec
@@ -70,20 +71,18 @@ class StoreChannel:
         self._ask(lambda store: store.set(key, data))  # type: ignore[arg-type]  # the stub leaves bytes out
 
     def get(self, key: str, *, timeout_seconds: float) -> Any:
-        if not self._wait([key], timeout_seconds):
+        data = self._await([key], timeout_seconds)
+        if data is None:
             raise TimeoutError(key)
-        return msgspec.json.decode(self._ask(lambda store: store.get(key)))
+        return msgspec.json.decode(data[0])
 
     def get_many(self, keys: Sequence[str], *, timeout_seconds: float) -> list[Any]:
-        wanted = list(keys)
-        there = wanted
-        if not self._wait(wanted, timeout_seconds):
+        there = wanted = list(keys)
+        data = self._await(wanted, timeout_seconds)
+        if data is None:
             there = [key for key, is_there in zip(wanted, self.present(wanted), strict=True) if is_there]
-        found: dict[str, Any] = {}
-        for start in range(0, len(there), _KEYS_AT_ONCE):
-            asked = there[start : start + _KEYS_AT_ONCE]
-            data: list[bytes] = self._ask(operator.methodcaller("multi_get", asked))
-            found.update(zip(asked, map(msgspec.json.decode, data), strict=True))
+            data = self._ask(lambda store: _fetched(store, there))
+        found = dict(zip(there, map(msgspec.json.decode, data), strict=True))
         return [found.get(key, MISSING) for key in wanted]
 
     def present(self, keys: Sequence[str]) -> list[bool]:
@@ -148,31 +147,55 @@ class StoreChannel:
                     rank=0,
                 ) from error
 
-    def _wait(self, keys: list[str], timeout_seconds: float) -> bool:
-        """Wait for all keys; False when they are not all there in time."""
-        if threading.current_thread() is not threading.main_thread():
-            limit = timedelta(seconds=max(timeout_seconds, 0.001))
-            return self._ask(lambda store: _came(store, keys, limit), within_seconds=timeout_seconds)
-        # The main thread asks again and again instead: a wait that ends without the key writes a warning to
-        # stderr, and one that was interrupted would go on.
-        deadline = time.monotonic() + timeout_seconds
-        delay = _FIRST_POLL_SECONDS
-        while not self._ask(lambda store: store.check(keys), within_seconds=deadline - time.monotonic()):
-            left = deadline - time.monotonic()
-            if left <= 0:
-                return False
-            time.sleep(min(delay, left))
-            # All ranks ask one store: the more they are, the less often.
-            delay = min(1.5 * delay, max(_POLL_SECONDS, self.world_size * _POLL_SECONDS_PER_RANK))
-        return True
+    def _await(self, keys: list[str], timeout_seconds: float) -> list[bytes] | None:
+        """The data of all keys, once they are there; None when they are not all there in time."""
+        interrupted = threading.Event()
+        # All ranks ask one store: the more they are, the less often.
+        poll_seconds = max(_POLL_SECONDS, self.world_size * _POLL_SECONDS_PER_RANK)
+        if threading.current_thread() is threading.main_thread():
+            came = partial(_seen, keys=keys, poll_seconds=poll_seconds, interrupted=interrupted)
+        else:
+            came = partial(_came, keys=keys)
+        try:
+            return self._ask(
+                lambda store: _fetched(store, keys) if came(store, seconds=timeout_seconds) else None,
+                within_seconds=timeout_seconds,
+            )
+        finally:
+            interrupted.set()
 
 
-def _came(store: Store, keys: list[str], limit: timedelta) -> bool:
+def _seen(
+    store: Store, *, keys: list[str], seconds: float, poll_seconds: float, interrupted: threading.Event
+) -> bool:
+    """Look for keys again and again, so that whoever is interrupted need not wait for the end.
+
+    For the main thread. A wait of the store's that ends without the keys writes a warning to stderr, too.
+    """
+    deadline = time.monotonic() + seconds
+    delay = _FIRST_POLL_SECONDS
+    while not store.check(keys):
+        left = deadline - time.monotonic()
+        if left <= 0 or interrupted.wait(min(delay, left)):
+            return False
+        delay = min(1.5 * delay, poll_seconds)
+    return True
+
+
+def _came(store: Store, *, keys: list[str], seconds: float) -> bool:
+    """Wait for keys; for threads that nobody interrupts."""
     try:
-        store.wait(keys, limit)
+        store.wait(keys, timedelta(seconds=max(seconds, 0.001)))
     except dist.DistStoreError:
         return False
     return True
+
+
+def _fetched(store: Store, keys: list[str]) -> list[bytes]:
+    data: list[bytes] = []
+    for start in range(0, len(keys), _KEYS_AT_ONCE):
+        data += operator.methodcaller("multi_get", keys[start : start + _KEYS_AT_ONCE])(store)
+    return data
 
 
 @contextlib.contextmanager
