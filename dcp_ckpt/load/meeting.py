@@ -118,12 +118,19 @@ def _connect(
 ) -> dict[int, Link]:
     """Call on the lower ranks, then open to the higher ones. Each lets the other map its slots."""
     called: dict[int, socket.socket] = {}
+    problem: OSError | None = None
     for other in [other for other in doors if other < rank]:
-        connection = resources.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET))
-        connection.settimeout(_left(deadline))
-        connection.connect(f"\0{doors[other]}")
-        _greet(connection, rank, slots)
-        called[other] = connection
+        try:
+            connection = resources.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET))
+            connection.settimeout(_left(deadline))
+            connection.connect(f"\0{doors[other]}")
+            _greet(connection, rank, slots)
+            called[other] = connection
+        except OSError as error:
+            problem = error
+    if problem is not None:
+        # Only now: those that were called see it hang up, and do not go on waiting for it.
+        raise problem
     expected = {other for other in doors if other > rank}
     links: dict[int, Link] = {}
     while expected:
@@ -135,9 +142,9 @@ def _connect(
             continue
         connection.settimeout(_left(deadline))
         other, descriptor = _met(connection)
+        links[other] = Link(connection, resources.enter_context(make_slots(descriptor=descriptor)))
         _greet(connection, rank, slots)
         expected.remove(other)
-        links[other] = Link(connection, resources.enter_context(make_slots(descriptor=descriptor)))
     for other, connection in called.items():
         _, descriptor = _met(connection)
         links[other] = Link(connection, resources.enter_context(make_slots(descriptor=descriptor)))

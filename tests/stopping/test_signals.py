@@ -135,6 +135,20 @@ def test_a_forked_child_ends_by_its_own_signal_and_counts_for_nothing() -> None:
     assert (ended.stdout, ended.returncode) == ("-15 []\n['SIGTERM']\n", 0), ended.stderr
 
 
+def test_what_was_blocked_stays_blocked_across_a_fork() -> None:
+    """As where data-loading processes are started: they begin with SIGTERM blocked."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
+    try:
+        with SignalWatch(["SIGUSR1", "SIGUSR2"], print):
+            child = os.fork()
+            if child == 0:
+                os._exit(signal.pthread_sigmask(signal.SIG_BLOCK, []) != before | {signal.SIGUSR1})
+            assert os.waitpid(child, 0)[1] == 0
+            assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == before | {signal.SIGUSR1}
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def test_a_signal_that_nobody_heard_is_raised_again() -> None:
     heard: list[int] = []
     before = signal.signal(signal.SIGUSR1, lambda number, frame: heard.append(number))
