@@ -47,11 +47,11 @@ class Slots(Closing):
         self.number = number
         self._slot_bytes = -(-slot_bytes // _PAGE_BYTES) * _PAGE_BYTES
         size_bytes = number * self._slot_bytes
-        is_new = descriptor is None
-        self.descriptor = os.memfd_create("dcp_ckpt-load", os.MFD_CLOEXEC) if is_new else descriptor
+        made = os.memfd_create("dcp_ckpt-load", os.MFD_CLOEXEC) if descriptor is None else descriptor
+        self.descriptor = made
         try:
-            if is_new:
-                os.ftruncate(self.descriptor, size_bytes)
+            if descriptor is None:
+                os.ftruncate(made, size_bytes)
             self._map = mmap.mmap(self.descriptor, size_bytes)
         except BaseException:
             os.close(self.descriptor)

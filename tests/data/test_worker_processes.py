@@ -9,6 +9,7 @@ import sys
 from datetime import timedelta
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import pytest
 from torch.distributed import TCPStore  # type: ignore[attr-defined]  # public, not in its __all__
@@ -115,8 +116,10 @@ def test_they_do_not_destroy_what_the_trainer_has_left_to_its_garbage_collector(
     try:
         Cycle(TCPStore("127.0.0.1", 0, None, True, timedelta(seconds=20), wait_for_workers=False))
         dataset = Collecting(4)
-        settings = {"num_workers": 1, "collate_fn": as_list, "multiprocessing_context": "fork"}
-        with ElasticLoader(dataset, sampler, timeout_seconds=60, **settings) as loader:
+        settings: dict[str, Any] = {"num_workers": 1, "collate_fn": as_list}
+        with ElasticLoader(
+            dataset, sampler, multiprocessing_context="fork", timeout_seconds=60, **settings
+        ) as loader:
             assert sorted(chain(*loader)) == [0, 1, 2, 3]
     finally:
         gc.enable()
