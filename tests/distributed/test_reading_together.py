@@ -155,7 +155,7 @@ def load_from_a_bad_disk(url: str) -> tuple[tuple[str, str], list[bool]]:
     state = state_of("plain", 50) | {"own": torch.ones(7)}
     with pytest.MonkeyPatch.context() as patch:
         if dist.get_rank() == 2:
-            patch.setattr("dcp_ckpt.storage.local_reader.os.preadv", io_error)
+            patch.setattr("dcp_ckpt.storage.local_reader.os.preadv", read_no_data)
         told = worlds.outcome(
             lambda: load_checkpoint(f"{url}/step-00000001", state, config=worlds.config(), exclude=("own",))
         )
@@ -163,8 +163,13 @@ def load_from_a_bad_disk(url: str) -> tuple[tuple[str, str], list[bool]]:
     return told, [bool(tensor.isnan().all()) for tensor in state.values()]
 
 
-def io_error(*arguments: Any) -> int:
-    raise OSError(errno.EIO, os.strerror(errno.EIO))
+def read_no_data(descriptor: int, *arguments: Any) -> int:
+    if os.readlink(f"/proc/self/fd/{descriptor}").endswith(".distcp"):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+    return preadv(descriptor, *arguments)
+
+
+preadv = os.preadv
 
 
 def test_a_disk_that_fails_one_rank_is_named_by_all_and_leaves_no_mixture(pool, tmp_path):
