@@ -52,9 +52,9 @@ class Slots(Closing):
         try:
             if descriptor is None:
                 os.ftruncate(made, size_bytes)
-            self._map = mmap.mmap(self.descriptor, size_bytes)
+            self._map = mmap.mmap(made, size_bytes)
         except BaseException:
-            os.close(self.descriptor)
+            os.close(made)
             raise
         self._view = memoryview(self._map)
 
