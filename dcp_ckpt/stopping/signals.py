@@ -13,6 +13,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from types import FrameType
 from typing import Any
@@ -26,6 +27,7 @@ log = logging.getLogger(__name__)
 _SAME_SIGNAL_SECONDS = 1.0
 """A scheduler signals every process of a job, and the launcher passes its own on: that is one signal."""
 _HANDLER_SECONDS = 1.0
+_NO_SIGNAL = 0
 _TRAINER_SECONDS = 1.0
 """How often a data-loading process looks whether its trainer is there."""
 
@@ -148,21 +150,28 @@ class _SecondSignal(Closing):
         thread, self._thread = self._thread, None
         if thread is not None:
             signal.set_wakeup_fd(-1)
-        os.close(self._writer)
-        self._writer = -1
-        if thread is not None:
+            # Its end of the pipe tells the thread nothing: a forked child may hold a copy of it.
+            with suppress(BlockingIOError):  # full: the thread is ending the process
+                os.write(self._writer, bytes([_NO_SIGNAL]))
             thread.join()
-        os.close(self._reader)
+        self._close_pipe()
 
     def forget(self) -> None:
         """The same in a forked child, which has no thread; its signals must not be counted in the parent."""
         if self._thread is not None:
             self._thread = None
             signal.set_wakeup_fd(-1)
+        if self._writer != -1:
+            self._close_pipe()
+
+    def _close_pipe(self) -> None:
+        os.close(self._writer)
+        os.close(self._reader)
+        self._writer = -1
 
     def _watch(self) -> None:
         first: float | None = None
-        while data := os.read(self._reader, 1):
+        while (data := os.read(self._reader, 1)) and data[0] != _NO_SIGNAL:
             if data[0] not in self._numbers:
                 continue
             now = time.monotonic()
