@@ -191,7 +191,8 @@ class Checkpointer(KnownByOtherNames):
         Raises:
             CheckpointNotFound: there is no such checkpoint.
             StateMismatch, ConfigError: it, or an argument, does not fit the state; nothing was changed.
-            CorruptCheckpoint: it is damaged, or all of them are.
+            CorruptCheckpoint: it is damaged, or all of them are, or what is older cannot be loaded. Where
+                reading failed on a rank, in this way or another, what was to be filled there is NaN.
             StateError: all is loaded, but this state cannot be saved as it is; the message names the key.
             StorageFull: all is loaded, but there is no room on storage for a checkpoint, or no memory on some
                 host to stage one; on all ranks, with what is needed and what there is.

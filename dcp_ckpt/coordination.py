@@ -18,6 +18,7 @@ from torch.distributed import Store, TCPStore  # type: ignore[attr-defined]  # p
 
 from dcp_ckpt import errors
 from dcp_ckpt.errors import CheckpointError, ConfigError, CoordinationError
+from dcp_ckpt.forks import spare_forked_children
 from dcp_ckpt.hosts import LOOPBACK, host_identity, own_addresses, reachable_address
 from dcp_ckpt.store_channel import MISSING, StoreChannel, store_errors
 
@@ -154,6 +155,7 @@ def connect(process_group: dist.ProcessGroup | None, *, timeout_seconds: float) 
                 "torch.distributed.init_process_group() before making a Checkpointer"
             )
         return SoloChannel()
+    spare_forked_children()
     rank, world_size = dist.get_rank(process_group), dist.get_world_size(process_group)
     if rank < 0:
         raise ConfigError("this process is not a member of the process group that saves and loads")
@@ -308,12 +310,15 @@ class Failures:
     def raise_first(self, *, rather: type[CheckpointError] = CheckpointError) -> None:
         """Raise the first failure, if any, saying how many ranks failed.
 
+        What says only that another rank failed is raised where nothing says why.
+
         Args:
             rather: where there is one of this kind, the first of these.
         """
         if not self.errors:
             return
-        error = next((error for error in self.errors if isinstance(error, rather)), self.errors[0])
+        causes = [error for error in self.errors if not isinstance(error, CoordinationError)] or self.errors
+        error = next((error for error in causes if isinstance(error, rather)), causes[0])
         if self.num_ranks > 1:
             error.message += f" (and {self.num_ranks - 1} more ranks failed)"
         raise error

@@ -21,7 +21,7 @@ PROGRAMS = ("launch", "benchmarks")
 # Lowest first: (units, why none of them may import a unit beside or above it).
 LAYERS: tuple[tuple[tuple[str, ...], str], ...] = (
     (
-        ("bounded_calls", "closing", "errors", "hosts", "wording"),
+        ("bounded_calls", "closing", "errors", "forks", "hosts", "wording"),
         "everything closes, raises and says why, so these stand on nothing",
     ),
     (("other_names", "policies"), "policies are pure rules over numbers, other names a table"),

@@ -30,7 +30,14 @@ from dcp_ckpt.coordination import (
     first_failures,
     reduce,
 )
-from dcp_ckpt.errors import CheckpointError, CoordinationError, SaveFailed, StorageError, StorageFull
+from dcp_ckpt.errors import (
+    CheckpointError,
+    CoordinationError,
+    LoadError,
+    SaveFailed,
+    StorageError,
+    StorageFull,
+)
 
 Result = TypeVar("Result")
 WAIT = 20.0
@@ -184,6 +191,14 @@ def test_the_first_failure_says_how_many_there_are():
         failures.raise_first(rather=StorageError)
     with pytest.raises(SaveFailed, match=r"^d$"):
         failures_from(told_of([SaveFailed("d")])).raise_first(rather=StorageError)
+
+
+def test_why_is_raised_rather_than_who():
+    told = told_of([CoordinationError("rank 1 has ended"), StorageFull("no space"), None])
+    with pytest.raises(StorageFull, match=r"^no space \(and 1 more ranks failed\)"):
+        failures_from(told).raise_first(rather=LoadError)
+    with pytest.raises(CoordinationError, match="has ended"):
+        failures_from(told_of([None, CoordinationError("rank 0 has ended")])).raise_first(rather=LoadError)
 
 
 def test_what_is_told_of_failures_does_not_grow_with_the_ranks():

@@ -20,6 +20,7 @@ from dcp_ckpt.closing import Closing
 from dcp_ckpt.data.batches import BatchDataset, WorkerStart
 from dcp_ckpt.data.sampler import BatchPart, ElasticSampler
 from dcp_ckpt.errors import ConfigError, StateMismatch
+from dcp_ckpt.forks import spare_forked_children
 
 __all__ = ["ElasticLoader"]
 
@@ -216,6 +217,7 @@ def _starting_workers(loader: DataLoader[Any]) -> Iterator[None]:
 
     A spawned one has some before `ignore_stop_signals` is called, which would take the signal and lose it.
     """
+    spare_forked_children()
     context = loader.multiprocessing_context or multiprocessing
     if loader.num_workers and context.get_start_method() != "fork":
         ensure_running()  # the first spawning does it, and unblocks the signal

@@ -6,15 +6,19 @@ by what the command line runs: recover, prune, import and average.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
+from dcp_ckpt.errors import StorageError
 from dcp_ckpt.format.epoch import EpochClaim
 from dcp_ckpt.lifecycle.epochs import claim_epoch
 from dcp_ckpt.lifecycle.runs import ensure_run
-from dcp_ckpt.storage.base import Storage
+from dcp_ckpt.storage.base import Lease, Storage
 
 __all__ = ["command_epoch"]
+
+log = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -38,7 +42,7 @@ def command_epoch(
         def hold(key: str | None) -> None:
             held.close()
             if key is not None:
-                held.enter_context(storage.hold_lease(key))
+                held.callback(_give_up, storage.hold_lease(key))
 
         yield claim_epoch(
             storage,
@@ -50,3 +54,11 @@ def command_epoch(
             # Asked again whenever somebody else takes the number: a start that came in between lives, too.
             spare_live=not force,
         )
+
+
+def _give_up(lease: Lease) -> None:
+    """It ends with this process, or by itself: no command fails for it after its work is done."""
+    try:
+        lease.close()
+    except (OSError, StorageError) as error:
+        log.warning("the lease of this command could not be given up, and ends by itself: %s", error)

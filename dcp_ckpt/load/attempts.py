@@ -81,8 +81,9 @@ class LoadAttempts:
             raise
         except CheckpointError as error:
             marks_changed()
-            # The state may hold parts of several checkpoints now: saving it would make that last.
-            self.failure = None if error.phase == "choose" else error
+            if error.phase != "choose":
+                # The state may hold parts of several checkpoints now: saving it would make that last.
+                self.failure = error
             raise
         except BaseException as error:
             # An interrupt, most likely: what was read so far is in the state.

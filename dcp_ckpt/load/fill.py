@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
+from dcp_ckpt.load.landing import spoiling_on_failure
 from dcp_ckpt.load.ranges import Stretch, stretches_of
 from dcp_ckpt.load.read_plan import MOST_READ_BYTES, ReadPlan, Request, Target, plan_reads, requests_for
 from dcp_ckpt.load.source import Source
@@ -32,27 +33,26 @@ def fill(source: Source, targets: Mapping[str, Target], *, verify: bool, concurr
         Bytes read from storage.
 
     Raises:
-        CorruptCheckpoint: a block differs from its digest, a file is missing or too short. The targets are
-            not to be used then: parts of them are filled, and what was not found good is NaN (all bits set,
-            where the type has none).
+        CorruptCheckpoint: a block differs from its digest, a file is missing or too short. After this and
+            any other failure all targets are NaN (all bits set, where the type has none).
     """
-    return fill_requests(source, requests_for(source, targets), verify=verify, concurrency=concurrency)
+    with spoiling_on_failure(target.local for target in targets.values()):
+        requests = requests_for(source, targets)
+        return read_all(plan_reads(source, requests, verify=verify), concurrency=concurrency)
 
 
 def fill_requests(source: Source, requests: Sequence[Request], *, verify: bool, concurrency: int) -> int:
     """As `fill`, where a tensor may have several targets."""
-    return read_all(plan_reads(source, requests, verify=verify), concurrency=concurrency)
+    with spoiling_on_failure(request.target.local for request in requests):
+        return read_all(plan_reads(source, requests, verify=verify), concurrency=concurrency)
 
 
 @torch.no_grad()
 def read_all(plan: ReadPlan, *, concurrency: int) -> int:
-    """Make all reads of a plan; see `fill`."""
+    """Make all reads of a plan; see `fill`, but for what becomes of the targets after a failure."""
     arrivals = _Arrivals(plan)
-    try:
-        with plan.reading():
-            plan.source.storage.read_ranges(arrivals.ranges(), arrivals.consume, concurrency=concurrency)
-    finally:
-        arrivals.discard_unchecked()
+    with plan.reading():
+        plan.source.storage.read_ranges(arrivals.ranges(), arrivals.consume, concurrency=concurrency)
     return plan.num_bytes
 
 
@@ -110,17 +110,6 @@ class _Arrivals:
             del self._memory[number]
         else:
             self._plan.take(read, data)
-
-    def discard_unchecked(self) -> None:
-        """Overwrite what was read into targets and not found good; no reading goes on any more.
-
-        Whoever goes on with the state in spite of the error shall see it at once: all bits set are NaN in
-        every floating type.
-        """
-        for parts in self._memory.values():
-            for part in parts:
-                part[:] = b"\xff" * len(part)
-        self._memory.clear()
 
 
 class _PinnedBuffers:

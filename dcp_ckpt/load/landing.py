@@ -6,19 +6,45 @@ different parts of a piece.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 
 import torch
 from torch.autograd.graph import increment_version
 
 from dcp_ckpt.load.ranges import Piece, Read, parts_between
 
-__all__ = ["Landing", "mark_written"]
+__all__ = ["Landing", "mark_written", "spoiling_on_failure"]
 
 
 def mark_written(targets: Iterable[torch.Tensor]) -> None:
     """Let autograd, and whoever watches `_version`, see writes that go past torch."""
     increment_version([target for target in targets if not target.is_inference()])
+
+
+@contextmanager
+def spoiling_on_failure(targets: Iterable[torch.Tensor]) -> Iterator[None]:
+    """Where the block fails, overwrite all targets: NaN, or all bits set where the type has none.
+
+    What had arrived is good, and what had not is what was there before: a mixture that looks like a state.
+    Whoever goes on with it in spite of the error shall see it at once. Nothing may go on reading into them
+    behind the block.
+    """
+    try:
+        yield
+    except BaseException:
+        for target in targets:
+            with suppress(RuntimeError):  # of a device: it must not take the place of what failed
+                _spoil(target)
+        raise
+
+
+@torch.no_grad()
+def _spoil(target: torch.Tensor) -> None:
+    has_nan = target.is_floating_point() or target.is_complex()
+    with torch.inference_mode(target.is_inference()):
+        target.fill_(math.nan if has_nan else -1)
 
 
 class Landing:

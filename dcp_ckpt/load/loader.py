@@ -14,7 +14,15 @@ from typing import Any
 
 from dcp_ckpt.config import CheckpointConfig
 from dcp_ckpt.coordination import Channel, broadcast
-from dcp_ckpt.errors import CheckpointError, CheckpointNotFound, CorruptCheckpoint, StorageNotFound
+from dcp_ckpt.errors import (
+    CheckpointError,
+    CheckpointNotFound,
+    ConfigError,
+    CorruptCheckpoint,
+    FormatTooNew,
+    StateMismatch,
+    StorageNotFound,
+)
 from dcp_ckpt.format.epoch import is_tombstone
 from dcp_ckpt.format.manifest import decode_manifest, encode_manifest
 from dcp_ckpt.format.names import DCP_METADATA, MANIFEST, StepDir
@@ -90,6 +98,12 @@ class Loader:
                 self._mark_bad(directory, error)
                 rejected.append(RejectedCheckpoint(path=f"{self._url}/{directory}", reason=str(error)))
                 text = None
+            except (CheckpointNotFound, StateMismatch, FormatTooNew, ConfigError) as error:
+                if failure is None:
+                    raise
+                # By itself it changes nothing; but what was tried before has.
+                failure.message += f"; {directory}, the next older one, cannot be loaded: {error.message}"
+                raise failure from error
         if failure is None:
             return None
         if which == "latest":

@@ -6,6 +6,8 @@ Owns the one exchange over the channel, and the sockets until they are `Neighbou
 
 from __future__ import annotations
 
+import errno
+import logging
 import os
 import secrets
 import socket
@@ -19,6 +21,8 @@ from dcp_ckpt.errors import CoordinationError
 from dcp_ckpt.load.neighbours import Link, Neighbours, Slots
 
 __all__ = ["meet", "stay_alone"]
+
+log = logging.getLogger(__name__)
 
 _HELLO = struct.Struct("<I")
 _CREDENTIALS = struct.Struct("3i")
@@ -41,7 +45,7 @@ def meet(
         make_slots: makes this rank's slots, or maps those of `descriptor=`.
 
     Returns:
-        None when no other rank of this host wants it.
+        None when no other rank of this host wants it, or this one has no sockets or memory for it.
 
     Raises:
         CoordinationError: a rank of this host does not answer, or cannot be reached.
@@ -49,38 +53,48 @@ def meet(
     if len(channel.host_ranks) == 1:
         return None
     deadline = time.monotonic() + timeout_seconds
-    with _door(len(channel.host_ranks)) as (listener, name):
-        channel.put(f"{tag}/{channel.rank}", [wants, name])
-        keys = [f"{tag}/{rank}" for rank in channel.host_ranks]
-        answers = channel.get_many(keys, timeout_seconds=timeout_seconds)
-        silent = [rank for rank, answer in zip(channel.host_ranks, answers, strict=True) if answer is MISSING]
-        if silent:
-            raise CoordinationError(
-                f"rank(s) {', '.join(map(str, silent))} did not begin to read within {timeout_seconds:.0f} s",
-                rank=silent[0],
-                phase="read",
-            )
-        doors = {
-            rank: answer[1]
-            for rank, answer in zip(channel.host_ranks, answers, strict=True)
-            if answer is not None and answer[0] == wants
-        }
+    with ExitStack() as at_the_end, ExitStack() as resources:
+        try:
+            listener, name = at_the_end.enter_context(_door(len(channel.host_ranks)))
+            slots = resources.enter_context(make_slots())
+        except OSError as error:
+            log.warning("rank %d cannot read together with others, and reads alone: %s", channel.rank, error)
+            stay_alone(channel, tag)
+            return None
+        doors = _doors(channel, tag, wants, name, timeout_seconds)
         if len(doors) == 1:
             return None
-        with ExitStack() as resources:
-            slots = resources.enter_context(make_slots())
-            try:
-                links = _connect(channel.rank, listener, doors, slots, make_slots, resources, deadline)
-            except OSError as error:
-                ranks = ", ".join(str(rank) for rank in doors if rank != channel.rank)
-                raise CoordinationError(
-                    f"rank {channel.rank} cannot connect with rank(s) {ranks} on its own host: {error}",
-                    rank=channel.rank,
-                    phase="read",
-                ) from error
-            neighbours = Neighbours(channel.rank, slots, links, timeout_seconds=timeout_seconds)
-            resources.pop_all()
-        return neighbours
+        try:
+            links = _connect(channel.rank, listener, doors, slots, make_slots, resources, deadline)
+        except OSError as error:
+            ranks = ", ".join(str(rank) for rank in doors if rank != channel.rank)
+            raise CoordinationError(
+                f"rank {channel.rank} cannot connect with rank(s) {ranks} on its own host: {error}",
+                rank=channel.rank,
+                phase="read",
+            ) from error
+        neighbours = Neighbours(channel.rank, slots, links, timeout_seconds=timeout_seconds)
+        resources.pop_all()
+    return neighbours
+
+
+def _doors(channel: Channel, tag: str, wants: str, name: str, timeout_seconds: float) -> dict[int, str]:
+    """The names of the sockets of all ranks of this host that want the same, this one among them."""
+    channel.put(f"{tag}/{channel.rank}", [wants, name])
+    keys = [f"{tag}/{rank}" for rank in channel.host_ranks]
+    answers = channel.get_many(keys, timeout_seconds=timeout_seconds)
+    silent = [rank for rank, answer in zip(channel.host_ranks, answers, strict=True) if answer is MISSING]
+    if silent:
+        raise CoordinationError(
+            f"rank(s) {', '.join(map(str, silent))} did not begin to read within {timeout_seconds:.0f} s",
+            rank=silent[0],
+            phase="read",
+        )
+    return {
+        rank: answer[1]
+        for rank, answer in zip(channel.host_ranks, answers, strict=True)
+        if answer is not None and answer[0] == wants
+    }
 
 
 @contextmanager
@@ -104,12 +118,19 @@ def _connect(
 ) -> dict[int, Link]:
     """Call on the lower ranks, then open to the higher ones. Each lets the other map its slots."""
     called: dict[int, socket.socket] = {}
+    problem: OSError | None = None
     for other in [other for other in doors if other < rank]:
-        connection = resources.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET))
-        connection.settimeout(_left(deadline))
-        connection.connect(f"\0{doors[other]}")
-        _greet(connection, rank, slots)
-        called[other] = connection
+        try:
+            connection = resources.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET))
+            connection.settimeout(_left(deadline))
+            connection.connect(f"\0{doors[other]}")
+            _greet(connection, rank, slots)
+            called[other] = connection
+        except OSError as error:
+            problem = error
+    if problem is not None:
+        # Only now: those that were called see it hang up, and do not go on waiting for it.
+        raise problem
     expected = {other for other in doors if other > rank}
     links: dict[int, Link] = {}
     while expected:
@@ -121,9 +142,9 @@ def _connect(
             continue
         connection.settimeout(_left(deadline))
         other, descriptor = _met(connection)
+        links[other] = Link(connection, resources.enter_context(make_slots(descriptor=descriptor)))
         _greet(connection, rank, slots)
         expected.remove(other)
-        links[other] = Link(connection, resources.enter_context(make_slots(descriptor=descriptor)))
     for other, connection in called.items():
         _, descriptor = _met(connection)
         links[other] = Link(connection, resources.enter_context(make_slots(descriptor=descriptor)))
@@ -136,7 +157,9 @@ def _greet(connection: socket.socket, rank: int, slots: Slots) -> None:
 
 def _met(connection: socket.socket) -> tuple[int, int]:
     """The rank at the other end, and the descriptor of its slots."""
-    message, descriptors, _, _ = socket.recv_fds(connection, _HELLO.size, 1)
+    message, descriptors, flags, _ = socket.recv_fds(connection, _HELLO.size, 1)
+    if flags & socket.MSG_CTRUNC:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
     if len(message) != _HELLO.size or len(descriptors) != 1:
         _close_all(descriptors)
         raise ConnectionResetError("it hung up")

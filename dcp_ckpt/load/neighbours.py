@@ -47,12 +47,15 @@ class Slots(Closing):
         self.number = number
         self._slot_bytes = -(-slot_bytes // _PAGE_BYTES) * _PAGE_BYTES
         size_bytes = number * self._slot_bytes
-        if descriptor is None:
-            self.descriptor = os.memfd_create("dcp_ckpt-load", os.MFD_CLOEXEC)
-            os.ftruncate(self.descriptor, size_bytes)
-        else:
-            self.descriptor = descriptor
-        self._map = mmap.mmap(self.descriptor, size_bytes)
+        made = os.memfd_create("dcp_ckpt-load", os.MFD_CLOEXEC) if descriptor is None else descriptor
+        self.descriptor = made
+        try:
+            if descriptor is None:
+                os.ftruncate(made, size_bytes)
+            self._map = mmap.mmap(made, size_bytes)
+        except BaseException:
+            os.close(made)
+            raise
         self._view = memoryview(self._map)
 
     def memory(self, slot: int, num_bytes: int) -> memoryview:
@@ -151,7 +154,8 @@ class Neighbours(Closing):
             try:
                 link.tell(_SHOWN, slot, number, num_bytes)
             except OSError as error:
-                raise self._gone(rank) from error
+                # What failed here hangs up, too: that is the reason then.
+                raise self._failure or self._gone(rank) from error
 
     def give_back(self, slot: int) -> None:
         """Say that this rank itself is done with what it has shown."""

@@ -15,6 +15,7 @@ import torch
 
 from dcp_ckpt.coordination import Channel
 from dcp_ckpt.load.fill import fill, read_all
+from dcp_ckpt.load.landing import spoiling_on_failure
 from dcp_ckpt.load.meeting import meet, stay_alone
 from dcp_ckpt.load.neighbours import Neighbours, Slots
 from dcp_ckpt.load.read_plan import MOST_READ_BYTES, ReadPlan, Target, plan_reads, requests_for
@@ -43,6 +44,8 @@ def fill_together(
 ) -> int:
     """Fill all targets in place, as `load.fill.fill`. Called on all ranks; blocks.
 
+    Where it fails on a rank, in whatever way, all targets of that rank are NaN afterwards, as with `fill`.
+
     Args:
         targets: by stored name. Those that have copies are read together with ranks of this host that want
             exactly the same of them; any rank may want other things.
@@ -56,25 +59,26 @@ def fill_together(
         CorruptCheckpoint: as `fill`; on the rank that found it.
         CoordinationError: another rank that reads for this one has ended, failed, or stands still.
     """
-    copied = {name: target for name, target in targets.items() if target.has_copies}
-    num_copied_bytes = sum(target.local.nbytes for target in copied.values())
-    if num_copied_bytes < _WORTH_IT_BYTES or len(channel.host_ranks) == 1:
-        stay_alone(channel, tag)
-        return fill(source, targets, verify=verify, concurrency=concurrency)
-    try:
-        copies, others = _plans(source, targets, verify=verify)
-    except BaseException:
-        stay_alone(channel, tag)
-        raise
-    wants = wants_digest(source.directory, copied, verify=verify)
-    make_slots = partial(Slots, _SLOTS_PER_THREAD * concurrency, MOST_READ_BYTES)
-    neighbours = meet(channel, tag, wants, make_slots, timeout_seconds=timeout_seconds)
-    if neighbours is None:
-        num_bytes = read_all(copies, concurrency=concurrency)
-    else:
-        with neighbours:
-            num_bytes = _read_together(copies, neighbours, concurrency=concurrency)
-    return num_bytes + read_all(others, concurrency=concurrency)
+    with spoiling_on_failure(target.local for target in targets.values()):
+        copied = {name: target for name, target in targets.items() if target.has_copies}
+        num_copied_bytes = sum(target.local.nbytes for target in copied.values())
+        if num_copied_bytes < _WORTH_IT_BYTES or len(channel.host_ranks) == 1:
+            stay_alone(channel, tag)
+            return fill(source, targets, verify=verify, concurrency=concurrency)
+        try:
+            copies, others = _plans(source, targets, verify=verify)
+        except BaseException:
+            stay_alone(channel, tag)
+            raise
+        wants = wants_digest(source.directory, copied, verify=verify)
+        make_slots = partial(Slots, _SLOTS_PER_THREAD * concurrency, MOST_READ_BYTES)
+        neighbours = meet(channel, tag, wants, make_slots, timeout_seconds=timeout_seconds)
+        if neighbours is None:
+            num_bytes = read_all(copies, concurrency=concurrency)
+        else:
+            with neighbours:
+                num_bytes = _read_together(copies, neighbours, concurrency=concurrency)
+        return num_bytes + read_all(others, concurrency=concurrency)
 
 
 def _plans(source: Source, targets: Mapping[str, Target], *, verify: bool) -> tuple[ReadPlan, ReadPlan]:

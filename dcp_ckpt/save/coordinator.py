@@ -165,7 +165,11 @@ class Coordinator:
             )
 
     def _commit(self, directory: StepDir, attempt: AttemptId, summaries: list[FragmentSummary]) -> Manifest:
-        problem = check_summaries(summaries) or self._layout_problem(directory, attempt, summaries)
+        problem = (
+            _other_attempt(attempt, summaries)
+            or check_summaries(summaries)
+            or self._layout_problem(directory, attempt, summaries)
+        )
         if problem:
             raise SaveFailed(problem, phase="commit", path=str(directory))
         require_newest(self._storage, self._epoch)
@@ -214,6 +218,13 @@ class Coordinator:
         sizes = [summary.ref.size_bytes for summary in summaries]
         found = read_fragments(self._storage, directory, attempt, range(len(summaries)), sizes)
         return [fragment for fragment, _ in found]
+
+
+def _other_attempt(attempt: AttemptId, summaries: list[FragmentSummary]) -> str | None:
+    """Why these are not of the attempt that is being concluded, though they may be of one."""
+    others = {summary.rank: summary.attempt for summary in summaries if summary.attempt != str(attempt)}
+    told = ", ".join(f"rank {rank} of {other}" for rank, other in others.items())
+    return f"attempt {attempt} is under way, and reports came from {told}" if others else None
 
 
 def _without_digests(fragment: Fragment) -> list[FileEntry]:

@@ -13,6 +13,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from types import FrameType
 from typing import Any
@@ -26,6 +27,7 @@ log = logging.getLogger(__name__)
 _SAME_SIGNAL_SECONDS = 1.0
 """A scheduler signals every process of a job, and the launcher passes its own on: that is one signal."""
 _HANDLER_SECONDS = 1.0
+_NO_SIGNAL = 0
 _TRAINER_SECONDS = 1.0
 """How often a data-loading process looks whether its trainer is there."""
 
@@ -42,6 +44,7 @@ class SignalWatch(Closing):
         self._ask = ask
         self._first: tuple[float, int] | None = None
         self._before: dict[signal.Signals, Any] = {}
+        self._masks: dict[int, set[int]] = {}
         self._alarm: _SecondSignal | None = None
         if threading.current_thread() is not threading.main_thread():
             log.warning("should_stop() is not called on the main thread: signals are not watched for")
@@ -65,17 +68,22 @@ class SignalWatch(Closing):
         if first is not None and not is_heard:
             signal.raise_signal(first[1])
 
-    def mask(self, how: int) -> None:
-        """Hold back the watched signals (`SIG_BLOCK`) or let them through on this thread."""
-        signal.pthread_sigmask(how, self._before)
+    def hold_back(self) -> None:
+        """Called by a thread before it forks: the watched signals wait."""
+        self._masks[threading.get_ident()] = signal.pthread_sigmask(signal.SIG_BLOCK, self._before)
+
+    def let_through(self) -> None:
+        """Called by the same thread after it, also in the child: only what was blocked before is, still."""
+        mask = self._masks.pop(threading.get_ident(), None)
+        if mask is not None:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
     def leave_child(self) -> None:
         """Called in a process forked from this one: its signals are its own business."""
-        watched = list(self._before)
         self._put_back()
         if self._alarm is not None:
             self._alarm.forget()
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, watched)
+        self.let_through()
 
     def _put_back(self) -> None:
         for number, handler in self._before.items():
@@ -104,18 +112,14 @@ class SignalWatch(Closing):
 def _follow_forks(watch: weakref.ref[SignalWatch]) -> None:
     """Keep a child from swallowing its signals, also those that come before it has put the handlers back."""
 
-    def mask(how: int) -> None:
+    def tell(act: Callable[[SignalWatch], None]) -> None:
         if (found := watch()) is not None:
-            found.mask(how)
-
-    def leave() -> None:
-        if (found := watch()) is not None:
-            found.leave_child()
+            act(found)
 
     os.register_at_fork(
-        before=partial(mask, signal.SIG_BLOCK),
-        after_in_parent=partial(mask, signal.SIG_UNBLOCK),
-        after_in_child=leave,
+        before=partial(tell, SignalWatch.hold_back),
+        after_in_parent=partial(tell, SignalWatch.let_through),
+        after_in_child=partial(tell, SignalWatch.leave_child),
     )
 
 
@@ -146,21 +150,28 @@ class _SecondSignal(Closing):
         thread, self._thread = self._thread, None
         if thread is not None:
             signal.set_wakeup_fd(-1)
-        os.close(self._writer)
-        self._writer = -1
-        if thread is not None:
+            # Its end of the pipe tells the thread nothing: a forked child may hold a copy of it.
+            with suppress(BlockingIOError):  # full: the thread is ending the process
+                os.write(self._writer, bytes([_NO_SIGNAL]))
             thread.join()
-        os.close(self._reader)
+        self._close_pipe()
 
     def forget(self) -> None:
         """The same in a forked child, which has no thread; its signals must not be counted in the parent."""
         if self._thread is not None:
             self._thread = None
             signal.set_wakeup_fd(-1)
+        if self._writer != -1:
+            self._close_pipe()
+
+    def _close_pipe(self) -> None:
+        os.close(self._writer)
+        os.close(self._reader)
+        self._writer = -1
 
     def _watch(self) -> None:
         first: float | None = None
-        while data := os.read(self._reader, 1):
+        while (data := os.read(self._reader, 1)) and data[0] != _NO_SIGNAL:
             if data[0] not in self._numbers:
                 continue
             now = time.monotonic()

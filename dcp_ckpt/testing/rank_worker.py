@@ -25,6 +25,8 @@ from multiprocessing.connection import Connection
 import torch.distributed as dist
 from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]  # public, not in its __all__
 
+from dcp_ckpt.forks import spare_forked_children
+
 __all__ = ["DUMP_SIGNAL", "Reply", "Request", "main", "pickled_error"]
 
 DUMP_SIGNAL = signal.SIGUSR1
@@ -69,6 +71,7 @@ def main(arguments: Sequence[str]) -> int:
         arguments: the number of the inherited connection, then modules to import before the first run.
     """
     faulthandler.register(DUMP_SIGNAL, all_threads=True, chain=True)
+    spare_forked_children()  # each run leaves its process groups to the garbage collector
     connection: Connection[Reply, Request | None] = Connection(int(arguments[0]))
     threading.Thread(target=_end_with_pool, args=(connection.fileno(),), daemon=True).start()
     for module in arguments[1:]:

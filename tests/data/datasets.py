@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 import signal
@@ -82,6 +83,14 @@ class WhoAmI(Numbers):
 
     def __getitem__(self, index: int) -> int:
         return os.getpid()
+
+
+class Collecting(Numbers):
+    """A worker that collects garbage, as every process does now and then."""
+
+    def __getitem__(self, index: int) -> int:
+        gc.collect()
+        return index
 
 
 def as_list(samples: list[Any]) -> list[Any]:

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import gc
 import signal
 import subprocess
 import sys
+from datetime import timedelta
+from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import pytest
+from torch.distributed import TCPStore  # type: ignore[attr-defined]  # public, not in its __all__
 
+from dcp_ckpt.data import ElasticLoader, ElasticSampler
+from tests.data.datasets import Collecting, as_list
 from tests.eventually import eventually
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -92,3 +99,28 @@ def test_they_leave_when_their_trainer_is_killed_while_they_wait_for_it(program)
         finally:
             trainer.send_signal(signal.SIGKILL)
     assert eventually(lambda: not any(map(is_running, children)), timeout_seconds=20)
+
+
+class Cycle:
+    """Garbage from the start."""
+
+    def __init__(self, what: object) -> None:
+        self.what, self.itself = what, self
+
+
+def test_they_do_not_destroy_what_the_trainer_has_left_to_its_garbage_collector() -> None:
+    """A store or process group of torch waits for its threads, which a forked process does not have."""
+    sampler = ElasticSampler(4, 2, 0, 1, seed=0)
+    gc.collect()
+    gc.disable()
+    try:
+        Cycle(TCPStore("127.0.0.1", 0, None, True, timedelta(seconds=20), wait_for_workers=False))
+        dataset = Collecting(4)
+        settings: dict[str, Any] = {"num_workers": 1, "collate_fn": as_list}
+        with ElasticLoader(
+            dataset, sampler, multiprocessing_context="fork", timeout_seconds=60, **settings
+        ) as loader:
+            assert sorted(chain(*loader)) == [0, 1, 2, 3]
+    finally:
+        gc.enable()
+        gc.collect()

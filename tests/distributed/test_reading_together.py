@@ -148,3 +148,34 @@ def test_a_rank_that_never_comes_is_named_by_all(pool, tmp_path):
     for kind, message in pool.run(read_with_a_late_rank, 3, str(tmp_path)):
         assert kind != "ok"
         assert "rank 2" in message or "rank(s) 2" in message
+
+
+def load_from_a_bad_disk(url: str) -> tuple[tuple[str, str], list[bool]]:
+    """On rank 2 no data can be read; what all ranks are told, and whether what they hold is spoiled."""
+    state = state_of("plain", 50) | {"own": torch.ones(7)}
+    with pytest.MonkeyPatch.context() as patch:
+        if dist.get_rank() == 2:
+            patch.setattr("dcp_ckpt.storage.local_reader.os.preadv", read_no_data)
+        told = worlds.outcome(
+            lambda: load_checkpoint(f"{url}/step-00000001", state, config=worlds.config(), exclude=("own",))
+        )
+    assert torch.equal(state.pop("own"), torch.ones(7))
+    return told, [bool(tensor.isnan().all()) for tensor in state.values()]
+
+
+def read_no_data(descriptor: int, *arguments: Any) -> int:
+    if os.readlink(f"/proc/self/fd/{descriptor}").endswith(".distcp"):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+    return preadv(descriptor, *arguments)
+
+
+preadv = os.preadv
+
+
+def test_a_disk_that_fails_one_rank_is_named_by_all_and_leaves_no_mixture(pool, tmp_path):
+    pool.run(save, 3, str(tmp_path), "plain", {})
+    for (kind, message), is_spoiled in pool.run(load_from_a_bad_disk, 3, str(tmp_path)):
+        assert kind == "StorageError"
+        for part in ("rank 2", ".distcp", f"errno {errno.EIO}"):
+            assert part in message
+        assert all(is_spoiled)

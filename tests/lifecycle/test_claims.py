@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
 
 import pytest
 
+from dcp_ckpt.closing import Closing
 from dcp_ckpt.errors import ConfigError
 from dcp_ckpt.lifecycle.command_epoch import command_epoch
 from dcp_ckpt.lifecycle.epochs import claim_epoch, require_newest
@@ -51,6 +54,39 @@ class StartingMeanwhile(ForwardingStorage):
         if self.trainer is None:
             self.trainer = Trainer(self._inner)
         return is_held
+
+
+class StickyLeases(ForwardingStorage):
+    """Leases cannot be given up."""
+
+    def hold_lease(self, key: str) -> Lease:
+        return Sticky(super().hold_lease(key))
+
+
+class Sticky(Closing):
+    def __init__(self, lease: Lease) -> None:
+        self._lease = lease
+
+    def let_run_out(self) -> None:
+        self._lease.let_run_out()
+
+    def close(self) -> None:
+        self._lease.close()
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+
+def test_a_command_that_is_done_does_not_fail_for_its_lease(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    storage = StickyLeases(open_storage(tmp_path))
+    with command_epoch(storage, purpose="prune", force=False, wait_seconds=0.0) as claim:
+        assert claim.epoch == 1
+    assert "could not be given up" in caplog.text
+    with (
+        pytest.raises(ConfigError, match="what the command met"),
+        command_epoch(storage, purpose="prune", force=False, wait_seconds=0.0),
+    ):
+        raise ConfigError("what the command met")
 
 
 @pytest.mark.parametrize("kind", ["files", "store"])

@@ -94,6 +94,24 @@ def conclude(
         return coordinator.conclude(KEYS, step=7, directory=DIRECTORY, attempt=ATTEMPT, deadline=deadline)
 
 
+def test_reports_of_another_attempt_do_not_count(tmp_path):
+    """They are complete, and agree with each other."""
+    storage = open_storage(tmp_path)
+    write_attempt(storage, ranks=2)
+    channel = SoloChannel()
+    channel.world_size = 2
+    for summary in summaries(tmp_path, 2):
+        channel.put(KEYS.report(summary.rank), to_message(Report(summary=summary)))
+    with closing(Coordinator(storage, channel, epoch=1)) as coordinator:
+        verdict = coordinator.conclude(
+            KEYS, step=7, directory=DIRECTORY, attempt=AttemptId(1, 2), deadline=time.monotonic() + 20.0
+        )
+    assert verdict.outcome == "failed"
+    assert verdict.error is not None
+    assert "rank 0 of e0001-s000001, rank 1 of e0001-s000001" in verdict.error["message"]
+    assert "manifest.json" not in files(tmp_path)
+
+
 # publish_manifest
 
 

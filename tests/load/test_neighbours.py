@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import socket
@@ -13,12 +14,14 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from functools import partial
+from typing import Any
 
 import pytest
 from torch.distributed import TCPStore  # type: ignore[attr-defined]  # public, not in its __all__
 
 from dcp_ckpt.coordination import Channel, StoreChannel
 from dcp_ckpt.errors import CheckpointError, CoordinationError
+from dcp_ckpt.load import meeting
 from dcp_ckpt.load.meeting import meet, stay_alone
 from dcp_ckpt.load.neighbours import Neighbours, Slots
 from dcp_ckpt.load.ranges import Read
@@ -90,6 +93,15 @@ def exchange(
 
 def open_descriptors() -> int:
     return len(os.listdir("/proc/self/fd"))
+
+
+def open_memories() -> int:
+    """Shared memories of loads that this process holds by a descriptor."""
+    gc.collect()
+    with os.scandir("/proc/self/fd") as entries:
+        return sum(
+            "memfd:dcp_ckpt-load" in os.readlink(entry.path) for entry in entries if entry.is_symlink()
+        )
 
 
 def test_everything_shown_reaches_everyone(channels: list[Channel]) -> None:
@@ -193,6 +205,89 @@ def test_a_copy_that_fails_on_a_thread_fails_the_load(channels: list[Channel]) -
 
     *_, last = at_once(channels, act)
     assert "no device" in str(last)
+
+
+def test_what_failed_here_is_told_rather_than_what_came_of_it(channels: list[Channel]) -> None:
+    """Its own failure hangs up, and whoever shows something then finds the others gone."""
+    has_hung_up = threading.Event()
+
+    def act(channel: Channel) -> object:
+        neighbours = meet(channel, "a", "same", make_slots, timeout_seconds=60)
+        assert neighbours is not None
+
+        def take(number: int, data: memoryview) -> None:
+            raise CheckpointError("no memory")
+
+        def show_late() -> None:
+            slot, _ = neighbours.borrow(1)
+            assert has_hung_up.wait(30)
+            neighbours.show(slot, 0, 1)
+
+        with neighbours:
+            if channel.rank == 2:
+                neighbours.start({0: 1, 1: 1, 2: 1}, take)
+                show_late()
+            return exchange(neighbours)
+
+    real = Neighbours.fail
+
+    def fail(self: Neighbours, error: BaseException) -> None:
+        real(self, error)
+        if self.index == 2:
+            has_hung_up.set()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Neighbours, "fail", fail)
+        *_, last = at_once(channels, act)
+    assert "no memory" in str(last)
+
+
+@pytest.mark.parametrize("late", [1, 2])
+def test_a_rank_that_ends_while_they_meet_ends_the_load_of_all_at_once(
+    channels: list[Channel], monkeypatch: pytest.MonkeyPatch, late: int
+) -> None:
+    """Also that of a rank which waits only for one that is refused by the ended one."""
+    started = time.monotonic()
+    has_ended = threading.Event()
+    real_connect, real_greet = meeting._connect, meeting._greet
+
+    def connect(rank: int, *arguments: Any) -> Any:
+        assert rank != late or has_ended.wait(30)
+        return real_connect(rank, *arguments)
+
+    def greet(connection: socket.socket, rank: int, slots: Slots) -> None:
+        if rank == 0:
+            raise BrokenPipeError
+        real_greet(connection, rank, slots)
+
+    def act(channel: Channel) -> object:
+        try:
+            return meet(channel, "a", "same", make_slots, timeout_seconds=60)
+        finally:
+            if channel.rank == 0:
+                has_ended.set()
+
+    monkeypatch.setattr(meeting, "_connect", connect)
+    monkeypatch.setattr(meeting, "_greet", greet)
+    assert {type(error) for error in at_once(channels, act)} == {CoordinationError}
+    assert time.monotonic() - started < 30, "nobody waits for a deadline"
+    assert open_memories() == 0, "what came with a greeting is closed"
+
+
+def test_a_rank_without_memory_to_share_reads_alone_and_holds_nobody_up(channels: list[Channel]) -> None:
+    def too_large(**settings: Any) -> Slots:
+        return Slots(1, 1 << 62)  # no file may be as large
+
+    def act(channel: Channel) -> tuple[int, ...]:
+        make = too_large if channel.rank == 0 else make_slots
+        neighbours = meet(channel, "a", "same", make, timeout_seconds=60)
+        if neighbours is None:
+            return ()
+        with neighbours:
+            return neighbours.ranks
+
+    assert at_once(channels, act) == [(), (1, 2), (1, 2)]
+    assert open_memories() == 0
 
 
 def test_a_rank_that_stands_still_is_named(channels: list[Channel]) -> None:

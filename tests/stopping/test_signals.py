@@ -135,6 +135,48 @@ def test_a_forked_child_ends_by_its_own_signal_and_counts_for_nothing() -> None:
     assert (ended.stdout, ended.returncode) == ("-15 []\n['SIGTERM']\n", 0), ended.stderr
 
 
+BESIDE_A_CHILD = """
+import os, time
+from dcp_ckpt.stopping.signals import SignalWatch
+def closed_since():
+    return before - len(os.listdir("/proc/self/fd"))
+watch = SignalWatch(["SIGTERM"], print)
+held = os.dup(watch._alarm._writer)  # as in a child of whoever forks past Python
+heard, told = os.pipe()
+before = len(os.listdir("/proc/self/fd"))
+child = os.fork()
+if child == 0:
+    os.write(told, b"%d" % closed_since())
+    watch.close()
+    time.sleep(30)
+    os._exit(0)
+watch.close()
+print("closed", closed_since(), os.read(heard, 9))
+os.kill(child, 9)
+os.waitpid(child, 0)
+"""
+
+
+def test_it_ends_beside_forked_children_that_live_on() -> None:
+    """Such as data-loading processes: an end of file would come when the last of them has ended."""
+    ended = subprocess.run([sys.executable, "-c", BESIDE_A_CHILD], capture_output=True, text=True, timeout=20)
+    assert (ended.stdout, ended.returncode) == ("closed 2 b'2'\n", 0), ended.stderr
+
+
+def test_what_was_blocked_stays_blocked_across_a_fork() -> None:
+    """As where data-loading processes are started: they begin with SIGTERM blocked."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
+    try:
+        with SignalWatch(["SIGUSR1", "SIGUSR2"], print):
+            child = os.fork()
+            if child == 0:
+                os._exit(signal.pthread_sigmask(signal.SIG_BLOCK, []) != before | {signal.SIGUSR1})
+            assert os.waitpid(child, 0)[1] == 0
+            assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == before | {signal.SIGUSR1}
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def test_a_signal_that_nobody_heard_is_raised_again() -> None:
     heard: list[int] = []
     before = signal.signal(signal.SIGUSR1, lambda number, frame: heard.append(number))

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
@@ -22,6 +22,7 @@ from dcp_ckpt.errors import (
     StorageError,
     StorageNotFound,
     StorageTransient,
+    StorageUnsuitable,
 )
 from dcp_ckpt.storage.base import Buffer, ObjectInfo
 from dcp_ckpt.storage.objects.client import Page, StoreTraits
@@ -136,6 +137,7 @@ class S3Client:
         async with self._asking("GET", key, num_bytes or 0) as s3:
             answer = await s3.get_object(**self._at(key), **span)
             size_bytes = int(answer["ContentLength"])
+            self._require_range(key, answer, offset, num_bytes)
             filling = Filling(make_room(size_bytes))
             async with answer["Body"] as body:
                 while piece := await body.read(_READ_BYTES):
@@ -145,6 +147,18 @@ class S3Client:
                 f"the answer broke off after {filling.num_bytes} of {size_bytes} bytes", path=self._where(key)
             )
         return size_bytes
+
+    def _require_range(self, key: str, answer: Mapping[str, Any], offset: int, num_bytes: int | None) -> None:
+        """The bytes asked for, and not the object from its start, from what does not know `Range`."""
+        if num_bytes is None:
+            return
+        told = str(answer.get("ContentRange", "bytes 0-"))
+        if not told.startswith(f"bytes {offset}-") or int(answer["ContentLength"]) > num_bytes:
+            raise StorageUnsuitable(
+                f"{num_bytes} bytes from {offset} were asked for, and others came ({told}): "
+                "the store, or a proxy before it, ignores the Range header",
+                path=self._where(key),
+            )
 
     async def size(self, key: str) -> int:
         answer = await self._head(key)
