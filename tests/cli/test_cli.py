@@ -13,7 +13,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from dcp_ckpt.cli.main import cli
-from dcp_ckpt.cli.output import column_widths, exit_code, human_bytes, printable, short_json_pair
+from dcp_ckpt.cli.output import column_widths, exit_code, human_bytes, print_table, printable, short_json_pair
 from dcp_ckpt.errors import (
     CheckpointNotFound,
     ConfigError,
@@ -349,7 +349,9 @@ def test_a_terminal_gets_a_drawn_table(base: Path) -> None:
     assert "step-00000020" in shown
 
 
-def test_names_do_not_steer_the_terminal() -> None:
+def test_names_do_not_steer_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    print_table(("name",), [("\x1b[2J",)])
+    assert capsys.readouterr().out == "name\n\\x1b[2J\n"
     assert printable("model.é.weight 重み") == "model.é.weight 重み"
     assert printable("a\x1b[2Jb\nc\u202e") == "a\\x1b[2Jb\\nc\\u202e"
 
