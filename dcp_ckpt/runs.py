@@ -33,7 +33,7 @@ def open_run(
         resume: "auto": the newest run under `base`, or a new one when there is none; "must": the newest run;
             "never": a new run; an int: the run of that number.
         name: of a new run; a run that is continued keeps its own.
-        config: JSON types; recorded in a new run.
+        config: JSON types; recorded in a new run as it is, so leave secrets out.
         parent: the checkpoint that a new run begins from; recorded in it.
 
     Raises:

@@ -6,35 +6,65 @@ Called by `train.py`. Knows nothing of torch; turning options into objects is th
 from __future__ import annotations
 
 import argparse
+import difflib
 import math
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
-__all__ = ["Options", "parse_options"]
+__all__ = ["Options", "flag_here", "parse_options"]
 
 _MODEL_SIZES = ("tiny", "small", "base")
 _PARALLEL = ("fsdp", "ddp", "hsdp", "fsdp+tp", "pp")
 _AMP = ("bf16", "fp16")
 _SAVE_STRATEGIES = ("steps", "epoch", "no")
+_SAVE_EVERY = {"steps": 50, "epoch": 1, "no": 50}
+"""Strategy -> how often, if `--save-every` does not say it."""
 _OVERLAPS = ("step", "off")
 _RESUMES = ("auto", "never", "must", "ask")
-_OTHER_NAMES = {
-    "--save-total-limit": "--keep-last",
-    "--max-to-keep": "--keep-last",
-    "--keep-latest-k": "--keep-last",
-    "--save-top-k": "--keep-best",
-    "--interval": "--save-every",
-    "--save-steps": "--save-every",
-    "--checkpoint-dir": "--run-dir",
-    "--output-dir": "--run-dir",
-    "--resume-from-checkpoint": "--resume",
-    "--max-steps": "--steps",
-    "--num-train-epochs": "--epochs",
-    "--learning-rate": "--lr",
+_NAMES_ELSEWHERE: Mapping[str, tuple[str, ...]] = {
+    "--amp bf16": ("bf16",),
+    "--amp fp16": ("fp16",),
+    "--batch-size, over all ranks": ("global-batch-size", "per-device-train-batch-size", "train-batch-size"),
+    "--epochs": ("max-epochs", "num-epochs", "num-train-epochs"),
+    "--eval-every": ("eval-interval", "eval-steps", "val-check-interval"),
+    "--grad-accum": ("accumulate-grad-batches", "gradient-accumulation-steps"),
+    "--keep-best": ("save-top-k", "top-k"),
+    "--keep-every": ("keep-period",),
+    "--keep-last": ("keep-last-n", "keep-latest", "keep-latest-k", "max-to-keep", "save-total-limit"),
+    "--lr": ("learning-rate",),
+    "--max-minutes": ("max-time",),
+    "--mode max": ("greater-is-better",),
+    "--monitor": ("metric-for-best-model",),
+    "--overlap": ("async-mode",),
+    "--parallel": ("strategy",),
+    "--resume": ("ckpt-path", "resume-from", "resume-from-checkpoint"),
+    "--run-dir": (
+        "checkpoint-dir",
+        "ckpt-dir",
+        "default-root-dir",
+        "dirpath",
+        "folder",
+        "logdir",
+        "output-dir",
+    ),
+    "--save-every": (
+        "checkpoint-interval",
+        "every-n-train-steps",
+        "interval",
+        "save-interval",
+        "save-interval-steps",
+        "save-steps",
+    ),
+    "--save-every-minutes": ("train-time-interval",),
+    "--save-strategy epoch --save-every": ("every-n-epochs",),
+    "--steps": ("max-iters", "max-steps", "total-steps", "train-steps"),
+    "--workers": ("dataloader-num-workers", "num-workers"),
 }
-"""What other trainers call a flag -> its name here."""
+"""A flag here -> what other trainers call it."""
+_SECTION = re.compile(r"(checkpoint|trainer|training)\.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,9 +119,20 @@ class Options:
         return self.save_strategy != "no"
 
     def as_json(self) -> dict[str, Any]:
-        """All options as JSON types, to be recorded in a new run."""
+        """All options as they read back from JSON, to be recorded in a new run."""
         paths = {"log_json": self.log_json, "tensorboard": self.tensorboard}
-        return asdict(self) | {name: path and str(path) for name, path in paths.items()}
+        as_text = {name: path and str(path) for name, path in paths.items()}
+        return asdict(self) | as_text | {"save_at": list(self.save_at)}
+
+
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows a default where it says something, and `N` for numbers."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return super()._get_help_string(action) if action.default else action.help
+
+    def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
+        return "PATH" if action.type is Path else "N" if action.type else "TEXT"
 
 
 class _OneLineParser(argparse.ArgumentParser):
@@ -118,14 +159,16 @@ def parse_options(arguments: Sequence[str] | None = None, *, announce: bool = Tr
     parser = _parser()
     parser.announce = announce
     known, unknown = parser.parse_known_args(arguments)
-    for flag in (argument.partition("=")[0].replace("_", "-") for argument in unknown):
-        if flag in _OTHER_NAMES:
-            parser.error(f"there is no {flag} here; it is called {_OTHER_NAMES[flag]}")
+    for flag in (argument.partition("=")[0] for argument in unknown if argument.startswith("-")):
+        if (here := flag_here(flag)) is not None:
+            parser.error(f"there is no {flag} here; it is called {here}")
     if unknown:
-        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}{_meant(unknown[0])}")
     parsed = vars(known)
     if parsed["export_final"] is not None and parsed["save_strategy"] == "no":
         parser.error("--export-final exports the last checkpoint, and with --save-strategy no there is none")
+    if parsed["save_every"] is None:
+        parsed["save_every"] = _SAVE_EVERY[parsed["save_strategy"]]
     if parsed["resume"] not in _RESUMES:
         if not {"@", "/"} & set(parsed["resume"]):
             parser.error(
@@ -137,6 +180,26 @@ def parse_options(arguments: Sequence[str] | None = None, *, announce: bool = Tr
     if parsed["run_number"] is not None and parsed["resume"] == "never":
         parser.error("--run-number continues a run, --resume never starts a new one: give one of them")
     return Options(**parsed)
+
+
+def flag_here(flag: str) -> str | None:
+    """What `flag` of another trainer, or one written with underscores, is called here, if people mean one.
+
+    The sections of torchtitan's flags, as in `--checkpoint.interval`, do not matter.
+    """
+    name = _SECTION.sub("", flag.removeprefix("--").replace("_", "-"), count=1)
+    if f"--{name}" in _own_flags():
+        return f"--{name}"
+    return next((here for here, names in _NAMES_ELSEWHERE.items() if name in names), None)
+
+
+def _own_flags() -> list[str]:
+    return [f"--{field.name.replace('_', '-')}" for field in fields(Options)]
+
+
+def _meant(flag: str) -> str:
+    near = difflib.get_close_matches(flag.partition("=")[0], _own_flags(), n=1)
+    return f"; did you mean {near[0]}?" if near else ""
 
 
 def _count(text: str) -> int:
@@ -161,6 +224,16 @@ def _minutes(text: str) -> float:
     return minutes
 
 
+def _probability(text: str) -> float:
+    try:
+        probability = float(text)
+    except ValueError:
+        probability = -1.0
+    if not 0 <= probability < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a number from 0 to below 1")
+    return probability
+
+
 def _positive(text: str) -> float:
     number = _minutes(text)
     if not number:
@@ -172,7 +245,7 @@ def _parser() -> _OneLineParser:
     parser = _OneLineParser(
         prog="train.py",
         allow_abbrev=False,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=_HelpFormatter,
         description="Train a small GPT on the Python standard library's sources, with checkpoints.",
     )
     _add_run_flags(parser.add_argument_group("run"))
@@ -211,7 +284,7 @@ def _add_training_flags(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument("--compile", action="store_true", help="compile the blocks of the model")
     group.add_argument("--model-size", choices=_MODEL_SIZES, default="small", help="layers, width, context")
-    group.add_argument("--dropout", type=float, default=0.0, help="probability")
+    group.add_argument("--dropout", type=_probability, default=0.0, help="probability, below 1")
     group.add_argument("--steps", type=_count, default=200, help="train up to this step")
     group.add_argument(
         "--epochs", type=_count, default=None, help="train up to the end of this epoch instead"
@@ -221,11 +294,11 @@ def _add_training_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--grad-accum", type=_count, default=1, help="micro-batches a step; pp: at least one for each stage"
     )
-    group.add_argument("--lr", type=float, default=1e-3, help="peak learning rate")
+    group.add_argument("--lr", type=_positive, default=1e-3, help="peak learning rate")
     group.add_argument(
         "--lr-steps", type=_count, default=2000, help="length of the schedule; extending --steps keeps it"
     )
-    group.add_argument("--seed", type=int, default=0, help="of weights, order of samples and dropout")
+    group.add_argument("--seed", type=_amount, default=0, help="of weights, order of samples and dropout")
     group.add_argument("--eval-every", type=_count, default=50, help="steps between validations")
     group.add_argument(
         "--max-minutes", type=_minutes, default=None, help="save and stop after this much time; exits with 0"
@@ -235,7 +308,12 @@ def _add_training_flags(group: argparse._ArgumentGroup) -> None:
 
 def _add_saving_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--save-strategy", choices=_SAVE_STRATEGIES, default="steps", help="when to save")
-    group.add_argument("--save-every", type=_count, default=50, help="steps, or epochs, between saves")
+    group.add_argument(
+        "--save-every",
+        type=_count,
+        default=None,
+        help="steps between saves (default: 50), or epochs with --save-strategy epoch (default: 1)",
+    )
     group.add_argument(
         "--save-every-minutes", type=_positive, default=None, help="save also when so much time has passed"
     )
@@ -256,9 +334,9 @@ def _add_saving_flags(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument("--keep-last", type=_count, default=2, help="newest checkpoints to keep")
     group.add_argument(
-        "--keep-every", type=int, default=0, help="keep every step that is a multiple of this; 0: none"
+        "--keep-every", type=_amount, default=0, help="keep besides every step that is a multiple of this"
     )
-    group.add_argument("--keep-best", type=int, default=0, help="best checkpoints to keep besides")
+    group.add_argument("--keep-best", type=_amount, default=0, help="best checkpoints to keep besides")
     group.add_argument("--monitor", choices=("val_loss",), default="val_loss", help="what `best` compares")
     group.add_argument("--mode", choices=("min", "max"), default="min", help="whether less or more is better")
     group.add_argument(

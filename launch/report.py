@@ -18,7 +18,7 @@ from dcp_ckpt import LoadReport, RunParent, SaveHandle, errors, summarize_runs
 from launch.data import Batch
 from launch.settings import SettingChange
 
-__all__ = ["Reporter", "exit_code", "print_runs", "samples_digest", "stop_code"]
+__all__ = ["Reporter", "exit_code", "print_runs", "ranks", "samples_digest", "stop_code"]
 
 _PRINT_EVERY_STEPS = 10
 
@@ -47,21 +47,27 @@ def samples_digest(sample_ids: Sequence[int]) -> str:
     return hashlib.blake2b(array("q", sample_ids).tobytes(), digest_size=8).hexdigest()
 
 
+def ranks(count: int) -> str:
+    """`1 rank`, `2 ranks`."""
+    return f"{count} rank{'' if count == 1 else 's'}"
+
+
 class Reporter:
     """Prints progress and appends to the JSON log, on rank 0; on other ranks every method does nothing.
 
     Args:
         rank: of this process.
         log_json: file to append JSON lines to, or None. Floats are written so that they read back exactly.
+
+    Raises:
+        ConfigError: the file cannot be written.
     """
 
     def __init__(self, *, rank: int, log_json: Path | None) -> None:
         self._speaks = rank == 0
         self._log: TextIO | None = None
         if log_json is not None and self._speaks:
-            log_json.parent.mkdir(parents=True, exist_ok=True)
-            # Line buffered: whoever follows the file, or reads it after a kill, sees every event.
-            self._log = log_json.open("a", buffering=1, encoding="utf-8")
+            self._log = _opened(log_json)
         self._saves: list[tuple[int, SaveHandle]] = []
         self._tokens = 0
         self._since = time.perf_counter()
@@ -84,7 +90,7 @@ class Reporter:
         if loaded is not None:
             saved_by = loaded.saved_world_size
             self._write(event="resume", step=loaded.step, from_world=saved_by, to_world=world_size)
-            self.say(f"resumed at step {loaded.step}, saved by {saved_by} ranks, now {world_size}")
+            self.say(f"resumed at step {loaded.step}, saved by {ranks(saved_by)}, now {world_size}")
             for line in loaded.deviations:
                 self.say(f"  {line}")
         elif parent is not None:
@@ -152,11 +158,25 @@ class Reporter:
             self._log.write(json.dumps(event) + "\n")
 
 
+def _opened(log_json: Path) -> TextIO:
+    try:
+        log_json.parent.mkdir(parents=True, exist_ok=True)
+        # Line buffered: whoever follows the file, or reads it after a kill, sees every event.
+        return log_json.open("a", buffering=1, encoding="utf-8")
+    except OSError as error:
+        message = f"--log-json: cannot write there: {error.strerror}"
+        raise errors.ConfigError(message, path=str(log_json), errno=error.errno) from error
+
+
 def print_runs(run_dir: str) -> None:
     """Print one line for each run below `run_dir`."""
+    summaries = summarize_runs(run_dir)
+    if not summaries:
+        print(f"no runs under {run_dir}")
+        return
     line = "{:>5}  {:<20}  {:<27}  {:>11}  {:>6}  {:<26}  {}"
     print(line.format("run", "name", "created", "checkpoints", "latest", "best", "path"))
-    for summary in summarize_runs(run_dir):
+    for summary in summaries:
         run, best = summary.run, summary.best
         shown = f"{best.metric} {best.value:.4f} at {best.step}" if best else ""
         latest = "" if summary.latest_step is None else summary.latest_step

@@ -6,9 +6,10 @@ Owns the choice between resuming, forking, fine-tuning and starting anew, out of
 
 from __future__ import annotations
 
+import select
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from dcp_ckpt import (
@@ -28,6 +29,8 @@ from launch.options import Options
 from launch.settings import changed_settings, require_allowed
 
 __all__ = ["choose_run", "config_before", "restore"]
+
+_ANSWER_SECONDS = 300.0
 
 
 @dataclass(frozen=True)
@@ -115,6 +118,10 @@ def _answer(options: Options) -> str:
         print(f"{question}no terminal to ask on: a new run begins; --resume auto resumes", flush=True)
         return "never"
     print(question, end="", flush=True)
+    # The other ranks wait for the answer, but not for ever.
+    if not select.select([sys.stdin], [], [], _ANSWER_SECONDS)[0]:
+        print(f"no answer in {_ANSWER_SECONDS / 60:g} minutes: a new run begins", flush=True)
+        return "never"
     return "auto" if sys.stdin.readline().strip().lower() in ("y", "yes") else "never"
 
 
@@ -175,7 +182,9 @@ def restore(checkpointer: Checkpointer, run: Run, state: TrainState, options: Op
     with open_checkpoint(f"{path}@{parent.step}") as base:
         directory = base.url
     if origin is not None and not _fine_tunes(origin.document.config, options):
-        return checkpointer.load(state, which=directory)
+        loaded = checkpointer.load(state, which=directory)
+        forked = f"this run begins from step {parent.step} of {parent.run}, which stays as it is"
+        return loaded and replace(loaded, notes=(*loaded.notes, forked))
     weights = TrainState(model=state.model, rng=False, mesh_roles=state.mesh_roles)
     load_checkpoint(directory, weights, exclude=[ADAPTERS])
     return None

@@ -16,6 +16,7 @@ Kill it at any moment and start it again: it goes on from its newest checkpoint.
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -55,7 +56,7 @@ from launch.options import Options, parse_options
 from launch.parallel import Topology, global_sum, join, parallelise
 from launch.passes import Passes, make_passes
 from launch.precision import AMP_DTYPES, WorldGradScaler
-from launch.report import Reporter, exit_code, print_runs, stop_code
+from launch.report import Reporter, exit_code, print_runs, ranks, stop_code
 from launch.runs import choose_run, config_before, restore
 from launch.schedule import WarmUpCosine
 from launch.settings import changed_settings, require_allowed, tags_of
@@ -209,7 +210,7 @@ def train(options: Options, topology: Topology, corpus: Corpus) -> str | None:
     run = choose_run(options, settings, rank=topology.rank)
     changes = changed_settings(config_before(run, options), settings)
     reporter = Reporter(rank=topology.rank, log_json=options.log_json)
-    reporter.say(f"run {run.number} in {run.path}: {topology.world_size} ranks, {options.parallel}")
+    reporter.say(f"run {run.number} in {run.path}: {ranks(topology.world_size)}, {options.parallel}")
     reporter.changed(changes)
     require_allowed(changes, run.path)
     sinks = event_sinks(options, run.path)
@@ -256,7 +257,8 @@ def train(options: Options, topology: Topology, corpus: Corpus) -> str | None:
     if options.export_final is not None and topology.rank == 0:
         last = f"{run.path}@{last_step}"
         reporter.say(export_final(last, options.export_final, has_adapters=options.lora_rank is not None))
-    reporter.say(f"finished at step {last_step}; to extend this run: {longer(options, last_step)}")
+    saved = "" if options.saves else ", not saved"
+    reporter.say(f"finished at step {last_step}{saved}; to extend this run: {longer(options, last_step)}")
     return None
 
 
@@ -290,6 +292,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except errors.CheckpointError as error:
         print(f"train.py: {error}", file=sys.stderr)
         return exit_code(error)
+    except KeyboardInterrupt:  # before there was anything to save, or a second one
+        return 128 + signal.SIGINT
     return stop_code(stop_reason)
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from dcp_ckpt.cli.output import checkpoint_command, human_bytes, print_json, print_table
+from dcp_ckpt.cli.output import checkpoint_command, counted, human_bytes, print_json, print_table
 from dcp_ckpt.cli.progress import progress_bar
 from dcp_ckpt.ops.average import AverageReport, average
 
@@ -64,10 +64,12 @@ def _print_report(report: AverageReport) -> None:
         for source in report.sources
     ]
     print_table(("checkpoint", "step", "weight"), rows)
-    click.echo(
-        f"averaged {report.num_averaged} tensors to {report.path}: {human_bytes(report.num_bytes)}; "
-        f"{report.num_copied} tensors and {report.num_values} values of {report.newest}"
-    )
+    click.echo(f"averaged {report.num_averaged} tensors to {report.path}: {human_bytes(report.num_bytes)}")
+    if report.num_copied or report.num_values:
+        click.echo(
+            f"copied from {report.newest}: {counted(report.num_copied, 'tensor')} (not floating), "
+            f"{counted(report.num_values, 'value')}"
+        )
     for reason, count in report.left_out.items():
         click.echo(f"left out: {count} {reason}")
     if report.unverified:

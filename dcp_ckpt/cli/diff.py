@@ -6,7 +6,7 @@ from dataclasses import asdict
 
 import click
 
-from dcp_ckpt.cli.output import checkpoint_command, print_json, print_table, short_json
+from dcp_ckpt.cli.output import checkpoint_command, counted, print_json, print_table, short_json_pair
 from dcp_ckpt.cli.progress import progress_bar
 from dcp_ckpt.ops.diff import DiffReport, TensorDiff, diff
 
@@ -60,7 +60,7 @@ def _print_report(report: DiffReport) -> None:
         print_table(columns, [_row(tensor) for tensor in report.tensors])
     if report.values:
         click.echo()
-        rows = [(value.name, short_json(value.a), short_json(value.b)) for value in report.values]
+        rows = [(value.name, *short_json_pair(value.a, value.b)) for value in report.values]
         print_table(("value", "A", "B"), rows)
     if report.tensors or report.values:
         click.echo()
@@ -68,9 +68,9 @@ def _print_report(report: DiffReport) -> None:
         click.echo(f"not compared: {name}")
     proven = f" ({report.num_proven} by their digests)" if report.num_proven else ""
     click.echo(
-        f"equal: {_counted(report.num_equal_tensors, 'tensor')}{proven} and "
-        f"{_counted(report.num_equal_values, 'value')}; different: {_counted(len(report.tensors), 'tensor')} "
-        f"and {_counted(len(report.values), 'value')}; "
+        f"equal: {counted(report.num_equal_tensors, 'tensor')}{proven} and "
+        f"{counted(report.num_equal_values, 'value')}; different: {counted(len(report.tensors), 'tensor')} "
+        f"and {counted(len(report.values), 'value')}; "
         f"only in one: {len(report.only_in_a) + len(report.only_in_b)}"
     )
     if report.unverified:
@@ -91,10 +91,6 @@ def _row(tensor: TensorDiff) -> tuple[str, ...]:
         )
     dtype = _change(tensor.dtype_a, tensor.dtype_b)
     return (tensor.name, dtype, _change(_shape(tensor.shape_a), _shape(tensor.shape_b)), *changes)
-
-
-def _counted(count: int, what: str) -> str:
-    return f"{count} {what}{'' if count == 1 else 's'}"
 
 
 def _shape(shape: tuple[int, ...]) -> str:

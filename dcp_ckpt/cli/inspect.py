@@ -3,18 +3,28 @@
 from __future__ import annotations
 
 import math
+import shlex
 from fnmatch import fnmatchcase
 from typing import Any
 
 import click
 
-from dcp_ckpt.cli.output import checkpoint_command, human_bytes, print_json, print_table, short_json
-from dcp_ckpt.errors import LoadError
+from dcp_ckpt.cli.output import (
+    checkpoint_command,
+    human_bytes,
+    print_json,
+    print_table,
+    printable,
+    short_json,
+)
+from dcp_ckpt.cli.progress import progress_bar
+from dcp_ckpt.errors import LoadError, StateMismatch
 from dcp_ckpt.format.dtypes import DTYPES
 from dcp_ckpt.lifecycle.runs import RunDocument, read_run
 from dcp_ckpt.ops.checkpoint import Checkpoint, open_checkpoint
 from dcp_ckpt.ops.stats import TensorStats, tensor_stats
 from dcp_ckpt.ops.stock import StockCheckpoint
+from dcp_ckpt.wording import shown_names
 
 __all__ = ["inspect_command"]
 
@@ -25,19 +35,31 @@ __all__ = ["inspect_command"]
 @click.option("--stats", is_flag=True, help="Read the tensors: minimum, maximum, mean, non-finite elements.")
 @checkpoint_command
 def inspect_command(ref: str, pattern: str, stats: bool, as_json: bool) -> None:
-    """Show the tensors, values and origin of the checkpoint REF."""
+    """Show the tensors, values and origin of the checkpoint REF.
+
+    \b
+    dcp-ckpt inspect runs/run-001@latest
+    dcp-ckpt inspect runs/run-001@best --key 'model.*' --stats
+    """
     with open_checkpoint(ref) as checkpoint:
         header = _describe(checkpoint)
-        tensors = [
-            _describe_tensor(checkpoint, name, stats)
+        names = [
+            name
             for name in checkpoint.tensors
             if any(fnmatchcase(known, pattern) for known in (name, *checkpoint.aliases.get(name, ())))
         ]
+        tensors = [_describe_tensor(checkpoint, name) for name in names]
+        if stats:
+            _add_stats(checkpoint, tensors)
         values = {
             name: entry.value
             for name, entry in sorted(checkpoint.values.items())
             if fnmatchcase(name, pattern)
         }
+        if not tensors and not values and pattern != "*":
+            raise StateMismatch(
+                f"key {pattern!r} matches nothing; the checkpoint holds {shown_names(checkpoint.keys())}"
+            )
     if as_json:
         print_json({**header, "tensors": tensors, "values": values})
         return
@@ -97,10 +119,22 @@ def _run(checkpoint: Checkpoint) -> RunDocument | None:
         return None
 
 
-def _describe_tensor(checkpoint: Checkpoint, name: str, stats: bool) -> dict[str, Any]:
+def _add_stats(checkpoint: Checkpoint, tensors: list[dict[str, Any]]) -> None:
+    """Read all of them, one at a time."""
+    total_bytes = sum(described["bytes"] for described in tensors)
+    done_bytes = 0
+    with progress_bar("stats") as progress:
+        for described in tensors:
+            described["stats"] = tensor_stats(checkpoint.read_tensor(described["name"]))
+            done_bytes += described["bytes"]
+            if progress is not None:
+                progress(done_bytes, total_bytes)
+
+
+def _describe_tensor(checkpoint: Checkpoint, name: str) -> dict[str, Any]:
     entry = checkpoint.tensors[name]
     mesh = checkpoint.mesh(name)
-    described: dict[str, Any] = {
+    return {
         "name": name,
         "aliases": list(checkpoint.aliases.get(name, ())),
         "dtype": entry.dtype,
@@ -109,9 +143,6 @@ def _describe_tensor(checkpoint: Checkpoint, name: str, stats: bool) -> dict[str
         "mesh_shape": mesh.shape if mesh else None,
         "bytes": math.prod(entry.shape) * DTYPES[entry.dtype].item_bytes,
     }
-    if stats:
-        described["stats"] = tensor_stats(checkpoint.read_tensor(name))
-    return described
 
 
 def _print_stock_header(header: dict[str, Any]) -> None:
@@ -139,12 +170,19 @@ def _print_header(header: dict[str, Any]) -> None:
         ("tags", ", ".join(header["tags"])),
         ("run", f"{run.number} {run.name or ''} {run.run_id}" if run else header["run_id"]),
         ("host", run.host if run else ""),
-        ("commit", str(run.git["commit"]) if run and run.git else ""),
+        ("command", shlex.join(run.command) if run else ""),
+        ("commit", _commit(run) if run else ""),
         ("versions", " ".join(f"{name} {version}" for name, version in run.versions.items()) if run else ""),
     ]
     for title, text in lines:
         if text:
-            click.echo(f"{title:<11} {' '.join(text.split())}")
+            click.echo(f"{title:<11} {printable(' '.join(text.split()))}")
+
+
+def _commit(run: RunDocument) -> str:
+    git = run.git or {}
+    changes = ", with changes that were not committed" if git.get("dirty") else ""
+    return f"{git['commit']}{changes}" if "commit" in git else ""
 
 
 def _print_tensors(tensors: list[dict[str, Any]], stats: bool) -> None:

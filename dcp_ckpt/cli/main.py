@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import gc
 import importlib
+from typing import Any
 
 import click
 
 from dcp_ckpt import __version__
+from dcp_ckpt.cli.other_names import command_here, names_a_path, option_here
+from dcp_ckpt.cli.output import print_json_error
 
 __all__ = ["cli", "main"]
 
@@ -35,6 +38,11 @@ _COMMANDS = {
 """Name -> module, in which `<name>_command` is the command, and what the group's help says of it."""
 
 
+_REF_ARGUMENTS = {"a", "ref", "refs", "target"}
+_WHAT_A_REF_IS = (
+    "A REF is RUN@latest, RUN@best, RUN@best:METRIC:min (or :max), RUN@STEP, or the directory or URL of a "
+    "checkpoint."
+)
 _ALLOCATIONS_BEFORE_A_LOOK = 100_000
 
 
@@ -47,11 +55,50 @@ class _LazyGroup(click.Group):
             return None
         module = importlib.import_module(f"dcp_ckpt.cli.{_COMMANDS[cmd_name][0]}")
         command: click.Command = getattr(module, f"{cmd_name}_command")
+        if _REF_ARGUMENTS & {parameter.name for parameter in command.params}:
+            command.epilog = _WHAT_A_REF_IS
         return command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        here = command_here(args[0])
+        if here is not None and not ctx.resilient_parsing:
+            raise click.UsageError(f"There is no command {args[0]!r}; here it is {here!r}.", ctx)
+        try:
+            return super().resolve_command(ctx, args)
+        except click.NoSuchCommand as error:
+            # The group itself knows no names to guess from.
+            raise click.NoSuchCommand(args[0], possibilities=_COMMANDS, ctx=ctx) from error
+
+    def invoke(self, ctx: click.Context) -> Any:
+        as_json = "--json" in ctx.args
+        try:
+            return super().invoke(ctx)
+        except click.UsageError as error:
+            answer = _answered(error) if isinstance(error, click.NoSuchOption) else error
+            if as_json:
+                print_json_error(type(error).__name__, answer.format_message(), answer.exit_code)
+            raise answer from error
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
             formatter.write_dl([(name, text) for name, (_, text) in sorted(_COMMANDS.items())])
+
+
+def _answered(error: click.NoSuchOption) -> click.UsageError:
+    """The error, with what the option is called here if people know it by another name."""
+    if error.ctx is None:
+        return error
+    parameters = error.ctx.command.get_params(error.ctx)
+    options = [name for option in parameters if isinstance(option, click.Option) for name in option.opts]
+    flag = error.option_name
+    if (here := option_here(flag, options)) is not None:
+        return click.UsageError(f"There is no {flag}; here it is {here}.", error.ctx)
+    if names_a_path(flag):
+        arguments = [one.make_metavar(error.ctx) for one in parameters if isinstance(one, click.Argument)]
+        return click.UsageError(f"There is no {flag}: give {' and '.join(arguments)} without it.", error.ctx)
+    return error
 
 
 @click.group(name="dcp-ckpt", cls=_LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
@@ -59,7 +106,13 @@ class _LazyGroup(click.Group):
 def cli() -> None:
     """Look at, check, compare, copy, export, import, average, thin out and repair checkpoints.
 
-    A REF is RUN@latest, RUN@best, RUN@STEP or a checkpoint directory.
+    A RUN is the directory or URL of a run, a BASE that of many. A REF is a checkpoint: RUN@latest, RUN@best,
+    RUN@STEP, or its own directory or URL.
+
+    \b
+    dcp-ckpt runs runs
+    dcp-ckpt verify runs/run-001
+    dcp-ckpt export runs/run-001@best model/
 
     \b
     Exit codes: 0 done, 1 failed, 2 wrong usage, 3 no such checkpoint,

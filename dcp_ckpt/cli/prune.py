@@ -10,8 +10,8 @@ import click
 
 from dcp_ckpt.cli.output import checkpoint_command, human_bytes, print_json, print_table
 from dcp_ckpt.config import CheckpointConfig
-from dcp_ckpt.errors import CheckpointNotFound
 from dcp_ckpt.lifecycle.catalogue import step_directories
+from dcp_ckpt.lifecycle.no_run import not_a_run
 from dcp_ckpt.lifecycle.prune import PruneItem, PrunePlan, PruneReport, plan_prune, prune_run
 from dcp_ckpt.lifecycle.runs import read_run
 from dcp_ckpt.policies import AnyOf, BestN, EveryNSteps, KeepPolicy, LatestN, Mode
@@ -36,6 +36,7 @@ _AT_LEAST_1 = click.IntRange(min=1)
     type=click.FloatRange(min=0),
     default=CheckpointConfig.grace_seconds,
     show_default=True,
+    metavar="SECONDS",
     help="Between taking checkpoints back and deleting their files.",
 )
 @checkpoint_command
@@ -103,7 +104,7 @@ def _policy(
 def _require_run(storage: Storage, run: str) -> None:
     """Pruning claims an epoch: a mistyped path must not become a run by that."""
     if read_run(storage) is None and not step_directories(storage):
-        raise CheckpointNotFound("not a run: neither a run.json nor a step directory", path=run)
+        raise not_a_run(storage, run)
 
 
 def _describe_plan(plan: PrunePlan) -> dict[str, Any]:

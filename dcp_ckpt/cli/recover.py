@@ -9,8 +9,8 @@ import click
 
 from dcp_ckpt.cli.output import checkpoint_command, print_json
 from dcp_ckpt.config import CheckpointConfig
-from dcp_ckpt.errors import CheckpointNotFound
 from dcp_ckpt.lifecycle.catalogue import step_directories
+from dcp_ckpt.lifecycle.no_run import not_a_run
 from dcp_ckpt.lifecycle.recover import RecoverReport, recover_run
 from dcp_ckpt.lifecycle.runs import read_run
 from dcp_ckpt.storage import open_storage
@@ -26,6 +26,7 @@ __all__ = ["recover_command"]
     type=click.FloatRange(min=0),
     default=CheckpointConfig.recover_wait_seconds,
     show_default=True,
+    metavar="SECONDS",
     help="For writers that still work, before a live owner is taken for one.",
 )
 @checkpoint_command
@@ -34,11 +35,14 @@ def recover_command(run: str, force: bool, wait_seconds: float, as_json: bool) -
 
     Commits attempts that all ranks finished and removes those that never can be a checkpoint. Waits for
     writers that still work, and refuses while a live owner holds the run.
+
+    \b
+    dcp-ckpt recover runs/run-001
     """
     with closing(open_storage(run)) as storage:
         # Recovering claims an epoch: a mistyped path must not become a run by that.
         if read_run(storage) is None and not step_directories(storage):
-            raise CheckpointNotFound("not a run: neither a run.json nor a step directory", path=run)
+            raise not_a_run(storage, run)
         report = recover_run(storage, force=force, wait_seconds=wait_seconds)
     if as_json:
         print_json(asdict(report))
@@ -47,14 +51,9 @@ def recover_command(run: str, force: bool, wait_seconds: float, as_json: bool) -
 
 
 def _print_report(report: RecoverReport) -> None:
-    for title, entries in (
-        ("committed", report.committed),
-        ("debris", report.debris),
-        ("removed", report.removed),
-    ):
+    found = {"committed": report.committed, "never finished": report.debris, "removed": report.removed}
+    for title, entries in found.items():
         for entry in entries:
             click.echo(f"{title} {entry}")
-    click.echo(
-        f"{len(report.committed)} committed, {len(report.debris)} found that cannot be, "
-        f"{len(report.removed)} removed (epoch {report.epoch})"
-    )
+    counts = ", ".join(f"{len(entries)} {title}" for title, entries in found.items())
+    click.echo(f"{counts if any(found.values()) else 'nothing to recover'} (epoch {report.epoch})")

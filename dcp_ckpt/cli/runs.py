@@ -9,12 +9,21 @@ from typing import Any
 
 import click
 
-from dcp_ckpt.cli.output import checkpoint_command, human_bytes, print_json, print_table
+from dcp_ckpt.cli.output import (
+    checkpoint_command,
+    human_bytes,
+    human_time,
+    print_by_reason,
+    print_json,
+    print_table,
+)
 from dcp_ckpt.errors import CheckpointNotFound
 from dcp_ckpt.format.values import encode_value
-from dcp_ckpt.lifecycle.catalogue import Catalogue, CheckpointEntry, read_catalogue
+from dcp_ckpt.lifecycle.catalogue import Catalogue, CheckpointEntry, read_catalogue, step_directories
+from dcp_ckpt.lifecycle.no_run import not_a_run
+from dcp_ckpt.lifecycle.runs import RunParent, read_run
 from dcp_ckpt.lifecycle.suspicion import suspect_reason
-from dcp_ckpt.ops.runs import RunSummary, summarize_runs
+from dcp_ckpt.ops.runs import RunSummary, monitored, summarize_runs
 from dcp_ckpt.storage import open_storage
 
 __all__ = ["list_command", "runs_command"]
@@ -24,21 +33,38 @@ __all__ = ["list_command", "runs_command"]
 @click.argument("base")
 @checkpoint_command
 def runs_command(base: str, as_json: bool) -> None:
-    """List the runs under BASE."""
+    """List the runs under BASE, with their newest and best checkpoints.
+
+    \b
+    dcp-ckpt runs runs
+    dcp-ckpt runs s3://bucket/runs
+    """
     summaries = summarize_runs(base)
     if not summaries:
-        raise CheckpointNotFound("no runs here (no run-NNN directory with a run.json)", path=base)
+        raise _no_runs(base)
     described = [_describe_run(summary) for summary in summaries]
     if as_json:
         print_json({"runs": described})
         return
+    forks = any(run["parent"] for run in described)
     print_table(
-        ("run", "name", "created", "checkpoints", "latest step", "best", "bytes", "host"),
+        (
+            "run",
+            "name",
+            *(["from"] if forks else []),
+            "created (UTC)",
+            "checkpoints",
+            "latest step",
+            "best",
+            "bytes",
+            "host",
+        ),
         [
             (
                 str(run["number"]),
                 run["name"] or "",
-                run["created_at"],
+                *([_origin(run["parent"])] if forks else []),
+                human_time(run["created_at"]),
                 str(run["checkpoints"]),
                 "" if run["latest_step"] is None else str(run["latest_step"]),
                 _best(summary),
@@ -54,24 +80,41 @@ def runs_command(base: str, as_json: bool) -> None:
 @click.argument("run")
 @checkpoint_command
 def list_command(run: str, as_json: bool) -> None:
-    """List the checkpoints of RUN, oldest first, and step directories that are none."""
+    """List the checkpoints of RUN, oldest first, and step directories that are none.
+
+    \b
+    dcp-ckpt list runs/run-001
+    """
     with closing(open_storage(run)) as storage:
         catalogue = read_catalogue(storage)
-    if catalogue.run is None and not catalogue.entries and not catalogue.rejected:
-        raise CheckpointNotFound("not a run: neither a run.json nor a step directory", path=run)
+        if catalogue.run is None and not catalogue.entries and not catalogue.rejected:
+            raise not_a_run(storage, run)
     if as_json:
         print_json(_describe_catalogue(catalogue))
         return
     shares = any(entry.manifest.shared_bytes for entry in catalogue.entries)
-    rows = [_row(entry, catalogue, shares=shares) for entry in catalogue.entries]
+    best = _best_entry(catalogue)
+    rows = [_row(entry, catalogue, best, shares=shares) for entry in catalogue.entries]
     if rows:
         written = ["written"] if shares else []
-        titles = ["step", "directory", "epoch", "created", "world", "bytes", *written]
+        titles = ["step", "directory", "epoch", "created (UTC)", "world", "bytes", *written]
         print_table([*titles, "metrics", "tags", "marks"], rows)
     else:
         click.echo("no checkpoints")
-    for rejected in catalogue.rejected:
-        click.echo(f"not a checkpoint: {rejected.directory}: {rejected.reason}")
+    rejected = [(str(one.directory), one.reason) for one in catalogue.rejected]
+    print_by_reason("not a checkpoint:", rejected)
+
+
+def _best_entry(catalogue: Catalogue) -> CheckpointEntry | None:
+    wanted = monitored(catalogue.run)
+    return catalogue.best(*wanted) if wanted else None
+
+
+def _no_runs(base: str) -> CheckpointNotFound:
+    with closing(open_storage(base)) as storage:
+        if read_run(storage) is not None or step_directories(storage):
+            return CheckpointNotFound(f"this is a run itself: dcp-ckpt list {base}", path=base)
+    return CheckpointNotFound("no runs here (no run-NNN directory with a run.json)", path=base)
 
 
 def _describe_run(summary: RunSummary) -> dict[str, Any]:
@@ -92,15 +135,21 @@ def _describe_run(summary: RunSummary) -> dict[str, Any]:
     }
 
 
+def _origin(parent: RunParent | None) -> str:
+    return "" if parent is None else f"{parent.run}@{parent.step}"
+
+
 def _best(summary: RunSummary) -> str:
     best = summary.best
     return "" if best is None else f"{best.metric}={best.value:.6g} at {best.step}"
 
 
 def _describe_catalogue(catalogue: Catalogue) -> dict[str, Any]:
+    best = _best_entry(catalogue)
     return {
         "run": catalogue.run,
         "latest": str(catalogue.latest.directory) if catalogue.latest else None,
+        "best": str(best.directory) if best else None,
         "checkpoints": [
             {
                 "directory": str(entry.directory),
@@ -129,9 +178,12 @@ def _describe_catalogue(catalogue: Catalogue) -> dict[str, Any]:
     }
 
 
-def _row(entry: CheckpointEntry, catalogue: Catalogue, *, shares: bool) -> tuple[str, ...]:
+def _row(
+    entry: CheckpointEntry, catalogue: Catalogue, best: CheckpointEntry | None, *, shares: bool
+) -> tuple[str, ...]:
     marks = {
         "latest": entry is catalogue.latest,
+        "best": entry is best,
         "bad": entry.is_bad,
         "suspect": entry.is_suspect,
         "pinned": entry.is_pinned,
@@ -140,7 +192,7 @@ def _row(entry: CheckpointEntry, catalogue: Catalogue, *, shares: bool) -> tuple
         str(entry.step),
         str(entry.directory),
         str(entry.epoch),
-        entry.manifest.created_at,
+        human_time(entry.manifest.created_at),
         str(entry.manifest.world_size),
         human_bytes(entry.manifest.total_bytes),
         *([human_bytes(entry.manifest.written_bytes)] if shares else []),

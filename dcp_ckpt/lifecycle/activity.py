@@ -10,7 +10,7 @@ from collections import defaultdict
 from dataclasses import dataclass
 from typing import Literal
 
-from dcp_ckpt.errors import CheckpointNotFound, StorageNotFound
+from dcp_ckpt.errors import StorageNotFound
 from dcp_ckpt.format.documents import decode_document
 from dcp_ckpt.format.epoch import EPOCH_FORMAT, EpochClaim
 from dcp_ckpt.format.names import (
@@ -23,6 +23,7 @@ from dcp_ckpt.format.names import (
     parse_fragment_name,
 )
 from dcp_ckpt.lifecycle.catalogue import Catalogue, RejectedStep, read_catalogue
+from dcp_ckpt.lifecycle.no_run import not_a_run
 from dcp_ckpt.storage.base import Storage
 
 __all__ = ["RankActivity", "RunActivity", "SaveActivity", "read_activity"]
@@ -96,14 +97,16 @@ def read_activity(storage: Storage) -> RunActivity:
     """
     catalogue = read_catalogue(storage)
     if catalogue.run is None and not catalogue.entries and not catalogue.rejected:
-        raise CheckpointNotFound("not a run: neither a run.json nor a step directory", path=storage.url)
+        raise not_a_run(storage, storage.url)
     names = storage.list_names(f"{EPOCHS}/")
     epoch = max((number for name in names if (number := parse_epoch_name(name)) is not None), default=0)
     claim = _claim(storage, epoch) if epoch else None
+    newest = max((entry.manifest.order for entry in catalogue.entries), default=(0, -1))
     saves = [
         save
         for rejected in catalogue.rejected
-        if claim is not None and rejected.is_absent
+        # What is not newer than the newest commit is not under way: it failed, or retention removes it.
+        if claim is not None and rejected.is_absent and (epoch, rejected.directory.step) > newest
         if (save := _save(storage, rejected, claim, catalogue)) is not None
     ]
     latest = catalogue.latest

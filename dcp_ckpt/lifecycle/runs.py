@@ -65,9 +65,9 @@ class RunDocument:
     Args:
         number: 0 for a bare directory whose name is not `run-NNN`.
         config: whatever JSON the training program wants to remember.
-        git: `{"commit": str, "dirty": bool}`, where the start was inside of a git checkout.
+        git: `{"commit": str, "dirty": bool or None}`, where the start was inside of a git checkout.
         versions: package name -> version.
-        command: the program that started it, and its arguments.
+        command: the program that started it, and its arguments, without the secrets among them.
     """
 
     run_id: Identity
@@ -160,7 +160,7 @@ def open_run(
         resume: "auto": the newest run under `base`, or a new one when there is none; "must": the newest run;
             "never": a new run; an int: the run of that number.
         name: of a new run; a run that is continued keeps its own.
-        config: JSON types; recorded in a new run.
+        config: JSON types; recorded in a new run as it is, so leave secrets out.
         parent: where a new run begins from.
 
     Raises:

@@ -19,6 +19,7 @@ from dcp_ckpt.format.fragment import ChunkEntry
 from dcp_ckpt.load.landing import Landing, mark_written
 from dcp_ckpt.load.ranges import READ_BYTES, Piece, Read, cover, pieces_of
 from dcp_ckpt.load.source import Source
+from dcp_ckpt.wording import shown_names
 
 __all__ = ["MOST_READ_BYTES", "ReadPlan", "Request", "Target", "plan_reads", "requests_for"]
 
@@ -130,7 +131,7 @@ class ReadPlan:
         names = sorted({piece.tensor for piece in members if piece.start < stop and start < piece.stop})
         return CorruptCheckpoint(
             f"block {block} (bytes {start} to {stop}) differs from its digest; "
-            f"it holds {', '.join(names) or 'framing'}{self.source.file_note(read.rank, read.file)}",
+            f"it holds {shown_names(names) or 'framing'}{self.source.file_note(read.rank, read.file)}",
             phase="read",
             path=self.source.file_key(read.rank, read.file),
         )
@@ -144,7 +145,9 @@ class ReadPlan:
         names = sorted({piece.tensor for piece in wanted})
         stop = max(piece.stop for piece in wanted)
         note = self.source.file_note(wanted[0].rank, wanted[0].file)
-        return f"; bytes {min(piece.start for piece in wanted)} to {stop} of it hold {', '.join(names)}{note}"
+        return (
+            f"; bytes {min(piece.start for piece in wanted)} to {stop} of it hold {shown_names(names)}{note}"
+        )
 
 
 def requests_for(source: Source, targets: Mapping[str, Target]) -> list[Request]:

@@ -7,6 +7,7 @@ block and serves `dcp_ckpt.ops.checkpoint`; `check_file` collects them all and s
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from dcp_ckpt.errors import CorruptCheckpoint, StorageError, StorageNotFound
@@ -27,7 +28,7 @@ class BadBlock:
     block: int
     start: int
     stop: int
-    error: str | None = None
+    error: StorageError | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +45,7 @@ class FileCheck:
     size_bytes: int
     found_bytes: int | None
     bad_blocks: tuple[BadBlock, ...] = ()
-    error: str | None = None
+    error: StorageError | None = None
 
     @property
     def lost_from(self) -> int:
@@ -100,29 +101,42 @@ def read_verified(storage: Storage, key: str, entry: FileEntry, *, offset: int, 
     return result
 
 
-def check_file(storage: Storage, key: str, size_bytes: int, block_digests: str) -> FileCheck:
+def check_file(
+    storage: Storage,
+    key: str,
+    size_bytes: int,
+    block_digests: str,
+    *,
+    checked: Callable[[int], None] | None = None,
+) -> FileCheck:
     """Compare one data file with its size and its digests; reads every block, two at a time.
 
     Args:
         block_digests: concatenated; empty when they are not known, then only the size is checked.
+        checked: called with the number of bytes of each block that was read, one call at a time, on any
+            thread; what it raises ends the check.
     """
     try:
         found_bytes = storage.size(key)
     except StorageNotFound:
         return FileCheck(key=key, size_bytes=size_bytes, found_bytes=None)
     except StorageError as error:
-        return FileCheck(key=key, size_bytes=size_bytes, found_bytes=None, error=error.message)
+        return FileCheck(key=key, size_bytes=size_bytes, found_bytes=None, error=error)
     blocks = [
         (block, one)
         for block in range(len(block_digests) // DIGEST_DIGITS)
         if (one := _block_range(key, size_bytes, block)).offset + one.num_bytes <= found_bytes
     ]
-    bad = _bad_blocks(storage, blocks, FileEntry(size_bytes=size_bytes, block_digests=block_digests))
+    entry = FileEntry(size_bytes=size_bytes, block_digests=block_digests)
+    bad = _bad_blocks(storage, blocks, entry, checked)
     return FileCheck(key=key, size_bytes=size_bytes, found_bytes=found_bytes, bad_blocks=bad)
 
 
 def _bad_blocks(
-    storage: Storage, blocks: list[tuple[int, ByteRange]], entry: FileEntry
+    storage: Storage,
+    blocks: list[tuple[int, ByteRange]],
+    entry: FileEntry,
+    checked: Callable[[int], None] | None,
 ) -> tuple[BadBlock, ...]:
     seen: dict[int, BadBlock | None] = {}
     lock = threading.Lock()
@@ -133,6 +147,8 @@ def _bad_blocks(
             is_good = digest(data) == entry.block_digest(block)
             with lock:
                 seen[block] = None if is_good else _bad(block, one)
+                if checked is not None:
+                    checked(one.num_bytes)
 
         storage.read_ranges([one for _, one in wanted], consume, concurrency=_CHECK_CONCURRENCY)
 
@@ -145,11 +161,11 @@ def _bad_blocks(
                 try:
                     read([(block, one)])
                 except StorageError as error:
-                    seen[block] = _bad(block, one, error.message)
+                    seen[block] = _bad(block, one, error)
     return tuple(bad for block in sorted(seen) if (bad := seen[block]) is not None)
 
 
-def _bad(block: int, one: ByteRange, error: str | None = None) -> BadBlock:
+def _bad(block: int, one: ByteRange, error: StorageError | None = None) -> BadBlock:
     return BadBlock(block=block, start=one.offset, stop=one.offset + one.num_bytes, error=error)
 
 

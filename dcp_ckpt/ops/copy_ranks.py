@@ -27,6 +27,7 @@ from dcp_ckpt.ops.blocks import check_file
 from dcp_ckpt.ops.touched import FileMap
 from dcp_ckpt.ops.transfer import create_same, transfer
 from dcp_ckpt.storage.base import Storage
+from dcp_ckpt.wording import shown_names
 
 __all__ = ["CopyProgress", "RankCopier"]
 
@@ -136,7 +137,7 @@ class RankCopier:
     def _transfer(self, name: str, entry: FileEntry, file_map: FileMap) -> None:
         def held_in(start: int, stop: int) -> str:
             touched = file_map.touched(start, stop)
-            return ", ".join((*touched.tensors, *touched.values)) or "framing"
+            return shown_names((*touched.tensors, *touched.values)) or "framing"
 
         try:
             transfer(

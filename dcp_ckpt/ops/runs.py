@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from dcp_ckpt.lifecycle.catalogue import Catalogue, read_catalogue
-from dcp_ckpt.lifecycle.runs import Run, list_runs
+from dcp_ckpt.lifecycle.runs import Run, RunDocument, list_runs
 from dcp_ckpt.policies import Mode
 from dcp_ckpt.storage import open_storage
 
-__all__ = ["BestCheckpoint", "RunSummary", "summarize_runs"]
+__all__ = ["BestCheckpoint", "RunSummary", "monitored", "summarize_runs"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,11 +72,19 @@ def _summary(run: Run, catalogue: Catalogue) -> RunSummary:
     )
 
 
-def _best(run: Run, catalogue: Catalogue) -> BestCheckpoint | None:
-    metric, mode = run.document.config.get("monitor"), run.document.config.get("mode")
+def monitored(document: RunDocument | None) -> tuple[str, Mode] | None:
+    """The metric that a run's `config` names as `monitor`, and its `mode`; None where it names none."""
+    config = document.config if document is not None else {}
+    metric, mode = config.get("monitor"), config.get("mode")
     if not isinstance(metric, str) or mode not in ("min", "max"):
         return None
-    entry = catalogue.best(metric, mode)
-    if entry is None:
+    return metric, mode
+
+
+def _best(run: Run, catalogue: Catalogue) -> BestCheckpoint | None:
+    wanted = monitored(run.document)
+    entry = catalogue.best(*wanted) if wanted else None
+    if wanted is None or entry is None:
         return None
+    metric, mode = wanted
     return BestCheckpoint(step=entry.step, metric=metric, mode=mode, value=entry.metrics[metric])

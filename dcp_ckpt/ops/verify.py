@@ -6,8 +6,9 @@ Changes nothing and needs no torch. Called by the command line and by users' own
 
 from __future__ import annotations
 
+import errno
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -19,6 +20,7 @@ from dcp_ckpt.errors import (
     FormatTooNew,
     StorageError,
     StorageNotFound,
+    StorageTransient,
 )
 from dcp_ckpt.format.consistency import chunk_problem
 from dcp_ckpt.format.fragment import Fragment
@@ -27,6 +29,7 @@ from dcp_ckpt.format.names import MANIFEST, data_file_name, fragment_name
 from dcp_ckpt.format.values import decode_value
 from dcp_ckpt.lifecycle.catalogue import read_catalogue
 from dcp_ckpt.lifecycle.commit import check_layouts
+from dcp_ckpt.lifecycle.no_run import not_a_run
 from dcp_ckpt.ops.blocks import FileCheck, check_file
 from dcp_ckpt.ops.checkpoint import read_fragment, read_manifest
 from dcp_ckpt.ops.refs import parse_ref, resolve_ref, split_location
@@ -34,12 +37,35 @@ from dcp_ckpt.ops.stock import StockCheckpoint, open_stock_checkpoint
 from dcp_ckpt.ops.touched import FileMap, Touched
 from dcp_ckpt.storage import open_storage
 from dcp_ckpt.storage.base import Storage
+from dcp_ckpt.wording import shown_names
 
-__all__ = ["Problem", "ProblemKind", "Skipped", "VerifiedCheckpoint", "VerifyReport", "verify"]
+__all__ = [
+    "Problem",
+    "ProblemKind",
+    "Skipped",
+    "VerifiedCheckpoint",
+    "VerifyProgress",
+    "VerifyReport",
+    "verify",
+]
 
 ProblemKind = Literal[
-    "manifest", "fragment", "missing", "truncated", "trailing", "block", "container", "unreadable"
+    "manifest",
+    "fragment",
+    "missing",
+    "truncated",
+    "trailing",
+    "block",
+    "container",
+    "unreadable",
+    "unchecked",
 ]
+"""`unchecked`: nothing is known, since reading was not allowed or the storage did not answer."""
+
+_MOST_NAMES = 10
+
+VerifyProgress = Callable[[int, int], None]
+"""Called as `(done_bytes, total_bytes)` of data files, by one thread at a time."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +95,9 @@ class Problem:
         where += "" if self.start is None else f"bytes {self.start} to {self.stop}: "
         touched = [f"tensor {name}" for name in self.tensors]
         touched += [f"value {name}" for name in self.values]
-        return f"{self.path}: {where}{self.message}" + (f"; touches {', '.join(touched)}" if touched else "")
+        return f"{self.path}: {where}{self.message}" + (
+            f"; touches {shown_names(touched, most=_MOST_NAMES)}" if touched else ""
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,13 +139,19 @@ class VerifyReport:
     def ok(self) -> bool:
         return not self.problems
 
+    @property
+    def is_damaged(self) -> bool:
+        """Something is wrong with what is stored, and not only with reading it."""
+        return any(problem.kind != "unchecked" for problem in self.problems)
 
-def verify(target: str | os.PathLike[str]) -> VerifyReport:
+
+def verify(target: str | os.PathLike[str], *, progress: VerifyProgress | None = None) -> VerifyReport:
     """Check all bytes of one checkpoint or of every checkpoint of a run. Never stops at the first problem.
 
     Args:
         target: a reference as in `open_checkpoint`, or the directory or URL of a run. Of a stock DCP
             checkpoint, which has no digests, only sizes and the structure of containers are checked.
+        progress: told how far it is; what it raises ends it. A stock checkpoint is not told of.
 
     Raises:
         CheckpointNotFound: there is no such checkpoint or run.
@@ -128,52 +162,55 @@ def verify(target: str | os.PathLike[str]) -> VerifyReport:
         root, directory = split_location(os.fspath(target))
         with closing(open_storage(root)) as storage:
             if _exists(storage, f"{directory}/{MANIFEST}"):
-                return _report([_verify_directory(storage, directory)])
+                return _report([_verify_directory(storage, directory, progress)])
         stock = open_stock_checkpoint(target)
         if stock is not None:
             with stock:
                 return _report([_verify_stock(stock)])
-        return _verify_run(target)
+        return _verify_run(target, progress)
     try:
         location = resolve_ref(target)
     except CorruptCheckpoint as error:
         return _report([_unusable(error.path or os.fspath(target), error)])
     with closing(open_storage(location.root)) as storage:
-        return _report([_verify_directory(storage, location.directory)])
+        return _report([_verify_directory(storage, location.directory, progress)])
 
 
 def _report(checked: list[VerifiedCheckpoint]) -> VerifyReport:
     return VerifyReport(checkpoints=tuple(checked))
 
 
-def _verify_run(target: str | os.PathLike[str]) -> VerifyReport:
+def _verify_run(target: str | os.PathLike[str], progress: VerifyProgress | None) -> VerifyReport:
     checked: list[VerifiedCheckpoint] = []
     skipped: list[Skipped] = []
     with closing(open_storage(os.fspath(target))) as storage:
         catalogue = read_catalogue(storage)
         if catalogue.run is None and not catalogue.entries and not catalogue.rejected:
-            raise CheckpointNotFound("neither a checkpoint nor a run", path=os.fspath(target))
+            raise not_a_run(storage, os.fspath(target))
         for rejected in catalogue.rejected:
             if rejected.state == "unreadable" and not rejected.is_too_new:
                 checked.append(_unusable(f"{rejected.directory}/{MANIFEST}", rejected.error))
             else:
                 skipped.append(Skipped(directory=str(rejected.directory), reason=rejected.reason))
+        meter = _Meter(progress, sum(entry.manifest.total_bytes for entry in catalogue.entries))
         for entry in catalogue.entries:
             directory = str(entry.directory)
             try:
-                checked.append(_verify_manifest(storage, directory, entry.manifest))
+                checked.append(_verify_manifest(storage, directory, entry.manifest, meter))
             except CheckpointNotFound as error:
                 skipped.append(Skipped(directory=directory, reason=error.message))
     checked.sort(key=lambda one: one.directory)
     return VerifyReport(checkpoints=tuple(checked), skipped=tuple(skipped))
 
 
-def _verify_directory(storage: Storage, directory: str) -> VerifiedCheckpoint:
+def _verify_directory(
+    storage: Storage, directory: str, progress: VerifyProgress | None
+) -> VerifiedCheckpoint:
     try:
         manifest = read_manifest(storage, directory)
     except CorruptCheckpoint as error:
         return _unusable(f"{directory}/{MANIFEST}", error)
-    return _verify_manifest(storage, directory, manifest)
+    return _verify_manifest(storage, directory, manifest, _Meter(progress, manifest.total_bytes))
 
 
 def _verify_stock(stock: StockCheckpoint) -> VerifiedCheckpoint:
@@ -192,12 +229,38 @@ def _verify_stock(stock: StockCheckpoint) -> VerifiedCheckpoint:
 
 
 def _unusable(path: str, error: CheckpointError) -> VerifiedCheckpoint:
-    problem = Problem(kind="manifest", path=path, message=error.message)
+    kind: ProblemKind = _kind(error) if isinstance(error, StorageError) else "manifest"
+    problem = Problem(kind=kind, path=path, message=error.message)
     directory = path.removesuffix(f"/{MANIFEST}")
     return VerifiedCheckpoint(directory=directory, step=None, num_files=0, num_bytes=0, problems=(problem,))
 
 
-def _verify_manifest(storage: Storage, directory: str, manifest: Manifest) -> VerifiedCheckpoint:
+class _Meter:
+    """How far a check is. A file counts as done after its check, however much of it could be read."""
+
+    def __init__(self, progress: VerifyProgress | None, total_bytes: int) -> None:
+        self._progress = progress
+        self._total_bytes = total_bytes
+        self._done_bytes = self._ended_bytes = 0
+
+    def read(self, num_bytes: int) -> None:
+        """So many bytes more of the file were checked."""
+        self._done_bytes += num_bytes
+        self._tell()
+
+    def ended(self, size_bytes: int) -> None:
+        """The check of a file of this size is over."""
+        self._done_bytes = self._ended_bytes = self._ended_bytes + size_bytes
+        self._tell()
+
+    def _tell(self) -> None:
+        if self._progress is not None:
+            self._progress(self._done_bytes, self._total_bytes)
+
+
+def _verify_manifest(
+    storage: Storage, directory: str, manifest: Manifest, meter: _Meter
+) -> VerifiedCheckpoint:
     """Check everything that a valid manifest names.
 
     Raises:
@@ -206,7 +269,7 @@ def _verify_manifest(storage: Storage, directory: str, manifest: Manifest) -> Ve
     problems: list[Problem] = []
     fragments: list[Fragment] = []
     for rank in range(manifest.world_size):
-        problems.extend(_check_rank(storage, directory, manifest, rank, fragments))
+        problems.extend(_check_rank(storage, directory, manifest, rank, fragments, meter))
     if len(fragments) == manifest.world_size:
         problems.extend(_check_tables(directory, fragments))
     lost = any(problem.kind == "missing" for problem in problems)
@@ -222,7 +285,12 @@ def _verify_manifest(storage: Storage, directory: str, manifest: Manifest) -> Ve
 
 
 def _check_rank(
-    storage: Storage, directory: str, manifest: Manifest, rank: int, fragments: list[Fragment]
+    storage: Storage,
+    directory: str,
+    manifest: Manifest,
+    rank: int,
+    fragments: list[Fragment],
+    meter: _Meter,
 ) -> Iterator[Problem]:
     """Check one rank's fragment, which is added to `fragments`, and its data files."""
     key = f"{directory}/{fragment_name(rank, manifest.attempt_id)}"
@@ -233,7 +301,7 @@ def _check_rank(
     except StorageNotFound:
         yield Problem(kind="missing", path=key, message="the fragment is missing")
     except StorageError as error:
-        yield Problem(kind="unreadable", path=key, message=error.message)
+        yield Problem(kind=_kind(error), path=key, message=error.message)
     except (CorruptCheckpoint, FormatTooNew) as error:
         yield Problem(kind="fragment", path=key, message=error.message)
     for index, size_bytes in enumerate(manifest.fragments[rank].file_bytes):
@@ -241,7 +309,8 @@ def _check_rank(
         # Without its fragment a file's blocks have no digests, but its size is in the manifest.
         entry = fragment.files[index] if fragment and index < len(fragment.files) else None
         digests = entry.block_digests if entry and entry.size_bytes == size_bytes else ""
-        check = check_file(storage, f"{directory}/{name}", size_bytes, digests)
+        check = check_file(storage, f"{directory}/{name}", size_bytes, digests, checked=meter.read)
+        meter.ended(size_bytes)
         yield from _describe(check, FileMap(fragment, index), note="" if entry is None else entry.shared_note)
 
 
@@ -278,8 +347,8 @@ def _describe(check: FileCheck, file_map: FileMap, *, note: str) -> Iterator[Pro
 def _problems_of(check: FileCheck, file_map: FileMap) -> Iterator[Problem]:
     size_bytes = check.size_bytes
     if check.found_bytes is None:
-        message = f"the file is {'missing' if check.error is None else 'unreadable: ' + check.error}"
-        kind: ProblemKind = "missing" if check.error is None else "unreadable"
+        kind: ProblemKind = "missing" if check.error is None else _kind(check.error)
+        message = f"the file is {'missing' if check.error is None else f'{kind}: {check.error.message}'}"
         yield _located(kind, check.key, message, None, (0, size_bytes), file_map)
         return
     if check.found_bytes > size_bytes:
@@ -289,9 +358,14 @@ def _problems_of(check: FileCheck, file_map: FileMap) -> Iterator[Problem]:
         message = f"truncated: {check.found_bytes} of {size_bytes} bytes"
         yield _located("truncated", check.key, message, None, (check.lost_from, size_bytes), file_map)
     for bad in check.bad_blocks:
-        message = "differs from its digest" if bad.error is None else f"unreadable: {bad.error}"
-        kind = "block" if bad.error is None else "unreadable"
+        kind = "block" if bad.error is None else _kind(bad.error)
+        message = "differs from its digest" if bad.error is None else f"{kind}: {bad.error.message}"
         yield _located(kind, check.key, message, bad.block, (bad.start, bad.stop), file_map)
+
+
+def _kind(error: StorageError) -> ProblemKind:
+    says_nothing = isinstance(error, StorageTransient) or error.errno in (errno.EACCES, errno.EPERM)
+    return "unchecked" if says_nothing else "unreadable"
 
 
 def _located(

@@ -13,7 +13,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from dcp_ckpt.cli.main import cli
-from dcp_ckpt.cli.output import exit_code, human_bytes
+from dcp_ckpt.cli.output import column_widths, exit_code, human_bytes, print_table, printable, short_json_pair
 from dcp_ckpt.errors import (
     CheckpointNotFound,
     ConfigError,
@@ -25,7 +25,7 @@ from dcp_ckpt.errors import (
 )
 from dcp_ckpt.format.names import StepDir
 from dcp_ckpt.lifecycle.marks import write_mark
-from dcp_ckpt.lifecycle.runs import open_run
+from dcp_ckpt.lifecycle.runs import RunParent, open_run
 from dcp_ckpt.storage import open_storage
 from dcp_ckpt.testing.tiny import write_tiny_checkpoint
 
@@ -63,9 +63,9 @@ def as_json(*arguments: str | Path, code: int = 0) -> Any:
 def test_list_golden(base: Path) -> None:
     result = invoke("list", base / "run-001")
     assert result.exit_code == 0
-    created = "2026-01-01T00:00:00.000000Z"
+    created = "2026-01-01 00:00:00"
     assert result.stdout.splitlines() == [
-        f"step  directory      epoch  created{' ' * 20}  world  bytes     metrics        tags  marks",
+        f"step  directory      epoch  created (UTC){' ' * 6}  world  bytes     metrics        tags  marks",
         f"10    step-00000010  1      {created}  2      12.0 KiB  loss=0.25      t     pinned",
         f"20    step-00000020  1      {created}  2      12.0 KiB  loss=0.333333        latest",
         f"30    step-00000030  1      {created}  2      12.0 KiB  loss=nan             bad",
@@ -111,6 +111,7 @@ def test_runs(base: Path) -> None:
         "run",
         "name",
         "created",
+        "(UTC)",
         "checkpoints",
         "latest",
         "step",
@@ -187,7 +188,7 @@ def test_recover_commits_what_was_finished(base: Path) -> None:
     assert as_json("list", base / "run-001")["latest"] == "step-00000040"
     again = invoke("recover", base / "run-001")
     assert again.exit_code == 0
-    assert again.stdout.startswith("0 committed, 0 found")
+    assert again.stdout.startswith("nothing to recover (epoch ")
 
 
 @pytest.mark.parametrize("command", ["list", "recover", "runs", "verify", "inspect"])
@@ -202,6 +203,50 @@ def test_what_does_not_exist_is_exit_3_and_is_not_made(tmp_path: Path, command: 
     assert document["error"]["type"] == "CheckpointNotFound"
     assert document["error"]["exit_code"] == 3
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "answer"),
+    [
+        (("list", "{base}"), "not a run, but a directory of runs: name one of them, as {base}/run-002 "),
+        (("recover", "{base}/run-001/step-00000010"), "not a run, but a checkpoint: name the run around it "),
+        (("watch", "{base}/none"), "not a run: nothing is there "),
+        (("runs", "{base}/run-001"), "this is a run itself: dcp-ckpt list {base}/run-001 "),
+    ],
+)
+def test_what_is_no_run_is_told_with_what_it_is(base: Path, arguments: list[str], answer: str) -> None:
+    result = invoke(*(argument.format(base=base) for argument in arguments))
+    assert result.exit_code == 3
+    assert answer.format(base=base) in result.stderr
+
+
+def test_a_name_that_matches_nothing_is_no_empty_table(base: Path) -> None:
+    result = invoke("inspect", f"{base}/run-001@10", "--key", "nope*")
+    assert (result.exit_code, result.stdout) == (5, "")
+    assert "key 'nope*' matches nothing; the checkpoint holds model.bias, " in result.stderr
+
+
+def test_the_best_checkpoint_is_marked_and_forks_say_where_they_come_from(tmp_path: Path) -> None:
+    run = open_run(tmp_path, config={"monitor": "loss", "mode": "min"})
+    storage = open_storage(run.path)
+    for step, loss in ((10, 0.1), (20, 0.2)):
+        write_tiny_checkpoint(storage, step=step, run_id=run.run_id, metrics={"loss": loss})
+    marks = [line.split()[-1] for line in invoke("list", run.path).stdout.splitlines()]
+    assert marks == ["marks", "best", "latest"]
+    assert as_json("list", run.path)["best"] == "step-00000010"
+    assert "from" not in invoke("runs", tmp_path).stdout
+    parent = RunParent(run="run-001", run_id=run.run_id, epoch=1, step=10)
+    open_run(tmp_path, resume="never", parent=parent)
+    assert "run-001@10" in invoke("runs", tmp_path).stdout
+
+
+def test_values_that_differ_late_are_shown_where_they_differ() -> None:
+    history = [number / 7 for number in range(20)]
+    a, b = short_json_pair(history, [*history, 0.5])
+    assert a != b
+    assert max(len(a), len(b)) <= 60
+    assert b.endswith(",0.5]")
+    assert short_json_pair(1, [2]) == ("1", "[2]")
 
 
 def test_corrupt_is_exit_4(base: Path) -> None:
@@ -300,8 +345,25 @@ def test_a_terminal_gets_a_drawn_table(base: Path) -> None:
     finally:
         os.close(terminal)
         os.close(reader)
-    assert "┃" in shown
+    assert "───" in shown
     assert "step-00000020" in shown
+
+
+def test_names_do_not_steer_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    print_table(("name",), [("\x1b[2J",)])
+    assert capsys.readouterr().out == "name\n\\x1b[2J\n"
+    assert printable("model.é.weight 重み") == "model.é.weight 重み"
+    assert printable("a\x1b[2Jb\nc\u202e") == "a\\x1b[2Jb\\nc\\u202e"
+
+
+def test_tables_fold_long_cells_and_never_cut_them() -> None:
+    lines = [("tensor", "time", "n"), ("a" * 40, "2026-01-01 00:00:00", "12 of 12"), ("b", "", "")]
+    natural = [40, 19, 8]
+    assert column_widths(lines, 200) == natural
+    assert column_widths(lines, sum(natural) + 6) == natural
+    assert column_widths(lines, 60) == [36, 10, 8]  # times at the space, names anywhere, short cells never
+    assert column_widths(lines, 20) == [24, 10, 8]  # the terminal breaks what is longer
+    assert column_widths([("a", "b")], 80) == [1, 1]
 
 
 def test_the_shell_completes_commands_and_options() -> None:

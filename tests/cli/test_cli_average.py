@@ -18,15 +18,14 @@ def test_it_says_what_is_where(run: Path, tmp_path: Path) -> None:
     out = tmp_path / "runs/run-002"
     result = invoke("average", run, "--last", "2", "--weights", "1,3", "--out", out, "--step", "0")
     assert result.exit_code == 0, result.output
-    first, *rows, told, optimizer, ranks = result.stdout.splitlines()
+    first, *rows, told, newest, optimizer, ranks = result.stdout.splitlines()
     assert first.split() == ["checkpoint", "step", "weight"]
     assert [row.split() for row in rows] == [
         [f"{run}/step-00000040", "40", "0.25"],
         [f"{run}/step-00000050", "50", "0.75"],
     ]
-    assert told == (
-        f"averaged 3 tensors to {out}/step-00000000: 4.0 KiB; 1 tensors and 0 values of {run}/step-00000050"
-    )
+    assert told == f"averaged 3 tensors to {out}/step-00000000: 4.0 KiB"
+    assert newest == f"copied from {run}/step-00000050: 1 tensor (not floating), 0 values"
     assert (optimizer, ranks) == ("left out: 3 of an optimizer", "left out: 1 of single ranks")
 
 

@@ -7,8 +7,13 @@ from __future__ import annotations
 
 import json
 import os
+import pty
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -17,6 +22,7 @@ from torch.distributed.tensor import DTensor
 from launch.data import read_corpus
 from launch.options import Options, parse_options
 from launch.parallel import Topology, arrange
+from launch.runs import choose_run
 from launch.train import build, load_text, train, train_step
 
 __all__ = [
@@ -24,6 +30,7 @@ __all__ = [
     "EVERYTHING",
     "SMALL",
     "SMALL_CORPUS_BYTES",
+    "chosen",
     "events",
     "gradients",
     "steps",
@@ -40,6 +47,30 @@ EVERYTHING = ("--dropout", "0.1", "--amp", "fp16", "--grad-accum", "2", "--worke
 
 SMALL_CORPUS_BYTES = 4480
 """62 samples: an epoch is six batches and one of two samples, fewer than there are ranks."""
+
+
+def chosen(directory: str, answer: str | None, *flags: str) -> tuple[int, bool, int | None]:
+    """The run that a start chooses: its number, whether it is new, and the step that it begins from.
+
+    Args:
+        answer: what is typed on the terminal of rank 0; None: there is no terminal.
+    """
+    options = parse_options(["--run-dir", f"{directory}/runs", *flags])
+    with _terminal(answer) as terminal, patch.object(sys, "stdin", terminal):
+        run = choose_run(options, {"lr": 0.1}, rank=dist.get_rank())
+    parent = run.document.parent
+    return run.number, run.is_new, parent.step if parent else None
+
+
+@contextmanager
+def _terminal(answer: str | None) -> Iterator[TextIO | None]:
+    if answer is None or dist.get_rank() != 0:
+        yield None
+        return
+    ours, theirs = pty.openpty()
+    with open(ours, "wb", buffering=0) as keyboard, open(theirs) as terminal:
+        keyboard.write(answer.encode())
+        yield terminal
 
 
 def trained_compiled(cache: str, *arguments: Any) -> None:

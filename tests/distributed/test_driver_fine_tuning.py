@@ -1,13 +1,17 @@
-"""Fine-tuning with the driver: from a run's newest checkpoint, in a run of its own, the base unchanged."""
+"""Runs that begin from others, on several ranks: fine-tuning, which leaves its base unchanged, and forks."""
 
 from __future__ import annotations
+
+from contextlib import closing
 
 import pytest
 import torch
 
-from dcp_ckpt import export, list_runs, open_checkpoint
+from dcp_ckpt import export, list_runs, open_checkpoint, open_run
 from dcp_ckpt.errors import StateMismatch
-from tests.distributed.driver import SMALL_CORPUS_BYTES, events, steps, trained
+from dcp_ckpt.storage import open_storage
+from dcp_ckpt.testing.tiny import write_tiny_checkpoint
+from tests.distributed.driver import SMALL_CORPUS_BYTES, chosen, events, steps, trained
 
 pytestmark = pytest.mark.distributed
 
@@ -79,3 +83,22 @@ def test_a_fine_tuning_that_died_before_its_first_save_begins_from_its_base_agai
     assert first == again
     base, tuned = (weights(str(tmp_path / f"runs/run-00{number}@latest")) for number in (1, 2))
     assert all(torch.equal(tuned[key], base[key]) for key in base)
+
+
+def test_an_answer_and_a_fork_choose_one_run_on_all_ranks(pool, tmp_path):
+    run = open_run(tmp_path / "runs")
+    with closing(open_storage(run.path)) as storage:
+        for save, step in ((1, 2), (2, 4)):
+            write_tiny_checkpoint(storage, step=step, save=save, run_id=run.run_id)
+
+    def choice(num_ranks, answer, *flags):
+        (one,) = set(pool.run(chosen, num_ranks, str(tmp_path), answer, *flags))
+        return one
+
+    first = ("--run-number", "1", "--resume")
+    assert choice(2, "y\n", *first, "ask") == (1, False, None)
+    assert choice(4, "yes\n", *first, "ask") == (1, False, None)
+    assert choice(2, "\n", *first, "ask") == (2, True, None)
+    assert choice(4, None, *first, "ask") == (3, True, None)
+    assert choice(2, None, "--resume", f"{run.path}@4") == (1, False, None)
+    assert choice(4, None, "--resume", f"{run.path}@2") == (4, True, 2)

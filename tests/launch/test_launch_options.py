@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
 from launch.model import MODEL_SIZES
-from launch.options import parse_options
+from launch.options import _NAMES_ELSEWHERE, Options, parse_options
 
 
 @pytest.mark.parametrize(
@@ -19,6 +20,11 @@ from launch.options import parse_options
         (["--save-top-k", "3"], "--keep-best"),
         (["--interval", "3"], "--save-every"),
         (["--checkpoint-dir", "x"], "--run-dir"),
+        (["--keep_latest_k", "3"], "--keep-last"),
+        (["--checkpoint.keep_latest_k", "3"], "--keep-last"),
+        (["--checkpoint.interval=500"], "--save-every"),
+        (["--save_every", "3"], "--save-every"),
+        (["--every_n_epochs", "2"], "--save-strategy epoch --save-every"),
     ],
 )
 def test_flags_of_other_trainers_are_answered_with_their_name_here(arguments, here, capsys):
@@ -27,6 +33,19 @@ def test_flags_of_other_trainers_are_answered_with_their_name_here(arguments, he
     assert stopped.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.endswith(f"it is called {here}")
+
+
+def test_a_slip_is_answered_with_the_nearest_flag(capsys):
+    with pytest.raises(SystemExit):
+        parse_options(["--save-evry", "3"])
+    assert capsys.readouterr().err.endswith("did you mean --save-every?\n")
+
+
+def test_what_flags_are_called_elsewhere_is_answered_with_flags_that_exist():
+    own = {f"--{field.name.replace('_', '-')}" for field in fields(Options)}
+    for here in _NAMES_ELSEWHERE:
+        assert {word.strip(",") for word in here.split() if word.startswith("--")} <= own
+    assert not {f"--{name}" for names in _NAMES_ELSEWHERE.values() for name in names} & own
 
 
 def test_a_checkpoint_to_resume_from():
@@ -55,6 +74,13 @@ def test_a_checkpoint_to_resume_from():
         ["--grad-accum", "0"],
         ["--workers", "-1"],
         ["--lora-rank", "0"],
+        ["--dropout", "1"],
+        ["--lr", "nan"],
+        ["--lr", "0"],
+        ["--seed", "-1"],
+        ["--keep-every", "-1"],
+        ["--keep-best", "x"],
+        ["--save-strategy", "no", "--export-final", "out"],
     ],
 )
 def test_wrong_flag_is_refused_in_one_line_of_one_rank(arguments, capsys):
@@ -71,6 +97,9 @@ def test_defaults_need_no_flag():
     assert all(options.batch_size % world_size == 0 for world_size in (1, 2, 3, 4, 5, 6, 8))
     assert options.model_size in MODEL_SIZES
     assert options.saves
+    assert options.save_every == 50
+    assert parse_options(["--save-strategy", "epoch"]).save_every == 1
+    assert parse_options(["--save-strategy", "epoch", "--save-every", "2"]).save_every == 2
     assert options.overlap == "step"
     assert parse_options(["--overlap", "off"]).overlap == "off"
 
@@ -82,10 +111,14 @@ def test_bare_amp_means_bfloat16():
 
 
 def test_options_are_recorded_as_json():
-    options = parse_options(["--log-json", "logs/a.jsonl", "--save-strategy", "no"])
-    assert not options.saves
+    options = parse_options(["--log-json", "logs/a.jsonl", "--save-at", "3", "5"])
+    assert not parse_options(["--save-strategy", "no"]).saves
     assert options.log_json == Path("logs/a.jsonl")
-    assert json.loads(json.dumps(options.as_json()))["log_json"] == "logs/a.jsonl"
+    recorded = options.as_json()
+    assert recorded["log_json"] == "logs/a.jsonl"
+    for each in (recorded, parse_options([]).as_json()):
+        # Else a start that changes nothing would seem to change it.
+        assert json.loads(json.dumps(each)) == each
 
 
 def test_every_model_size_can_be_chosen():

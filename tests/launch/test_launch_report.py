@@ -10,7 +10,7 @@ import torch
 from dcp_ckpt import CheckpointInfo, LoadReport, SaveHandle, errors
 from dcp_ckpt.load.report import RejectedCheckpoint
 from launch.data import Batch
-from launch.report import Reporter, exit_code, samples_digest
+from launch.report import Reporter, exit_code, print_runs, samples_digest
 
 
 def batch(*sample_ids: int) -> Batch:
@@ -130,3 +130,14 @@ def test_a_resume_tells_all_that_was_not_simply_restored(capsys):
         "  scaler: skipped",
         "  a note",
     ]
+
+
+def test_a_log_that_cannot_be_written_is_wrong_usage(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(errors.ConfigError, match="--log-json: cannot write there"):
+        Reporter(rank=0, log_json=tmp_path / "file" / "log.jsonl")
+
+
+def test_no_runs_are_told_in_words(tmp_path, capsys):
+    print_runs(str(tmp_path))
+    assert capsys.readouterr().out == f"no runs under {tmp_path}\n"

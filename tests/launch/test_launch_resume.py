@@ -13,8 +13,12 @@ from typing import Any
 
 import pytest
 
-from dcp_ckpt import CheckpointConfig, Checkpointer, list_runs
+from dcp_ckpt import CheckpointConfig, Checkpointer, list_runs, open_run
 from dcp_ckpt.errors import ConfigError
+from dcp_ckpt.storage import open_storage
+from dcp_ckpt.testing.tiny import write_tiny_checkpoint
+from launch import runs
+from launch.options import parse_options
 from launch.train import main
 
 TRAIN = Path(__file__).resolve().parents[2] / "launch" / "train.py"
@@ -52,7 +56,9 @@ def test_a_named_checkpoint_is_continued_or_forked(tmp_path, capsys):
     # With another learning rate, told; nothing that would falsify it, and no run is left behind then.
     capsys.readouterr()
     assert start(tmp_path, "--steps", "5", "--resume", f"{run}@4", "--lr", "0.01") == 0
-    assert "lr 0.001 -> 0.01" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "lr 0.001 -> 0.01" in told
+    assert "this run begins from step 4 of run-001" in told
     assert start(tmp_path, "--steps", "5", "--resume", f"{run}@4", "--seed", "3") == 5
     assert numbers(tmp_path) == [1, 2, 3]
     with Checkpointer(tmp_path / "runs" / "run-001", config=CheckpointConfig()) as checkpointer:
@@ -96,6 +102,26 @@ def test_ask(tmp_path, answer, expected):
         os.close(ours)
     assert "Resume from step 2? [y/N]" in finished.stdout
     assert numbers(tmp_path) == expected
+
+
+def test_a_question_that_nobody_answers_does_not_hold_up_the_ranks(tmp_path, monkeypatch, capsys):
+    run = open_run(tmp_path)
+    write_tiny_checkpoint(open_storage(run.path), step=2, run_id=run.run_id)
+    monkeypatch.setattr(runs, "_ANSWER_SECONDS", 0.05)
+    ours, theirs = pty.openpty()
+    with open(ours, "rb", buffering=0), open(theirs) as terminal:
+        monkeypatch.setattr(sys, "stdin", terminal)
+        chosen = runs.choose_run(parse_options(["--run-dir", str(tmp_path), "--resume", "ask"]), {}, rank=0)
+    assert chosen.is_new
+    assert "Resume from step 2? [y/N] no answer" in capsys.readouterr().out
+
+
+def test_ctrl_c_before_there_is_anything_to_save_is_no_traceback(tmp_path, monkeypatch):
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("launch.train.train", interrupted)
+    assert start(tmp_path) == 130
 
 
 @pytest.mark.parametrize(

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from dcp_ckpt.errors import CheckpointNotFound, ConfigError, CorruptCheckpoint
+from dcp_ckpt.lifecycle import provenance
 from dcp_ckpt.lifecycle.provenance import git_state, package_versions
 from dcp_ckpt.lifecycle.runs import RunParent, ensure_run, list_runs, open_run, read_run
 from dcp_ckpt.storage import open_storage
@@ -134,6 +138,46 @@ def test_provenance_of_a_checkout(tmp_path: Path) -> None:
     assert clean["dirty"] is False
     (tmp_path / "file").write_text("2")
     assert git_state(str(tmp_path)) == clean | {"dirty": True}
+
+
+@pytest.mark.parametrize(
+    ("script", "state"),
+    [
+        ("exec sleep 60", None),
+        ('case "$*" in *rev-parse*) echo abc;; *) exec sleep 60;; esac', {"commit": "abc", "dirty": None}),
+        ("exit 128", None),
+        ("printf '\\377'", None),
+    ],
+)
+def test_a_git_that_hangs_or_fails_holds_up_nobody(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str, state: dict[str, Any] | None
+) -> None:
+    git = tmp_path / "git"
+    git.write_text(f"#!/bin/sh\n{script}\n")
+    git.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr(provenance, "_GIT_TIMEOUT_SECONDS", 0.2)
+    started = time.monotonic()
+    assert git_state() == state
+    assert time.monotonic() - started < 30
+
+
+def test_a_git_that_cannot_even_be_killed_holds_up_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    stuck = threading.Event()
+    monkeypatch.setattr(provenance, "_git", lambda *_: stuck.wait(60))
+    monkeypatch.setattr(provenance, "_GIT_PATIENCE_SECONDS", 0.05)
+    assert git_state() is None
+    stuck.set()
+
+
+def test_the_command_is_recorded_without_its_secrets_whatever_its_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["train.py", "--hf-token", "abc", "caf\udce9", "--lr", "0.1"])
+    run = open_run(tmp_path)
+    document = read_run(open_storage(run.path))
+    assert document is not None
+    assert document.command == ["train.py", "--hf-token", "<redacted>", "caf?", "--lr", "0.1"]
 
 
 def test_versions_need_no_import() -> None:

@@ -48,7 +48,7 @@ def test_an_unreadable_block_does_not_hide_a_damaged_one_behind_it(tmp_path: Pat
         file.seek(3 * BLOCK_BYTES)
         file.write(b"\xff")
     check = check_file(BadSector(tmp_path), "file", SIZE, entry.block_digests)
-    assert [(bad.block, bad.error) for bad in check.bad_blocks] == [
+    assert [(bad.block, bad.error and bad.error.message) for bad in check.bad_blocks] == [
         (1, "cannot read: Input/output error"),
         (3, None),
     ]

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from dcp_ckpt.errors import CheckpointNotFound, FormatTooNew
+from dcp_ckpt.errors import CheckpointNotFound, FormatTooNew, StorageError, StorageTransient
 from dcp_ckpt.format.digests import BLOCK_BYTES
 from dcp_ckpt.format.fragment import Fragment
 from dcp_ckpt.ops.checkpoint import open_checkpoint
 from dcp_ckpt.ops.touched import FileMap
 from dcp_ckpt.ops.verify import Problem, verify
-from dcp_ckpt.storage import open_storage
+from dcp_ckpt.storage import Storage, open_storage
+from dcp_ckpt.storage.base import ByteRange
+from dcp_ckpt.storage.forwarding import ForwardingStorage
 from dcp_ckpt.testing.tiny import write_tiny_checkpoint
+from tests.cli.commands import invoke
 
 DATA_0 = "__0_0.e0001-s000001.distcp"
 DATA_1 = "__1_0.e0001-s000001.distcp"
@@ -227,6 +233,58 @@ def test_a_directory_in_place_of_a_file_does_not_stop_the_rest(step: Path) -> No
     kinds = [problem.kind for problem in problems(step)]
     assert kinds[-1] == "block"
     assert len(kinds) == 2
+
+
+class Denied(ForwardingStorage):
+    """Nobody may read anything but the manifest and the fragments."""
+
+    def __init__(self, inner: Storage, error: StorageError) -> None:
+        super().__init__(inner)
+        self._error = error
+
+    def read_ranges(self, ranges: Sequence[ByteRange], *_: Any, **__: Any) -> None:
+        raise self._error
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (StorageError("denied", errno=errno.EACCES), "unchecked"),
+        (StorageTransient("slow down"), "unchecked"),
+        (StorageError("bad disk", errno=errno.EIO), "unreadable"),
+    ],
+)
+def test_what_may_not_be_read_is_told_apart_from_damage(
+    step: Path, monkeypatch: pytest.MonkeyPatch, error: StorageError, kind: str
+) -> None:
+    monkeypatch.setattr(
+        sys.modules[verify.__module__], "open_storage", lambda url: Denied(open_storage(url), error)
+    )
+    report = verify(step)
+    assert {problem.kind for problem in report.problems} == {kind}
+    assert not report.ok
+    assert report.is_damaged == (kind == "unreadable")
+    assert invoke("verify", step).exit_code == (4 if kind == "unreadable" else 1)
+
+
+def test_progress_reaches_all_bytes_whatever_is_wrong(step: Path) -> None:
+    total = sum(path.stat().st_size for path in step.glob("*.distcp"))
+    (step / DATA_0).unlink()
+    flip(step / DATA_1, 0)
+    for target in (step, step.parent):
+        told: list[tuple[int, int]] = []
+        verify(target, progress=lambda done, of, told=told: told.append((done, of)))  # type: ignore[misc]
+        assert {of for _, of in told} == {total}
+        assert [done for done, _ in told] == sorted(done for done, _ in told)
+        assert told[-1][0] == total
+        assert len(told) > 3  # by blocks, not by files
+
+
+def test_a_long_list_of_names_is_cut_in_text_only() -> None:
+    names = tuple(f"tensor{number:02}" for number in range(30))
+    problem = Problem(kind="block", path="file", message="differs", tensors=names)
+    assert str(problem).endswith("tensor tensor09 and 20 more")
+    assert problem.tensors == names
 
 
 def test_bytes_are_traced_back_to_names(step: Path) -> None:

@@ -129,7 +129,10 @@ def _load(path: str) -> Any:
             path=path,
         ) from error
     except (RuntimeError, ValueError, TypeError, LookupError, EOFError, AttributeError) as error:
-        raise CorruptCheckpoint(f"not a torch.save file: {error}", phase="read", path=path) from error
+        why = f"{type(error).__name__}: {error}"
+        raise CorruptCheckpoint(
+            f"neither a safetensors nor a torch.save file that can be read ({why})", phase="read", path=path
+        ) from error
 
 
 def _leaves(path: tuple[str, ...], value: Any) -> Iterator[tuple[tuple[str, ...], Any]]:
