@@ -1,4 +1,4 @@
-"""The pages of the documentation, and the blocks of code in them, for the tests that hold them to what is there."""
+"""The pages of the documentation and the blocks of code in them, for the tests that hold them to what is so."""
 
 from __future__ import annotations
 
@@ -22,21 +22,25 @@ _FENCE = re.compile(r"^```(\w*)\n(.*?)^```", flags=re.MULTILINE | re.DOTALL)
 
 @dataclass(frozen=True)
 class Block:
-    """A fenced block. `language` is what stands behind its fence, `first_line` names it."""
+    """A fenced block: the page and line of its fence, what stands behind that, and what is in it."""
 
     page: str
+    line: int
     language: str
     text: str
 
-    @property
-    def first_line(self) -> str:
-        return self.text.partition("\n")[0]
+    def __str__(self) -> str:
+        return f"{self.page}:{self.line}"
 
 
 def blocks_of(page: str, language: str | None = None) -> list[Block]:
     """The blocks of a page, of one language or of all."""
-    found = _FENCE.findall((ROOT / page).read_text())
-    return [Block(page, own, text) for own, text in found if language in (None, own)]
+    source = (ROOT / page).read_text()
+    found = [
+        Block(page, source.count("\n", 0, match.start()) + 1, match[1], match[2])
+        for match in _FENCE.finditer(source)
+    ]
+    return [block for block in found if language in (None, block.language)]
 
 
 def pages_with(language: str) -> list[str]:

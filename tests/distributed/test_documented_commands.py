@@ -1,4 +1,4 @@
-"""Every command of every page runs: as it stands where it can, on a small world where it names a large one."""
+"""Every command of every page runs: as it stands, or on a small world where it names a large one."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import re
 import shlex
 import shutil
 from collections.abc import Mapping
+from contextlib import chdir
 from pathlib import Path
 
 import pytest
@@ -19,8 +20,8 @@ from launch.options import parse_options
 from launch.parallel import Topology
 from launch.train import build, load_text, train_step
 from tests.cli.commands import invoke
-from tests.distributed.driver import SMALL, SMALL_CORPUS_BYTES, events, trained
-from tests.pages import Block, blocks_of, commands_in, pages_with
+from tests.distributed.driver import SMALL, SMALL_CORPUS_BYTES, trained
+from tests.pages import Block, blocks_of, commands_in, pages_with, prose_of
 
 pytestmark = pytest.mark.distributed
 
@@ -81,17 +82,40 @@ def add_sources(directory: Path) -> None:
     export(f"{directory}/runs/run-001@latest", directory / "model")
     with open_checkpoint(f"{directory}/runs/run-001@latest") as checkpoint:
         weights = {name: checkpoint.read_tensor(name) for name in checkpoint.tensors if "model." in name}
-    torch.save({name.removeprefix("model."): weight for name, weight in weights.items()}, directory / "pytorch_model.bin")
+    torch.save(
+        {name.removeprefix("model."): weight for name, weight in weights.items()},
+        directory / "pytorch_model.bin",
+    )
     dcp.save(weights, checkpoint_id=directory / "old" / "step-1000")
 
 
-def start_driver(environment: dict[str, str], directory: str, *flags: str) -> None:
+def start(environment: dict[str, str], directory: str, script: str, *flags: str) -> None:
+    """What torchrun starts on every rank: the driver, or the example of a page that calls itself `run.py`."""
     os.environ.update(environment)
-    trained(directory, SMALL_CORPUS_BYTES, *TRAINING, *flags)
+    if script == "launch/train.py":
+        trained(directory, SMALL_CORPUS_BYTES, *TRAINING, *flags)
+    else:
+        with chdir(directory):
+            exec(compile(example_called(script), script, "exec"), {})
 
 
-@pytest.mark.parametrize("block", shell_blocks(), ids=lambda block: f"{block.page}: {block.first_line[:40]}")
-def test_commands_run(block: Block, situation, tmp_path, monkeypatch, pool, s3_prefix, s3_environment) -> None:
+def example_called(script: str) -> str:
+    """Its source, without the lines that begin and end the process group: the ranks have one."""
+    (example,) = (
+        block for block in blocks_of("docs/quickstart.md", "python") if "init_process_group" in block.text
+    )
+    assert f"`{script}`" in prose_of("docs/quickstart.md")
+    source, num_removed = re.subn(
+        r"^dist\.(init|destroy)_process_group\(.*\)$", "", example.text, flags=re.MULTILINE
+    )
+    assert num_removed == 2
+    return source
+
+
+@pytest.mark.parametrize("block", shell_blocks(), ids=str)
+def test_commands_run(
+    block: Block, situation, tmp_path, monkeypatch, pool, s3_prefix, s3_environment
+) -> None:
     monkeypatch.chdir(tmp_path)
     if "torchrun" not in block.text:  # else it begins with nothing
         shutil.copytree(situation, tmp_path, dirs_exist_ok=True)
@@ -103,11 +127,11 @@ def test_commands_run(block: Block, situation, tmp_path, monkeypatch, pool, s3_p
             line = re.sub(named, instead.format(s3=s3_prefix), line)
         program, *arguments = shlex.split(line)
         if program == "torchrun":
-            start = arguments.index("launch/train.py")
+            script = next(i for i, argument in enumerate(arguments) if argument.endswith(".py"))
             num_ranks = int(arguments[arguments.index("--nproc_per_node") + 1])
-            pool.run(start_driver, num_ranks, s3_environment, str(tmp_path), *arguments[start + 1 :])
+            pool.run(start, num_ranks, s3_environment, str(tmp_path), *arguments[script:])
         elif program == "dcp-ckpt":
             result = invoke(*arguments)
             assert result.exit_code == 0, f"{line}: {result.output}"
         else:
-            assert " ".join(words) in NOT_RUN, f"{block.page}: nobody runs {line!r}"
+            assert " ".join(words) in NOT_RUN, f"{block}: nobody runs {line!r}"

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from dcp_ckpt import CheckpointConfig, Checkpointer, list_runs
+from dcp_ckpt import AnyOf, BestN, CheckpointConfig, Checkpointer, LatestN, list_runs
 from dcp_ckpt.errors import ConfigError
 from launch.train import main
 
@@ -70,6 +70,19 @@ def test_runs_are_listed_with_their_best(tmp_path, capsys):
     document: dict[str, Any] = json.loads((tmp_path / "runs" / "run-001" / "run.json").read_bytes())
     assert document["command"]
     assert document["config"]["world_size"] == 1
+
+
+def test_the_best_is_kept_across_resumes(tmp_path):
+    """The greatest validation loss of a run that learns is its first, and stays the best."""
+    flags = ("--keep-best=1", "--mode=max", "--keep-last=1")
+    assert start(tmp_path, *flags, "--steps", "4") == 0
+    assert start(tmp_path, *flags, "--steps", "8") == 0
+    keep = AnyOf(LatestN(1), BestN(1, "val_loss", mode="max"))
+    with Checkpointer(tmp_path / "runs" / "run-001", config=CheckpointConfig(keep=keep)) as checkpointer:
+        best = checkpointer.best()
+        assert best is not None
+        assert best.step == 2
+        assert [info.step for info in checkpointer.checkpoints()] == [2, 4, 8], "4 is what it resumed from"
 
 
 @pytest.mark.parametrize(("answer", "expected"), [("y\n", [1]), ("\n", [1, 2]), (None, [1, 2])])
