@@ -1,4 +1,4 @@
-"""The pages of the documentation and the blocks of code in them, for the tests that hold them to what is so."""
+"""The pages of the documentation and the blocks of code in them, for the tests that hold them to it."""
 
 from __future__ import annotations
 
