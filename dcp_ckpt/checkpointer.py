@@ -350,7 +350,7 @@ class Checkpointer(KnownByOtherNames):
     def pin(self, step: int, *, reason: str | None = None) -> None:
         """Keep the checkpoint of a step until it is unpinned. Called on all ranks; blocks. Idempotent.
 
-        `reason` is for those who come later; `dcp-ckpt prune` shows it.
+        `reason` is for those who come later; it is kept in the mark.
 
         Raises:
             CheckpointNotFound: there is none, or retention has just removed it; on all ranks.

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.state_dict_saver import save as stock_save
 
 from dcp_ckpt import CheckpointConfig, Checkpointer, export, open_checkpoint, open_run
 from launch.data import read_corpus
@@ -86,7 +86,7 @@ def add_sources(directory: Path) -> None:
         {name.removeprefix("model."): weight for name, weight in weights.items()},
         directory / "pytorch_model.bin",
     )
-    dcp.save(weights, checkpoint_id=directory / "old" / "step-1000")
+    stock_save(weights, checkpoint_id=directory / "old" / "step-1000")
 
 
 def start(environment: dict[str, str], directory: str, script: str, *flags: str) -> None:
