@@ -112,6 +112,14 @@ def example_called(script: str) -> str:
     return source
 
 
+def test_nothing_is_listed_that_no_page_has() -> None:
+    blocks = [block for page in pages_with("bash") for block in blocks_of(page, "bash")]
+    lines = [" ".join(words) for block in blocks for words in commands_in(block)]
+    stale = [line for line in NOT_RUN if line not in lines]
+    stale += [named for named in SUBSTITUTES if not any(re.search(named, line) for line in lines)]
+    assert not stale
+
+
 @pytest.mark.parametrize("block", shell_blocks(), ids=str)
 def test_commands_run(
     block: Block, situation, tmp_path, monkeypatch, pool, s3_prefix, s3_environment
