@@ -38,9 +38,7 @@ SUBSTITUTES = {
 NOT_RUN = {
     "make demo": "trains on eight ranks for a minute; its judgement is tested in test_launch_demo.py",
     "make test": "runs this test",
-    "make s3": "serves until Ctrl-C; what it starts is tested in test_s3_server.py",
     "pip install .": "changes what the tests run in; test_docs.py looks up the extras",
-    "pip install .[s3]": "as above",
 }
 
 EXAMPLE_RUN = "runs/first"
