@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 from torch import amp, arange, nn, ones, optim
 
-from dcp_ckpt import Checkpointer, EverySteps, TrainState, open_checkpoint, open_run, read_events
-from dcp_ckpt.config import CheckpointConfig
+from dcp_ckpt import (
+    CheckpointConfig,
+    Checkpointer,
+    ElasticSampler,
+    EverySteps,
+    TrainState,
+    open_checkpoint,
+    open_run,
+    read_events,
+)
 from tests.cli.commands import invoke
 from tests.pages import blocks_of, commands_in, pages_with
 from tests.state.fake_worlds import fake_world
 
-COVERED: set[str] = set()
+COVERED = {"docs/policies.md", "docs/events.md"}
+"""Pages of which every block is run: these by `test_policies_and_events`, others by `runs_all_of`."""
 
 
 class Examples:
@@ -25,10 +34,10 @@ class Examples:
         self._blocks = blocks_of(page, "python")
         self._left = {*range(len(self._blocks))}
 
-    def run(self, number: int, names: dict[str, Any], **replaced: str) -> None:
+    def run(self, number: int, names: dict[str, Any], replaced: Mapping[str, str] | None = None) -> None:
         """Run one block with `names` as its globals; `replaced` are texts that a test cannot do with."""
         source = self._blocks[number].text
-        for old, new in replaced.items():
+        for old, new in (replaced or {}).items():
             assert old in source, f"{self._blocks[number]} no longer has {old}"
             source = source.replace(old, new)
         exec(compile(source, str(self._blocks[number]), "exec"), names)
@@ -53,6 +62,7 @@ def examples(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch) -> Ite
 
 
 def runs_all_of(page: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Gives a test the `examples` of a page, and fails it when it leaves one out."""
     COVERED.add(page)
     return pytest.mark.parametrize("examples", [page], indirect=True)
 
@@ -74,13 +84,11 @@ def test_every_page_with_examples_is_run() -> None:
 
 @runs_all_of("README.md")
 def test_the_readme(examples: Examples) -> None:
-    from dcp_ckpt import ElasticSampler
-
     names = small_training()
     names["loader"] = ElasticSampler(num_samples=64, global_batch_size=8, rank=0, world_size=1, seed=0)
     done: list[int] = []
     names["train_step"] = lambda: done.append(1)
-    examples.run(0, names, **{"1001": "201"})
+    examples.run(0, names, {"1001": "201"})
     assert len(done) == 200
     with open_checkpoint("runs/gpt@latest") as checkpoint:
         assert checkpoint.manifest.step == 200
@@ -90,7 +98,7 @@ def test_the_readme(examples: Examples) -> None:
 def test_the_quickstart(examples: Examples, capsys: pytest.CaptureFixture[str]) -> None:
     names: dict[str, Any] = {}
     # Removals wait for readers that may be under way; nobody reads here.
-    examples.run(0, names, **{"LatestN(2))": "LatestN(2), grace_seconds=0.0)"})
+    examples.run(0, names, {"LatestN(2))": "LatestN(2), grace_seconds=0.0)"})
     names["train"](last_step=60)  # as in a new process: it goes on
     looks = next(block for block in blocks_of("docs/quickstart.md", "bash") if "dcp-ckpt" in block.text)
     for words in commands_in(looks):
@@ -170,9 +178,6 @@ def test_policies_and_events(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert [event["event"] for event in read_events(log)][-1] == "save durable"
     policies.require_all_run()
     events.require_all_run()
-
-
-COVERED.update(("docs/policies.md", "docs/events.md"))
 
 
 @runs_all_of("docs/reliability.md")
