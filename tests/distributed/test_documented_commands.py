@@ -79,7 +79,9 @@ def add_sources(directory: Path) -> None:
     """What `dcp-ckpt import` is shown with."""
     export(f"{directory}/runs/run-001@latest", directory / "model")
     with open_checkpoint(f"{directory}/runs/run-001@latest") as checkpoint:
-        weights = {name: checkpoint.read_tensor(name) for name in checkpoint.tensors if "model." in name}
+        weights = {
+            name: checkpoint.read_tensor(name) for name in checkpoint.tensors if name.startswith("model.")
+        }
     torch.save(
         {name.removeprefix("model."): weight for name, weight in weights.items()},
         directory / "pytorch_model.bin",
