@@ -1,7 +1,7 @@
 """The documentation is held to what is there: links, commands, features, and a site that builds.
 
 That its commands and examples run is tested in `test_docs_examples.py` and, for what needs ranks or S3,
-`distributed/test_documented_commands.py`. What nobody runs is in `NOT_CODE` here and `NOT_RUN` there, with the reason.
+`distributed/test_documented_commands.py`. What nobody runs is in `NOT_CODE` here and in `NOT_RUN` there.
 """
 
 from __future__ import annotations
