@@ -91,8 +91,7 @@ class Options:
     def as_json(self) -> dict[str, Any]:
         """All options as JSON types, to be recorded in a new run."""
         paths = {"log_json": self.log_json, "tensorboard": self.tensorboard}
-        texts = {name: path and str(path) for name, path in paths.items()}
-        return asdict(self) | texts | {"save_at": [*self.save_at]}
+        return asdict(self) | {name: path and str(path) for name, path in paths.items()}
 
 
 class _OneLineParser(argparse.ArgumentParser):

