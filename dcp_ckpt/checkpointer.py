@@ -273,7 +273,7 @@ class Checkpointer(KnownByOtherNames):
         return None if self._stopper.agreed is None else self._stopper.agreed.reason
 
     def log_scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """Tell the sinks numbers of the training, such as loss and learning rate.
+        """Tell the sinks numbers of the training after this step, by names such as "train/loss".
 
         Called on rank 0, and on others without effect; never blocks.
         """
@@ -350,6 +350,8 @@ class Checkpointer(KnownByOtherNames):
 
     def pin(self, step: int, *, reason: str | None = None) -> None:
         """Keep the checkpoint of a step until it is unpinned. Called on all ranks; blocks. Idempotent.
+
+        `reason` is for those who come later; it is kept in the mark.
 
         Raises:
             CheckpointNotFound: there is none, or retention has just removed it; on all ranks.

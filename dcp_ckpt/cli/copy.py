@@ -18,7 +18,7 @@ __all__ = ["copy_command"]
 def copy_command(ref: str, destination: str, as_json: bool) -> None:
     """Copy the checkpoint REF to DST, which becomes a checkpoint directory.
 
-    If DST ends in "/" or is a directory that is not a checkpoint, the copy becomes DST/<step directory>, as
+    If DST ends in "/" or is a directory that is not a checkpoint, the copy becomes DST/step-00001000, as
     with cp. Every byte is checked on the way; the copy is a checkpoint only when all of it is there. Never
     overwrites. If it fails, give the same command again: what is there is checked and kept.
 

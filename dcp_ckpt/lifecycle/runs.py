@@ -50,7 +50,12 @@ Resume = Literal["auto", "never", "must"] | int
 
 @dataclass(frozen=True, kw_only=True)
 class RunParent:
-    """The checkpoint of another run that this run began from."""
+    """The checkpoint of another run that this run began from.
+
+    Args:
+        run: the name of a run beside this one, or a path or URL.
+        run_id, epoch, step: which run and checkpoint it was, wherever it is moved.
+    """
 
     run: str
     run_id: Identity
@@ -94,6 +99,7 @@ class Run:
         start: which start of the run this is, from 1, counted when it was opened; the epoch itself
             is claimed later.
         is_new: it was created by this call.
+        document: `run.json`: the settings it began with (`config`), git commit, versions, command, parent.
     """
 
     path: str

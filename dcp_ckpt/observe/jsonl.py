@@ -58,7 +58,14 @@ class JsonLinesSink:
 
 
 def read_events(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """The events in a file of JSON lines, oldest first; lines that a crash cut off are left out."""
+    """The events in a file of JSON lines, oldest first; lines that a crash cut off are left out.
+
+    Args:
+        path: what a `JsonLinesSink` was given.
+
+    Returns:
+        For each a dictionary with `event`, `time`, `step` and what else belongs to it; metrics stay encoded.
+    """
     found = []
     with open(path, "rb") as file:
         for line in file:

@@ -54,10 +54,11 @@ class AverageReport:
 
     Args:
         path: of the new checkpoint.
+        step, epoch: its own.
         sources: in the order that they were named; with `last`, from old to new.
         newest: path of the one that integers and values are from.
         num_averaged: tensors.
-        num_copied: tensors of the newest.
+        num_copied, num_values: tensors and values of the newest, as they were.
         num_bytes: written.
         left_out: reason -> how many tensors and values of the newest.
         unverified: what could not be checked when it was read; empty for checkpoints of ours.

@@ -63,8 +63,8 @@ class DiffReport:
         only_in_a, only_in_b: names of tensors and values.
         tensors: those that differ in dtype, shape or any bit.
         values: those that differ.
-        num_equal_tensors: a tied one counts once.
-        num_proven: how many of these their digests proved equal, so that they were not read.
+        num_equal_tensors, num_equal_values: a tied tensor counts once.
+        num_proven: how many tensors of these their digests proved equal, so that they were not read.
         unreadable: names of values that could not be compared.
         unverified: what could not be checked when it was read; empty for checkpoints of ours.
     """

@@ -45,7 +45,9 @@ class ExportReport:
 
     Args:
         path: the directory or file.
+        step: None where nobody knows.
         files: their names, the one that was published last at the end.
+        num_tensors, num_values, num_bytes: what is in them.
         prefix: what the names of tensors have lost.
         converted: "float32 to bfloat16" -> how many tensors.
         num_fused: weights that an adapter was added to.

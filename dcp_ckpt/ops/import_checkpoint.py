@@ -42,7 +42,9 @@ class ImportReport:
 
     Args:
         path: of the checkpoint.
+        step, epoch: its own.
         kind: of the source: `dcp`, `safetensors` or `torch`.
+        num_tensors, num_values: what it holds.
         num_bytes: written.
         prefix: what the names have gained.
         left_out: reason -> how many tensors and values.

@@ -58,6 +58,8 @@ class LoadPlan:
     """What a load on `world_size` ranks costs.
 
     Args:
+        directory: path or URL of the checkpoint.
+        step, stored_world_size: its step, and the number of ranks that saved it.
         mesh: dimension name -> size of the new mesh, outermost first; ranks are counted row by row.
         tensor_bytes: of all tensors, each once.
         num_partial: tensors that only some of the saving ranks had (pipeline stages). They are planned as if
@@ -75,10 +77,12 @@ class LoadPlan:
 
     @property
     def needed_bytes(self) -> int:
+        """What all ranks need, copies on several ranks counted on each."""
         return sum(rank.needed_bytes for rank in self.ranks)
 
     @property
     def read_bytes(self) -> int:
+        """What all ranks read; more than they need where a block that is checked holds more."""
         return sum(rank.read_bytes for rank in self.ranks)
 
     @property

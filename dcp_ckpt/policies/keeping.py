@@ -103,6 +103,11 @@ class BestN(KeepPolicy):
     """Keep the `n` best by a metric; of equal ones the newer.
 
     Missing and non-finite values never win, and neither do suspect checkpoints.
+
+    Args:
+        n: how many.
+        metric: a name in the `metrics` of `save` or `report_metrics`.
+        mode: "min" where less is better, "max" where more is.
     """
 
     n: int

@@ -62,7 +62,7 @@ def info_of(entry: CheckpointEntry, url: str) -> CheckpointInfo:
 class SaveHandle:
     """The progress of one save, on one rank. Thread-safe.
 
-    `outcome` is `pending`, then one of `committed`, `failed`, `unknown`, `skipped`.
+    Made by `Checkpointer.save`; `step` is that of the save.
     """
 
     def __init__(self, step: int) -> None:
@@ -77,6 +77,7 @@ class SaveHandle:
 
     @property
     def outcome(self) -> str:
+        """`pending`, then one of `committed`, `failed`, `unknown`, `skipped`, the same on all ranks."""
         return self._outcome
 
     @property

@@ -8,18 +8,19 @@ import pty
 import subprocess
 import sys
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from dcp_ckpt import CheckpointConfig, Checkpointer, list_runs, open_run
+from dcp_ckpt import AnyOf, BestN, CheckpointConfig, Checkpointer, LatestN, list_runs, open_run
 from dcp_ckpt.errors import ConfigError
 from dcp_ckpt.storage import open_storage
 from dcp_ckpt.testing.tiny import write_tiny_checkpoint
 from launch import runs
 from launch.options import parse_options
-from launch.train import main
+from launch.train import checkpoint_config, main
 
 TRAIN = Path(__file__).resolve().parents[2] / "launch" / "train.py"
 SMALL = ("--model-size=tiny", "--batch-size=10", "--eval-iters=1", "--save-every=2", "--keep-last=9")
@@ -76,6 +77,24 @@ def test_runs_are_listed_with_their_best(tmp_path, capsys):
     document: dict[str, Any] = json.loads((tmp_path / "runs" / "run-001" / "run.json").read_bytes())
     assert document["command"]
     assert document["config"]["world_size"] == 1
+
+
+def test_the_best_is_kept_across_resumes(tmp_path, monkeypatch):
+    """The greatest validation loss of a run that learns is its first, and stays the best."""
+    # Removals wait for readers that may be under way; nobody reads here.
+    monkeypatch.setattr(
+        "launch.train.checkpoint_config",
+        lambda options: replace(checkpoint_config(options), grace_seconds=0.0),
+    )
+    flags = ("--keep-best=1", "--mode=max", "--keep-last=1")
+    assert start(tmp_path, *flags, "--steps", "4") == 0
+    assert start(tmp_path, *flags, "--steps", "8") == 0
+    keep = AnyOf(LatestN(1), BestN(1, "val_loss", mode="max"))
+    with Checkpointer(tmp_path / "runs" / "run-001", config=CheckpointConfig(keep=keep)) as checkpointer:
+        best = checkpointer.best()
+        assert best is not None
+        assert best.step == 2
+        assert [info.step for info in checkpointer.checkpoints()] == [2, 4, 8], "4 is what it resumed from"
 
 
 @pytest.mark.parametrize(("answer", "expected"), [("y\n", [1]), ("\n", [1, 2]), (None, [1, 2])])

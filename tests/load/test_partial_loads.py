@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
-from dcp_ckpt import Checkpointer, TrainState, load_checkpoint
+from dcp_ckpt import BestN, CheckpointConfig, Checkpointer, TrainState, load_checkpoint
 from dcp_ckpt.errors import ConfigError, StateMismatch
 from tests.load import trainings
 from tests.load.trainings import Training, differing
@@ -102,6 +103,31 @@ def test_a_glob_that_matches_nothing_is_an_error(
     assert hint in str(caught.value)
     assert "'model.*'" not in str(caught.value)
     assert differing(live.snapshot(), before) == set()
+
+
+def test_adapters_of_any_step_go_onto_a_base(tmp_path: Path) -> None:
+    """Base and adapters are in one checkpoint or in two; they load apart, those of the best or of a step."""
+
+    def model(*, base: float, adapter: float) -> nn.ParameterDict:
+        return nn.ParameterDict({"weight": torch.full((2, 2), base), "lora_a": torch.full((1, 2), adapter)})
+
+    def numbers(model: nn.ParameterDict) -> list[float]:
+        return [model[name].unique().item() for name in ("weight", "lora_a")]
+
+    config = CheckpointConfig(keep=BestN(2, "loss"))
+    with Checkpointer(tmp_path, config=config) as checkpointer:
+        for step, loss in ((1, 0.5), (2, 0.25), (3, 1.0)):
+            state = TrainState(model=model(base=7.0, adapter=float(step)), rng=False)
+            checkpointer.save(state, step=step, metrics={"loss": loss}).result(30)
+        best = checkpointer.best()
+        assert best is not None
+    live = model(base=0.0, adapter=0.0)
+    state = TrainState(model=live, rng=False)
+    load_checkpoint(tmp_path / "step-00000001", state, exclude=("*.lora_*",))
+    assert numbers(live) == [7.0, 0.0]
+    for path, adapter in ((best.path, 2.0), (tmp_path / "step-00000003", 3.0)):
+        load_checkpoint(path, state, include=("*.lora_*",))
+        assert numbers(live) == [7.0, adapter]
 
 
 def test_a_glob_may_match_on_one_side_only(stored: tuple[Path, dict[str, Any]]) -> None:
