@@ -33,9 +33,9 @@ $(READY): pyproject.toml constraints.txt constraints-s3-server.txt
 demo: $(READY) ## train, kill, resume on another number of ranks
 	$(BIN)/python launch/demo.py
 
-# Three at a time, on two cores, too: tests wait for processes and disks. Those of a file share ranks and servers.
+# Two at a time: most tests wait for processes and disks. Those of one file share their ranks and servers.
 test: lint ## lint, types and all tests but the long ones
-	$(BIN)/python -m pytest -m "not slow and not crash" --numprocesses 3 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -m "not slow and not crash" --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 test-crash: $(READY) ## every crash point, real kills and bad networks (about an hour)
 	$(BIN)/python -m pytest -m crash

@@ -3,7 +3,8 @@
     python benchmarks/suite.py --quick
 
 Each script runs by itself, one after the other; nothing else should run on the machine. A script that fails
-is named, and the others go on. Exit code 1 if a script failed or a ratio is worse than it may be.
+is named, and the others go on. `--only` adds to a result file of the same day and kind, or replaces in it.
+Exit code 1 if a script failed or a ratio is worse than it may be.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -25,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import check, readme
 
-__all__ = ["SCRIPTS", "Script", "main"]
+__all__ = ["SCRIPTS", "Script", "main", "merged"]
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
@@ -85,11 +86,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if unknown:
         parser.error(f"no such script: {', '.join(sorted(unknown))}")
     chosen = [script for script in SCRIPTS if not options.only or script.name in options.only]
-    words = sys.argv[1:] if arguments is None else arguments
-    document = run_all(chosen, quick=options.quick, command=" ".join(["benchmarks/suite.py", *words]))
-    day = document["date"][:10]
+    day = datetime.now(UTC).date().isoformat()
     out = options.out or RESULTS / (f"{day}-quick.json" if options.quick else f"{day}.json")
     out.parent.mkdir(parents=True, exist_ok=True)
+    known = json.loads(out.read_text())["scripts"] if options.only and out.exists() else {}
+    found = run_all(chosen, quick=options.quick)
+    document = {"quick": options.quick, "scripts": merged(known, found)}
     out.write_text(json.dumps(document, indent=1) + "\n")
     print(f"\nwritten: {out}")
     if options.readme:
@@ -97,21 +99,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return check.main([str(out)])
 
 
-def run_all(scripts: Sequence[Script], *, quick: bool, command: str) -> dict[str, Any]:
-    """Run the scripts; the document that is written."""
+def merged(known: Mapping[str, Any], found: Mapping[str, Any]) -> dict[str, Any]:
+    """The newest of each script, in the order of the scripts."""
+    newest = {**known, **found}
+    return {script.name: newest[script.name] for script in SCRIPTS if script.name in newest}
+
+
+def run_all(scripts: Sequence[Script], *, quick: bool) -> dict[str, Any]:
+    """Run the scripts; what each found, by name, with when and what was measured."""
     found: dict[str, Any] = {}
     for script in scripts:
         print(f"== {script.name}", flush=True)
         started = time.monotonic()
-        found[script.name] = run(script, quick=quick)
+        at = {"date": datetime.now(UTC).isoformat(timespec="seconds"), "commit": _commit()}
+        found[script.name] = at | run(script, quick=quick)
         print(f"== {script.name}: {time.monotonic() - started:.0f} s", flush=True)
-    return {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": _commit(),
-        "command": command,
-        "quick": quick,
-        "scripts": found,
-    }
+    return found
 
 
 def run(script: Script, *, quick: bool) -> dict[str, Any]:

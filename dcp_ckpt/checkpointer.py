@@ -273,10 +273,7 @@ class Checkpointer(KnownByOtherNames):
         return None if self._stopper.agreed is None else self._stopper.agreed.reason
 
     def log_scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """Tell the sinks numbers of the training after this step, by names such as "train/loss".
-
-        Called on rank 0, and on others without effect; never blocks.
-        """
+        """Tell the sinks numbers of the training, by names such as "train/loss". On rank 0; never blocks."""
         self._observer.scalars(step, values)
 
     def fence(self) -> None:
@@ -351,7 +348,7 @@ class Checkpointer(KnownByOtherNames):
     def pin(self, step: int, *, reason: str | None = None) -> None:
         """Keep the checkpoint of a step until it is unpinned. Called on all ranks; blocks. Idempotent.
 
-        `reason` is for those who come later; it is kept in the mark.
+        `reason` is kept for those who come later.
 
         Raises:
             CheckpointNotFound: there is none, or retention has just removed it; on all ranks.

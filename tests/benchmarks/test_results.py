@@ -11,7 +11,7 @@ import pytest
 from benchmarks import check, readme
 from benchmarks.ratios import OURS, STOCK_SAVE
 from benchmarks.results import QUICK_TOLERANCE, TOLERATED, verdicts
-from benchmarks.suite import SCRIPTS
+from benchmarks.suite import SCRIPTS, merged
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -93,3 +93,16 @@ def test_the_readme_gets_the_table_of_a_result_between_its_marks() -> None:
     assert "8 ranks, 1 GiB of sharded state, 2 cores, medians of 7 interleaved rounds" in shown
     assert "stall, replicated" not in shown
     assert readme.replaced(text, readme.marked(text)) == text, "nothing else changes"
+
+
+def test_the_readme_shows_the_newest_full_result() -> None:
+    results = sorted((ROOT / "benchmarks" / "results").glob("????-??-??.json"))
+    newest = json.loads(results[-1].read_text())
+    assert readme.marked(readme.README.read_text()) == readme.section(newest, results[-1].name)
+    assert list(newest["scripts"]) == [script.name for script in SCRIPTS]
+
+
+def test_scripts_that_run_alone_replace_themselves_in_a_result() -> None:
+    assert list(merged({"s3": 1, "memory": 2}, {"save_latency": 3, "s3": 4}).items()) == [
+        ("save_latency", 3), ("memory", 2), ("s3", 4),
+    ]  # fmt: skip

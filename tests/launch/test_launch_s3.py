@@ -119,10 +119,10 @@ def events(log: Path) -> list[dict[str, Any]]:
             bad_network,
             Link(latency_up_seconds=0.02, latency_down_seconds=0.02),
             id="bad",
-            marks=pytest.mark.crash,
         ),
     ],
 )
+@pytest.mark.crash
 @pytest.mark.timeout(400)
 def test_killed_in_an_upload_and_resumed_on_two_ranks(
     tmp_path: Path, s3_prefix: str, s3_environment: dict[str, str], network: Decide, link: Link
