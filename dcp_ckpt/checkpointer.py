@@ -202,6 +202,7 @@ class Checkpointer(KnownByOtherNames):
         self._require_open()
         session = self._started()
         self.fence()
+        session.reuse_nothing()
         selection = Selection(include=include, exclude=exclude, rename=rename or {}, cast=cast)
         components = partial(components_of, state)
         report = self._loads.load(components, which, selection, session.catalogue, session.marks_changed)

@@ -84,6 +84,12 @@ class Bases:
             if self._in_use.pop(attempt, None) is not None:
                 self._newest = None
 
+    def forget(self) -> None:
+        """This rank begins a load, which may find the base damaged: nothing is built on it any more."""
+        with self._lock:
+            self._known = {}
+            self._newest = None
+
     def resumed_from(self, directory: StepDir) -> None:
         """This rank has loaded a checkpoint of the run: it is the base, if as many ranks saved it."""
         found = None

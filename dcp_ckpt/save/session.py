@@ -113,6 +113,11 @@ class Session:
         self._janitor.protect(step_dir, "resumed from")
         record_resumed(self._storage, self._steps.epoch, step_dir, epoch, step)
 
+    def reuse_nothing(self) -> None:
+        """All ranks: a load begins, after which saves build on something else, or on nothing."""
+        if self._bases is not None:
+            self._bases.forget()
+
     def reuse_from(self, directory: str) -> None:
         """All ranks: the state is that of this checkpoint now; what stays so need not be saved again."""
         step_dir = StepDir.parse(directory)

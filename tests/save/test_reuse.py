@@ -94,6 +94,26 @@ def test_equal_bytes_of_another_dtype_or_shape_are_written(tmp_path: Path) -> No
     assert all(torch.equal(blank[name], tensor) for name, tensor in state.items())
 
 
+def test_nothing_is_shared_with_what_a_load_found_damaged(tmp_path: Path) -> None:
+    state = tensors()
+    with Checkpointer(tmp_path, config=settings()) as checkpointer:
+        save(checkpointer, state, 1)
+        state["t0"] += 1
+        save(checkpointer, state, 2)
+        damaged = next(path for path in data_files(tmp_path, 2) if path.stat().st_nlink == 1)
+        content = bytearray(damaged.read_bytes())
+        content[len(content) // 2] ^= 1
+        damaged.write_bytes(content)
+        with pytest.raises(CorruptCheckpoint):
+            checkpointer.load(state, 2)
+        checkpointer.load(state, str(tmp_path / "step-00000001"))
+        state["t0"] += 1  # as it was in the damaged one
+        assert save(checkpointer, state, 3).shared_bytes == 0
+        require_loads(tmp_path, 3, state)
+    found = verify(tmp_path).checkpoints
+    assert [bool(checkpoint.problems) for checkpoint in found] == [False, True, False]
+
+
 def test_a_small_unchanged_part_gets_a_file_of_its_own_and_is_shared_from_then_on(tmp_path: Path) -> None:
     """Else the first file, most of it out of date, would stay for as long as the small part does."""
     state = tensors(8)
